@@ -1,0 +1,617 @@
+"""Metrics against public libraries, published tables, closed forms and the properties each must have."""
+
+import math
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage, stats
+from skimage.color import rgb2ycbcr
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import metrics
+from bicubic import resize
+from metrics import (
+    Lpips,
+    MetricUnavailableError,
+    Protocol,
+    geometric_mean,
+    high_frequency_energy,
+    low_resolution_psnr,
+    psnr,
+    round_to_uint8,
+    sliced_wasserstein_distance,
+    ssim,
+    to_luma,
+    uncertainty_correlation,
+)
+
+SR_DATA = os.environ.get("SR_DATA")
+needs_photos = pytest.mark.skipif(SR_DATA is None, reason="SR_DATA does not name the folder of test photos")
+
+WHOLE = Protocol(crop=0, channel="rgb", quantize=False)
+
+# Bicubic rows of the accepted tables: PSNR in dB and SSIM on luma, `scale` pixels cropped from each border.
+PUBLISHED = {
+    ("Set5", 2): (33.66, 0.9299),
+    ("Set5", 3): (30.39, 0.8682),
+    ("Set5", 4): (28.42, 0.8104),
+    ("BSD100", 2): (29.56, 0.8431),
+    ("BSD100", 3): (27.21, 0.7385),
+    ("BSD100", 4): (25.96, 0.6675),
+}
+
+
+def texture(seed: int, channels: int = 3, height: int = 48, width: int = 56) -> torch.Tensor:
+    """A correlated random image (1, C, H, W) in [0.1, 0.9]."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(1, channels, height + 2, width + 2, generator=generator, dtype=torch.float64)
+    smooth = F.avg_pool2d(noise, 3, stride=1)
+    return 0.5 + 0.4 * smooth / smooth.abs().max()
+
+
+def noisy(image: torch.Tensor, deviation: float, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return image + deviation * torch.randn(image.shape, generator=generator, dtype=image.dtype)
+
+
+def blurred(image: torch.Tensor, times: int) -> torch.Tensor:
+    for _ in range(times):
+        image = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    return image
+
+
+def read(path: Path) -> torch.Tensor:
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].double() / 255
+
+
+def photos(name: str) -> list[Path]:
+    paths = sorted((Path(SR_DATA) / "test" / name).glob("*.[pj][np]g"))
+    assert len(paths) == {"Set5": 5, "BSD100": 100}[name]
+    return paths
+
+
+def crop_to_multiple(image: torch.Tensor, scale: int) -> torch.Tensor:
+    height, width = (length - length % scale for length in image.shape[-2:])
+    return image[..., :height, :width]
+
+
+def as_numpy(image: torch.Tensor, crop: int) -> np.ndarray:
+    """(1, C, H, W) in [0, 1] to (h, w, C) in [0, 255], rounded and cropped by hand."""
+    pixels = np.floor(image[0].permute(1, 2, 0).numpy() * 255 + 0.5)
+    return pixels[crop : pixels.shape[0] - crop, crop : pixels.shape[1] - crop]
+
+
+# ---------------------------------------------------------------- protocol and images
+
+
+def test_protocol_describes_every_choice():
+    line = Protocol(crop=4).describe()
+    assert "\n" not in line
+    for part in ("luma", "BT.601", "16-235", "uint8", "4 pixels", "11x11", "1.5"):
+        assert part in line
+    line = Protocol(crop=0, channel="rgb", quantize=False).describe()
+    assert "RGB" in line
+    assert "not rounded" in line
+
+
+def test_protocol_refuses_bad_values():
+    with pytest.raises(ValueError, match="crop is -1"):
+        Protocol(crop=-1)
+    with pytest.raises(ValueError, match="'y'"):
+        Protocol(crop=0, channel="y")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_keeps_uint8_levels_and_sends_halves_up(dtype):
+    levels = torch.arange(256, dtype=dtype) / 255
+    assert torch.equal(round_to_uint8(levels), levels)
+    halves = torch.tensor([0.5, 1.5, 2.5], dtype=torch.float64) / 255
+    assert torch.equal(round_to_uint8(halves) * 255, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    assert torch.equal(round_to_uint8(torch.tensor([-0.3, 1.2])), torch.tensor([0.0, 1.0]))
+
+
+def test_luma_is_that_of_skimage():
+    image = texture(0)
+    expected = rgb2ycbcr(image[0].permute(1, 2, 0).numpy())[..., 0]
+    np.testing.assert_allclose(to_luma(image)[0, 0].numpy() * 255, expected, atol=1e-10)
+
+
+def test_luma_spans_16_to_235_and_leaves_grey_alone():
+    black_white = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    expected = torch.tensor([16.0, 235.0], dtype=torch.float64)
+    torch.testing.assert_close(to_luma(black_white)[:, 0, 0, 0] * 255, expected)
+    grey = texture(0, channels=1)
+    assert to_luma(grey) is grey
+    with pytest.raises(ValueError, match="got 4"):
+        to_luma(torch.zeros(1, 4, 8, 8))
+
+
+# ---------------------------------------------------------------- psnr and ssim
+
+
+def compared_by_skimage(image: torch.Tensor, protocol: Protocol) -> np.ndarray:
+    """What `protocol` compares, (h, w, C) in [0, 255], luma converted by skimage."""
+    if protocol.channel == "rgb":
+        return as_numpy(image, protocol.crop)
+    return rgb2ycbcr(as_numpy(image, protocol.crop) / 255)[..., :1]
+
+
+@pytest.mark.parametrize("channel", ["luma", "rgb"])
+def test_psnr_is_that_of_skimage(channel):
+    truth, protocol = texture(0), Protocol(crop=3, channel=channel)
+    restored = noisy(truth, 0.05)
+    expected = peak_signal_noise_ratio(
+        compared_by_skimage(truth, protocol), compared_by_skimage(restored, protocol), data_range=255
+    )
+    assert psnr(restored, truth, protocol).item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("channel", ["luma", "rgb"])
+def test_ssim_is_that_of_skimage(channel):
+    truth, protocol = texture(0), Protocol(crop=3, channel=channel)
+    restored = noisy(truth, 0.05)
+    _, full = structural_similarity(
+        compared_by_skimage(truth, protocol),
+        compared_by_skimage(restored, protocol),
+        data_range=255,
+        channel_axis=-1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
+    )
+    expected = full[5:-5, 5:-5].mean()  # skimage pads; the valid windows are centred 5 pixels inside
+    assert ssim(restored, truth, protocol).item() == pytest.approx(expected, abs=1e-9)
+
+
+@needs_photos
+@pytest.mark.parametrize(("name", "scale"), PUBLISHED)
+def test_published_bicubic_rows(name, scale):
+    """The luma, rounded to uint8, shrunk and enlarged in double precision, rounded once at the end."""
+    protocol, scores = Protocol(crop=scale), []
+    for path in photos(name):
+        truth = round_to_uint8(to_luma(crop_to_multiple(read(path), scale)))
+        restored = resize(resize(truth, scale=1 / scale), scale=scale)
+        scores.append(torch.cat([psnr(restored, truth, protocol), ssim(restored, truth, protocol)]))
+    decibel, similarity = torch.stack(scores).mean(dim=0).tolist()
+    print(f"{name} x{scale}: {decibel:.3f} / {similarity:.5f}, published {PUBLISHED[name, scale]}")
+    # The rows are printed with two and four digits: these bounds are little more than that rounding.
+    assert decibel == pytest.approx(PUBLISHED[name, scale][0], abs=0.005)
+    assert similarity == pytest.approx(PUBLISHED[name, scale][1], abs=0.0002)
+
+
+@needs_photos
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("border", ["mirror", "replicate"])
+def test_bicubic_of_rgb_files_is_near_the_published_rows(scale, border):
+    """What a model is measured by: RGB files in uint8, luma not rounded; the border hardly matters."""
+    protocol, scores = Protocol(crop=scale), []
+    for path in photos("Set5"):
+        truth = crop_to_multiple(read(path), scale)
+        pixels = (truth * 255).round().to(torch.uint8)
+        low_res = resize(pixels, scale=1 / scale, border=border, rounding="uint8")
+        restored = resize(low_res, scale=scale, border=border, rounding="uint8").double() / 255
+        scores.append(torch.cat([psnr(restored, truth, protocol), ssim(restored, truth, protocol)]))
+    decibel, similarity = torch.stack(scores).mean(dim=0).tolist()
+    assert decibel == pytest.approx(PUBLISHED["Set5", scale][0], abs=0.02)
+    assert similarity == pytest.approx(PUBLISHED["Set5", scale][1], abs=0.001)
+
+
+@pytest.mark.parametrize("offset", [0.1, 0.01, 0.003])
+def test_psnr_of_a_constant_offset(offset):
+    truth = texture(0)
+    assert psnr(truth + offset, truth, WHOLE).item() == pytest.approx(-20 * math.log10(offset), abs=1e-9)
+
+
+def test_rounding_hides_what_a_file_cannot_hold():
+    truth = round_to_uint8(texture(0))
+    assert psnr(truth + 0.4 / 255, truth, Protocol(crop=0, channel="rgb")).item() == math.inf
+    assert math.isfinite(psnr(truth + 0.4 / 255, truth, WHOLE).item())
+
+
+def test_psnr_of_grey_through_rgb_is_shifted():
+    """Luma compresses 0..255 to 16..235: a grey file sent through RGB would gain 20 log10(255 / 219) dB."""
+    truth, protocol = texture(0, channels=1), Protocol(crop=0, quantize=False)
+    restored = noisy(truth, 0.05)
+    as_rgb = psnr(restored.expand(-1, 3, -1, -1), truth.expand(-1, 3, -1, -1), protocol)
+    shift = (as_rgb - psnr(restored, truth, protocol)).item()
+    assert shift == pytest.approx(20 * math.log10(255 / 219), abs=1e-9)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.5), (0.0, 1.0)])
+def test_ssim_of_two_flat_images_is_the_luminance_term(low, high):
+    x, y = torch.full((1, 1, 16, 16), low), torch.full((1, 1, 16, 16), high)
+    a, b, c1 = 255 * x.double()[0, 0, 0, 0].item(), 255 * y.double()[0, 0, 0, 0].item(), 2.55**2
+    expected = (2 * a * b + c1) / (a * a + b * b + c1)
+    assert ssim(x, y, WHOLE).item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize("channel", ["luma", "rgb"])
+def test_fidelity_is_symmetric_and_per_image(metric, channel):
+    protocol = Protocol(crop=2, channel=channel)
+    truth = torch.cat([texture(0), texture(1)])
+    restored = torch.cat([noisy(texture(0), 0.02), noisy(texture(1), 0.1)])
+    scores = metric(restored, truth, protocol)
+    assert scores.shape == (2,)
+    assert scores.dtype == torch.float64
+    assert scores[0] > scores[1]
+    torch.testing.assert_close(metric(truth, restored, protocol), scores, rtol=0, atol=1e-12)
+    alone = torch.cat([metric(restored[i : i + 1], truth[i : i + 1], protocol) for i in range(2)])
+    torch.testing.assert_close(alone, scores, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("metric", "perfect"), [(psnr, math.inf), (ssim, 1.0)])
+def test_border_is_not_compared(metric, perfect):
+    truth, restored = texture(0), texture(0)
+    restored[..., :4, :] = restored[..., -4:, :] = restored[..., :4] = restored[..., -4:] = 0.0
+    assert metric(restored, truth, Protocol(crop=4)).item() == pytest.approx(perfect, abs=1e-12)
+    assert metric(restored, truth, Protocol(crop=3)).item() < perfect
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim, high_frequency_energy])
+@pytest.mark.parametrize(
+    ("restored", "truth", "message"),
+    [
+        (torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 33), r"\(1, 3, 32, 32\).*\(1, 3, 32, 33\)"),
+        (torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32), "same channels"),
+        (torch.zeros(3, 32, 32), torch.zeros(3, 32, 32), r"\(B, C, H, W\)"),
+        (torch.zeros(0, 3, 32, 32), torch.zeros(0, 3, 32, 32), "none of them 0"),
+        (torch.zeros(1, 3, 32, 32).byte(), torch.zeros(1, 3, 32, 32).byte(), "uint8"),
+        (torch.full((1, 3, 32, 32), -1.0), torch.zeros(1, 3, 32, 32), "spans -1 to -1"),
+        (torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), 255.0), "spans 255 to 255"),
+        (torch.full((1, 3, 32, 32), torch.nan), torch.zeros(1, 3, 32, 32), "nan"),
+    ],
+)
+def test_images_that_cannot_be_compared(metric, restored, truth, message):
+    protocol = () if metric is high_frequency_energy else (Protocol(crop=0),)
+    with pytest.raises(ValueError, match=message):
+        metric(restored, truth, *protocol)
+
+
+def test_images_smaller_than_window_and_crop():
+    small = torch.zeros(1, 3, 18, 40)
+    assert ssim(small[..., :17], small[..., :17], Protocol(crop=3)).item() == 1.0
+    with pytest.raises(ValueError, match="18x40 less 4 pixels at each border is 10x32, and 11x11 is needed"):
+        ssim(small, small, Protocol(crop=4))
+    with pytest.raises(ValueError, match="1x1 is needed; use a larger image or a smaller crop"):
+        psnr(small, small, Protocol(crop=9))
+
+
+# ---------------------------------------------------------------- consistency with the input
+
+
+@needs_photos
+@pytest.mark.parametrize("scale", [2, 4])
+def test_published_low_resolution_files_agree_with_their_truth(scale):
+    for path in photos("Set5"):
+        low_res = read(path.parent / f"LRx{scale}_mirror" / path.name)
+        truth = crop_to_multiple(read(path), scale)
+        assert low_resolution_psnr(truth, low_res).item() == math.inf
+
+
+def test_low_resolution_psnr_of_a_constant_offset():
+    restored, low_res = torch.full((2, 3, 24, 20), 100 / 255), torch.full((2, 3, 8, 5), 103 / 255)
+    scores = low_resolution_psnr(restored, low_res)
+    assert scores.tolist() == pytest.approx([20 * math.log10(255 / 3)] * 2, abs=1e-9)
+
+
+def test_low_resolution_psnr_forgives_detail_and_not_colour():
+    truth = texture(0, height=64, width=64)
+    low_res = resize(truth, scale=0.25)
+    checker = 0.05 * (-1.0) ** (torch.arange(64)[:, None] + torch.arange(64))
+    with_detail, with_tint = truth + checker, truth + 0.05
+    assert psnr(with_detail, truth, WHOLE).item() == pytest.approx(psnr(with_tint, truth, WHOLE).item())
+    assert low_resolution_psnr(with_detail, low_res).item() > 45
+    assert low_resolution_psnr(with_tint, low_res).item() < 27
+
+
+def test_low_resolution_psnr_refuses_sizes():
+    for restored, low_res in [((1, 3, 8, 8), (1, 3, 16, 8)), ((1, 3, 8, 8), (2, 3, 4, 4))]:
+        with pytest.raises(ValueError, match="larger image first"):
+            low_resolution_psnr(torch.zeros(restored), torch.zeros(low_res))
+
+
+# ---------------------------------------------------------------- spectrum
+
+
+@pytest.mark.parametrize("size", [(48, 56), (47, 57), (16, 16)])
+def test_energy_goes_with_the_square_of_the_amplitude(size):
+    truth = texture(0, height=size[0], width=size[1])
+    for factor in (2.0, 0.5, 1.0):
+        restored = 0.5 + factor * (truth - 0.5)
+        assert high_frequency_energy(restored, truth).item() == pytest.approx(factor**2, rel=1e-9)
+
+
+def test_energy_ignores_brightness():
+    truth = texture(0)
+    assert high_frequency_energy(truth + 0.1, truth).item() == pytest.approx(1.0, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("frequency", "counted"), [(0.2, False), (0.45, True), (0.6, True), (0.8, True), (0.98, False)]
+)
+def test_only_the_band_is_counted(frequency, counted):
+    """A wave of a given fraction of the Nyquist frequency, along the width and along the diagonal."""
+    truth = texture(0, channels=1, height=96, width=96)
+    y, x = torch.meshgrid(torch.arange(96.0), torch.arange(96.0), indexing="ij")
+    for direction in (x, (x + y) / math.sqrt(2)):
+        restored = truth + 0.2 * torch.sin(math.pi * frequency * direction)
+        ratio = high_frequency_energy(restored, truth).item()
+        assert (ratio > 1.5) if counted else (ratio == pytest.approx(1.0, abs=0.01))
+
+
+def test_border_jump_is_not_detail():
+    """A ramp has no detail, though its periodic continuation jumps."""
+    truth = noisy(torch.full((1, 1, 64, 64), 0.5, dtype=torch.float64), 0.02)
+    ramp = torch.linspace(0, 1, 64, dtype=torch.float64).expand(1, 1, 64, 64)
+    assert high_frequency_energy(ramp, truth).item() < 1e-3
+
+
+def test_energy_falls_with_blur_grows_with_noise_per_image():
+    truth = texture(0)
+    restored = torch.cat([blurred(truth, 2), blurred(truth, 1), truth, noisy(truth, 0.05), noisy(truth, 0.1)])
+    ratios = high_frequency_energy(restored, truth.expand_as(restored))
+    assert ratios.shape == (5,)
+    assert bool((ratios.diff() > 0).all())
+    assert ratios[2].item() == pytest.approx(1.0)
+
+
+def test_energy_of_flat_images():
+    flat = torch.full((1, 3, 32, 32), 0.3)
+    truth = texture(0, height=32, width=32).float()
+    both = high_frequency_energy(torch.cat([truth, flat]), torch.cat([flat, truth]))
+    assert math.isnan(both[0].item())
+    assert both[1].item() == pytest.approx(0.0, abs=1e-9)
+    with pytest.raises(ValueError, match="15x40 is too small"):
+        high_frequency_energy(torch.zeros(1, 3, 15, 40), torch.zeros(1, 3, 15, 40))
+
+
+def test_geometric_mean():
+    assert geometric_mean(torch.tensor([2.0, 0.5])) == pytest.approx(1.0, abs=1e-12)
+    assert geometric_mean(torch.tensor([1.0, 10.0, 100.0])) == pytest.approx(10.0)
+    assert geometric_mean(torch.tensor([1.0, 0.0])) == 0.0
+    assert math.isnan(geometric_mean(torch.tensor([1.0, torch.nan])))
+    for bad in (torch.tensor([]), torch.tensor([1.0, -1.0])):
+        with pytest.raises(ValueError, match="geometric mean"):
+            geometric_mean(bad)
+
+
+# ---------------------------------------------------------------- sliced wasserstein distance
+
+SIZES = [(64, 64), (49, 70), (80, 51)]
+
+
+def texture_set(seed: int) -> list[torch.Tensor]:
+    return [texture(seed + i, height=h, width=w)[0] for i, (h, w) in enumerate(SIZES)]
+
+
+@pytest.mark.parametrize("statistics", ["truth", "own"])
+def test_distance_grows_from_zero_with_noise_and_with_blur(statistics):
+    truth = texture_set(0)
+    noisier = [[noisy(image, deviation) for image in truth] for deviation in (0.0, 0.02, 0.05, 0.08, 0.1)]
+    smoother = [[blurred(image[None], times)[0] for image in truth] for times in (0, 1, 2, 4)]
+    for ladder in (noisier, smoother):
+        distances = [sliced_wasserstein_distance(s, truth, seed=0, statistics=statistics) for s in ladder]
+        assert distances[0].average == 0.0
+        assert distances[0].per_level == (0.0, 0.0, 0.0)
+        finest = [distance.per_level[0] for distance in distances]
+        assert finest == sorted(finest)
+        assert finest[-1] > 40
+        for distance in distances:
+            assert distance.average == pytest.approx(sum(distance.per_level) / 3)
+
+
+def test_distance_is_a_function_of_its_seed():
+    restored, truth = texture_set(3), texture_set(0)
+    first = sliced_wasserstein_distance(restored, truth, seed=5)
+    state = torch.get_rng_state()
+    torch.rand(7)
+    assert sliced_wasserstein_distance(restored, truth, seed=5) == first
+    torch.set_rng_state(state)
+    other = sliced_wasserstein_distance(restored, truth, seed=6)
+    assert other != first
+    assert other.average == pytest.approx(first.average, rel=0.3)
+
+
+def test_distance_is_between_sets_not_between_pixels():
+    """Other draws of the same texture are nearer than the same draw blurred; PSNR says the opposite."""
+    truth, redrawn = texture_set(0), texture_set(10)
+    smoothed = [blurred(image[None], 1)[0] for image in truth]
+    near = sliced_wasserstein_distance(redrawn, truth, seed=0).per_level[0]
+    far = sliced_wasserstein_distance(smoothed, truth, seed=0).per_level[0]
+    assert near < far / 2
+    assert psnr(redrawn[0][None], truth[0][None], WHOLE) < psnr(smoothed[0][None], truth[0][None], WHOLE)
+
+
+def test_distance_with_own_statistics_is_symmetric_and_blind_to_contrast():
+    truth, other = texture_set(0), texture_set(10)
+    forward = sliced_wasserstein_distance(other, truth, seed=0, statistics="own")
+    backward = sliced_wasserstein_distance(truth, other, seed=0, statistics="own")
+    assert forward.per_level == pytest.approx(backward.per_level, rel=1e-5)
+    half = [0.25 + image / 2 for image in truth]
+    assert sliced_wasserstein_distance(half, truth, seed=0, statistics="own").average < 0.1
+    assert sliced_wasserstein_distance(half, truth, seed=0, statistics="truth").average > 300
+
+
+def test_projected_distance_is_that_of_scipy():
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.randn(200, 6, generator=generator)
+    theirs = 0.3 + 1.5 * torch.randn(200, 6, generator=generator)
+    found = metrics._sliced_distance(ours, theirs, 150, torch.Generator().manual_seed(1))
+    axes = torch.randn(150, 6, generator=torch.Generator().manual_seed(1))
+    axes = axes / axes.norm(dim=1, keepdim=True)
+    expected = [stats.wasserstein_distance(ours @ axis, theirs @ axis) for axis in axes]
+    assert found == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 56), (49, 55)])
+def test_pyramid_is_that_of_scipy_filters(height, width):
+    """Burt & Adelson with the 5x5 binomial filter and mirrored borders, the pyramid of Karras et al. 2018."""
+    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    image = texture(0, channels=1, height=height, width=width)[0]
+    fine = image[0].numpy()
+    for band in metrics._laplacian_pyramid(image, 3)[:-1]:
+        coarse = ndimage.convolve(fine, kernel, mode="mirror")[::2, ::2]
+        enlarged = np.zeros_like(fine)
+        enlarged[::2, ::2] = coarse
+        expected = fine - ndimage.convolve(enlarged, 4 * kernel, mode="mirror")
+        np.testing.assert_allclose(band[0].numpy(), expected, atol=1e-12)
+        fine = coarse
+    np.testing.assert_allclose(metrics._laplacian_pyramid(image, 3)[-1][0].numpy(), fine, atol=1e-12)
+
+
+def test_sets_that_cannot_be_compared():
+    image = texture(0)[0]
+    cases = [
+        ([image], [image, image], {}, "1 restored and 2 true"),
+        ([], [], {}, "0 restored"),
+        ([image[:1]], [image], {}, "1 channels"),
+        ([image[:, :24]], [image], {}, "24x56, and 3 levels need 25 pixels"),
+        ([image], [torch.full_like(image, 0.5)], {}, "flat"),
+        ([image], [image], {"levels": 0}, "levels is 0"),
+        ([image], [image], {"patches_per_image": 0}, "patches_per_image=0"),
+        ([image], [image], {"statistics": "none"}, "'none'"),
+    ]
+    for restored, truth, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            sliced_wasserstein_distance(restored, truth, seed=0, **options)
+    smallest = [image[:, :25, :25]]
+    assert sliced_wasserstein_distance(smallest, smallest, seed=0).average == 0.0
+
+
+# ---------------------------------------------------------------- lpips
+
+
+@pytest.fixture
+def untrained_alexnet(monkeypatch):
+    """LPIPS without its download: AlexNet with random weights, the same for every network built."""
+    import torchvision
+
+    build = torchvision.models.alexnet
+
+    def untrained(weights):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return build(weights=None)
+
+    monkeypatch.setattr(torchvision.models, "alexnet", untrained)
+
+
+def test_lpips_is_that_of_torchmetrics_per_image(untrained_alexnet):
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+
+    truth = torch.cat([texture(0, height=64, width=64), texture(1, height=64, width=64)])
+    restored = noisy(truth, 0.1)
+    restored[0] = truth[0]
+    lpips = Lpips()
+    distances = lpips(restored, truth)
+    assert distances.shape == (2,)
+    assert distances[0].item() == 0.0
+    expected = learned_perceptual_image_patch_similarity(
+        restored[1:].float().clamp(0, 1), truth[1:].float(), net_type="alex", normalize=True
+    )
+    assert distances[1].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert distances[1].item() > 0
+    assert torch.equal(lpips(restored, truth), distances)  # keeps nothing from call to call
+    assert not distances.requires_grad
+
+
+def test_lpips_takes_grey_and_overshoot_and_refuses_tiny_images(untrained_alexnet):
+    lpips, grey = Lpips(), texture(0, channels=1, height=64, width=64)
+    as_rgb = lpips(noisy(grey, 0.2).expand(-1, 3, -1, -1), grey.expand(-1, 3, -1, -1))
+    assert torch.equal(lpips(noisy(grey, 0.2), grey), as_rgb)
+    with pytest.raises(ValueError, match="31x64"):
+        lpips(grey[:, :, :31], grey[:, :, :31])
+
+
+def test_lpips_without_network_says_so(monkeypatch, tmp_path):
+    def unreachable(*_args, **_kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    with pytest.raises(MetricUnavailableError, match=r"^LPIPS is unavailable: URLError: .*not known.*$"):
+        Lpips()
+    assert socket.getdefaulttimeout() is None
+
+
+def test_lpips_from_a_silent_server_gives_up(monkeypatch, tmp_path):
+    """A server that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        download = torch.hub.download_url_to_file
+
+        def from_silent_server(_url, *args, **kwargs):
+            return download(f"http://127.0.0.1:{port}/alexnet.pth", *args, **kwargs)
+
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(torch.hub, "download_url_to_file", from_silent_server)
+        with pytest.raises(MetricUnavailableError, match="timed out"):
+            Lpips(timeout=0.2)
+
+
+def test_lpips_with_a_damaged_download_or_without_torchmetrics_says_so(monkeypatch, tmp_path):
+    def damaged(*_args, **_kwargs):
+        raise RuntimeError('invalid hash value (expected "7be5be79", got "00000000")')
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", damaged)
+    with pytest.raises(MetricUnavailableError, match="invalid hash"):
+        Lpips()
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    with pytest.raises(MetricUnavailableError, match=r"torchmetrics\.image\.lpip"):
+        Lpips()
+
+
+# ---------------------------------------------------------------- uncertainty
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_correlations_are_those_of_scipy(rounded):
+    """With rounding, many spreads and errors are equal: ties."""
+    truth = torch.cat([texture(0), texture(1)])
+    scale = torch.linspace(0.005, 0.1, truth.shape[-1], dtype=torch.float64)
+    samples = torch.stack([noisy(truth, 1.0, seed) for seed in range(4)])
+    samples = truth + scale * (samples - truth)
+    samples = round_to_uint8(samples) if rounded else samples
+    found = uncertainty_correlation(samples.clamp(0, 1), truth)
+    for i in range(2):
+        spread = samples.clamp(0, 1)[:, i].std(dim=0).flatten().numpy()
+        error = (samples.clamp(0, 1)[:, i].mean(dim=0) - truth[i]).abs().flatten().numpy()
+        assert found.pearson[i].item() == pytest.approx(stats.pearsonr(spread, error).statistic, abs=1e-9)
+        assert found.spearman[i].item() == pytest.approx(stats.spearmanr(spread, error).statistic, abs=1e-9)
+        assert found.pearson[i] > 0.3
+
+
+def test_correlation_of_a_spread_that_is_the_error():
+    truth = texture(0)
+    size = torch.linspace(0.01, 0.05, truth.shape[-1], dtype=torch.float64)
+    samples = torch.stack([truth + size + size, truth + size - size])  # off by `size` on average
+    found = uncertainty_correlation(samples, truth)
+    assert found.pearson.item() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_constant_spread_has_no_correlation():
+    truth = torch.full((1, 1, 8, 8), 0.5, dtype=torch.float64)
+    found = uncertainty_correlation(torch.stack([texture(0, 1, 8, 8)] * 2), truth)
+    assert math.isnan(found.pearson.item())
+    assert math.isnan(found.spearman.item())
+
+
+def test_samples_that_cannot_be_compared():
+    truth = texture(0)
+    for samples in (truth[None], torch.stack([truth, truth])[..., :-1]):
+        with pytest.raises(ValueError, match="two samples or more"):
+            uncertainty_correlation(samples, truth)
+    with pytest.raises(ValueError, match=r"\(N, B, C, H, W\)"):
+        uncertainty_correlation(truth, truth)
