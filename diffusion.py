@@ -1,0 +1,539 @@
+"""Residual diffusion: the process, the model of it that is trained, and the generator that samples it.
+
+    clean   = (high_res - upscaled) / residual_std                       unit variance
+    noisy   = signal_scale clean + noise_scale noise                     signal_scale^2 = alpha_bar_t
+    v       = signal_scale noise - noise_scale clean                     noise_scale^2 = 1 - alpha_bar_t
+
+Shape legend: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, T timesteps.
+`t` is int64 (B,) in [0, T); t = T - 1 is the noisiest. Images are in [-1, 1], clean residuals have unit
+variance and are not bounded by 1.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+import metrics
+from bicubic import upscale_image
+from checkpoint import CheckpointError, Plain, StateDict, load_checkpoint, load_model, load_weights
+from images import to_unit_range
+from samplers import ExactDDIMScheduler
+from training import Run, TrainingConfig, TrainState, Validation, new_state, noise_seed, restore_state, train
+from unet import Condition
+from util import CropDataset, ImageDataset, Sample, UpscaleFunction, degrade
+
+Mode = Literal["v_prediction", "noise", "clean"]
+Denoiser = Callable[[Tensor, Tensor, object], Tensor]
+VALIDATION_SEED = 0
+GRID_IMAGES = 4
+
+
+class Restorer(Protocol):
+    """What a generator needs of a network: its prediction, its condition, and the numbers it was trained with."""
+
+    residual_std: Tensor
+    scale: Tensor
+
+    def encode_context(self, condition: Condition) -> object:
+        """Turn the condition into what __call__ takes, once per image."""
+        ...
+
+    def __call__(self, noisy: Tensor, t: Tensor, context: object) -> Tensor:
+        """(B, C, H, W), (B,), the encoded condition -> (B, C, H, W)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """Which diffusion process a network was trained for; a checkpoint carries it.
+
+    Attributes:
+        timesteps: T.
+        mode: what the network is compared with: "v_prediction", "noise" or "clean".
+        schedule: how alpha_bar falls: "cosine".
+    """
+
+    timesteps: int = 1000
+    mode: Mode = "v_prediction"
+    schedule: Literal["cosine"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.timesteps <= 100_000:
+            raise ValueError(f"timesteps must be between 1 and 100000, not {self.timesteps}")
+        if self.mode not in ("v_prediction", "noise", "clean"):
+            raise ValueError(f"mode must be v_prediction, noise or clean, not {self.mode!r}")
+        if self.schedule != "cosine":
+            raise ValueError(f"schedule must be cosine, not {self.schedule!r}")
+
+    def to_dict(self) -> dict[str, Plain]:
+        """Plain values, as a checkpoint holds them."""
+        return asdict(self)
+
+
+def cosine_alpha_bar(timesteps: int, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
+    """The cosine schedule (Nichol & Dhariwal 2021, Eq. 17), each beta at most max_beta.
+
+    Returns:
+        (T,) float64, strictly falling, alpha_bar after each of the T noising steps.
+    """
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    f = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
+    betas = (1 - f[1:] / f[:-1]).clamp(max=max_beta)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+class DiffusionModel:
+    """The forward process, the targets, the loss, and training.
+
+    In mode "noise" the network's output o is not the noise itself: the noise is predicted as
+    noise_scale * noisy + signal_scale * o. At the noisiest timesteps the input already is the noise, and a
+    network that has to copy it leaves an error that the division by signal_scale (5e-5 at t = T - 1) blows up
+    beyond any image. With this form the clean estimate is signal_scale * noisy - noise_scale * o: no division
+    by a small number, and the loss still is that of noise prediction.
+
+    Args:
+        timesteps: T.
+        device: where the schedule lives.
+        mode: "v_prediction" (Salimans & Ho 2022, appendix D), "noise" (Ho et al. 2020, Eq. 14) or "clean".
+    """
+
+    def __init__(
+        self,
+        timesteps: int = 1000,
+        device: torch.device | str = "cpu",
+        mode: Mode = "v_prediction",
+    ) -> None:
+        self.process = ProcessConfig(timesteps, mode)
+        self.device = torch.device(device)
+        self.timesteps = timesteps
+        self.mode: Mode = mode
+        self.alpha_bar = cosine_alpha_bar(timesteps)  # (T,) float64, on the CPU
+        self.signal_scale = self.alpha_bar.sqrt().float().to(device)  # (T,)
+        self.noise_scale = (1 - self.alpha_bar).sqrt().float().to(device)  # (T,)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) timesteps -> signal_scale and noise_scale, each (B, 1, 1, 1)."""
+        return self.signal_scale[t][:, None, None, None], self.noise_scale[t][:, None, None, None]
+
+    def q_sample(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Diffuse (B, C, H, W) to timestep t in one go (Ho et al. 2020, Eq. 4)."""
+        signal_scale, noise_scale = self.scales(t)
+        return signal_scale * clean + noise_scale * noise
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the prediction is compared with, (B, C, H, W): v, the noise, or the clean residual."""
+        if self.mode == "noise":
+            return noise
+        if self.mode == "clean":
+            return clean
+        signal_scale, noise_scale = self.scales(t)
+        return signal_scale * noise - noise_scale * clean
+
+    def prediction(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The network's output as an estimate of the target; only in mode "noise" are they different."""
+        if self.mode != "noise":
+            return output
+        signal_scale, noise_scale = self.scales(t)
+        return noise_scale * noisy + signal_scale * output
+
+    def clean_estimate(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The clean residual that the network's output stands for, (B, C, H, W)."""
+        if self.mode == "clean":
+            return output
+        signal_scale, noise_scale = self.scales(t)
+        return signal_scale * noisy - noise_scale * output
+
+    def noise_estimate(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The noise that the network's output stands for, (B, C, H, W)."""
+        signal_scale, noise_scale = self.scales(t)
+        if self.mode == "clean":
+            return (noisy - signal_scale * output) / noise_scale
+        return noise_scale * noisy + signal_scale * output
+
+    def loss(
+        self, denoiser: Denoiser, clean: Tensor, context: object, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The mean squared error of the prediction at one random timestep per sample.
+
+        The timesteps of a batch are spread evenly over [0, T) from one random start (Kingma et al. 2021,
+        appendix I.1): each is uniform, and their mean varies far less.
+
+        Args:
+            denoiser: (noisy, t, context) -> (B, C, H, W).
+            clean: (B, C, H, W), unit variance.
+            context: handed to the denoiser.
+            generator: of timesteps and noise, on the device of clean.
+
+        Returns:
+            (B,) losses in float32.
+        """
+        batch = clean.shape[0]
+        start = torch.rand(1, generator=generator, device=clean.device)
+        spread = torch.arange(batch, device=clean.device) / batch
+        t = ((start + spread) % 1 * self.timesteps).long().clamp(max=self.timesteps - 1)
+        noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+        noisy = self.q_sample(clean, t, noise)
+        output = denoiser(noisy, t, context).float()
+        error = self.prediction(output, noisy, t) - self.target(clean, noise, t)
+        return error.square().flatten(1).mean(1)
+
+    def train(
+        self,
+        model: nn.Module,
+        dataset: ImageDataset,
+        validation: ImageDataset,
+        config: TrainingConfig,
+        *,
+        checkpoint_dir: Path,
+        log_dir: Path,
+        resume: Path | None = None,
+        precision: torch.dtype | None = None,
+        settings: dict[str, Plain] | None = None,
+        progress: bool = True,
+    ) -> tuple[Run, int | None]:
+        """Train a network to restore; see training.train for what the loop does.
+
+        Args:
+            model: a Restorer on this model's device, for instance unet.UNet. Its scale and residual_std are
+                set from the dataset unless it already has them.
+            dataset, validation: what to learn from; what to choose the best checkpoint by.
+            config: how to train.
+            checkpoint_dir: receives `diffusion_model_{mode}_best.pth` and `..._last.pth`.
+            log_dir: receives the TensorBoard events.
+            resume: a checkpoint to continue from.
+            precision: dtype to autocast to.
+            settings: further plain values to keep in the checkpoint and show in TensorBoard.
+
+        Returns:
+            The run's files, and None or the signal that ended it early.
+
+        Raises:
+            CheckpointError, NonFiniteError: see training.train.
+        """
+        restorer = cast(Restorer, model)
+        state = new_state(model, config)
+        if resume is not None:
+            self.load_checkpoint_for_resume(state, resume)
+        elif float(restorer.residual_std) == 0:
+            for network in (restorer, cast(Restorer, state.ema)):
+                network.residual_std.fill_(measure_residual_std(dataset))
+                network.scale.fill_(dataset.downscale_factor)
+        everything: dict[str, Plain] = {**(settings or {}), **config.to_dict(), **self.process.to_dict()}
+        run = Run(
+            checkpoint_dir,
+            log_dir,
+            f"diffusion_model_{self.mode}",
+            metadata={
+                "unet": model.config.to_dict(),  # type: ignore[union-attr, operator]
+                "process": self.process.to_dict(),
+                "training": config.to_dict(),
+                "settings": settings or {},
+            },
+            description={"configuration": _as_table(everything)},
+        )
+        received = train(
+            state,
+            self.restoration_loss(dataset.downscale_factor, dataset.upscale_function),
+            CropDataset(dataset),
+            config,
+            run,
+            precision=precision,
+            validate=self.validator(validation, precision),
+            progress=progress,
+        )
+        return run, received
+
+    def restoration_loss(
+        self, downscale_factor: float, upscale_function: UpscaleFunction
+    ) -> Callable[[nn.Module, Tensor, torch.Generator], Tensor]:
+        """The loss of uint8 crops (B, C, H, W): degrade them on their device, then denoise the residual."""
+
+        def loss(model: nn.Module, crops: Tensor, generator: torch.Generator) -> Tensor:
+            with torch.autocast(crops.device.type, enabled=False):
+                sample = degrade(crops, downscale_factor, upscale_function)
+                clean = sample.residual / network_of(model).residual_std
+            return self.loss(model, clean, Condition(sample.upscaled, sample.low_res), generator)
+
+        return loss
+
+    def validator(
+        self, dataset: ImageDataset, precision: torch.dtype | None = None, batch_size: int = 16
+    ) -> Callable[[nn.Module], Validation]:
+        """A function that restores the dataset's images with a network, and measures.
+
+        PSNR and SSIM are those of one step, the posterior mean, on luma; pictures are shown of one step and
+        of ten. The noise is the same at every call.
+        """
+        crops = torch.stack([dataset.crop(index) for index in range(len(dataset))]).to(self.device)
+        samples = degrade(crops, dataset.downscale_factor, dataset.upscale_function)
+        protocol = metrics.Protocol(crop=round(dataset.downscale_factor))
+        generator = ResidualGenerator.of(self.process, self.device, precision)
+
+        def restore(model: Restorer, steps: int, first: int, last: int) -> Tensor:
+            chosen = Sample(*(image[first:last] for image in samples))
+            return generator.restore(model, chosen.low_res, chosen.upscaled, steps, VALIDATION_SEED)
+
+        def validate(network: nn.Module) -> Validation:
+            model = cast(Restorer, network)
+            restored = torch.cat(
+                [restore(model, 1, start, start + batch_size) for start in range(0, len(crops), batch_size)]
+            )
+            truth = to_unit_range(samples.original)
+            psnr = float(metrics.psnr(restored, truth, protocol).mean())
+            bicubic = metrics.psnr(to_unit_range(samples.upscaled), truth, protocol).mean()
+            scalars = {
+                "psnr": psnr,
+                "ssim": float(metrics.ssim(restored, truth, protocol).mean()),
+                "psnr_over_bicubic": psnr - float(bicubic),
+            }
+            sampled = restore(model, min(10, self.timesteps), 0, GRID_IMAGES)
+            return Validation(
+                psnr,
+                scalars,
+                {
+                    "low_bicubic_mean_original": comparison_grid(samples, restored[:GRID_IMAGES]),
+                    "low_bicubic_sample_original": comparison_grid(samples, sampled),
+                },
+            )
+
+        return validate
+
+    def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
+        """Copy the averaged weights of a checkpoint or an exported model into a network.
+
+        Raises:
+            CheckpointError: the file is damaged, does not fit the network, or was trained in another mode or
+                with another number of timesteps than this DiffusionModel has.
+        """
+        loaded = load_model(path)
+        self._check_process(loaded.process, path)
+        load_weights(model, cast(StateDict, loaded.unet.state_dict()), path)
+        if verbose:
+            print(f"{path}: {self.mode}, {loaded.step} steps")  # noqa: T201  # what verbose asks for
+
+    def load_checkpoint_for_resume(self, state: TrainState, path: str | Path) -> None:
+        """Continue the training that a checkpoint holds: weights, average, optimiser, step.
+
+        Raises:
+            CheckpointError: as load_model_weights, or the optimiser is another one.
+        """
+        content = load_checkpoint(path)
+        self._check_process(cast(dict[str, Plain], content.get("process", {})), path)
+        restore_state(state, path)
+
+    def _check_process(self, process: dict[str, Plain], path: str | Path) -> None:
+        for name, own in self.process.to_dict().items():
+            if process.get(name) != own:
+                raise CheckpointError(
+                    f"{path} was trained with {name} {process.get(name)}, not {own}: use the same {name}"
+                )
+
+
+class ResidualGenerator:
+    """Restores images by sampling their residuals with DDIM, in any number of steps from 1 to T.
+
+    The clean estimate of every step is clipped so that upscaled + residual stays an image: a projection
+    onto a convex set that holds the truth, so it never makes the estimate worse.
+
+    Args:
+        img_channels: channels of the images.
+        img_size: length of the longer side of a result for networks that do not know their scale.
+        device: where to compute.
+        num_train_timesteps: T of the training.
+        predict_mode: mode of the training.
+        precision: dtype to autocast the network to, None for float32.
+    """
+
+    def __init__(
+        self,
+        img_channels: int = 3,
+        img_size: int = 256,
+        device: torch.device | str = "cpu",
+        num_train_timesteps: int = 1000,
+        predict_mode: Mode = "v_prediction",
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self.img_channels = img_channels
+        self.img_size = img_size
+        self.device = torch.device(device)
+        self.precision = precision
+        self.diffusion = DiffusionModel(num_train_timesteps, device, predict_mode)
+        self.scheduler = ExactDDIMScheduler(self.diffusion.alpha_bar)
+
+    @classmethod
+    def of(
+        cls, process: ProcessConfig, device: torch.device | str, precision: torch.dtype | None = None
+    ) -> "ResidualGenerator":
+        """The generator for a process, as a checkpoint describes it."""
+        return cls(
+            device=device,
+            num_train_timesteps=process.timesteps,
+            predict_mode=process.mode,
+            precision=precision,
+        )
+
+    def generate_images(
+        self,
+        model: Restorer,
+        low_resolution_image: Tensor,
+        num_images: int = 1,
+        num_inference_steps: int = 50,
+        *,
+        seed: int | None = None,
+        eta: float = 0.0,
+    ) -> Tensor:
+        """Restore images.
+
+        Args:
+            model: a trained network, for instance unet.UNet.
+            low_resolution_image: (B, C, h, w) in [-1, 1].
+            num_images: restorations of each image, with different noise.
+            num_inference_steps: 1 is the posterior mean; more steps give a sample.
+            seed: of the noise; the noise of an image depends on nothing else. None draws one.
+            eta: 0 for DDIM, 1 for the variance of DDPM.
+
+        Returns:
+            (B * num_images, C, H, W) in [0, 1], the restorations of one image next to each other.
+
+        Raises:
+            ValueError: a wrong shape or range, an untrained network, or a step count outside [1, T].
+        """
+        low_res, upscaled = self._inputs(model, low_resolution_image)
+        seed = torch.seed() % 2**62 if seed is None else seed
+        restored = [
+            self.restore(model, low_res, upscaled, num_inference_steps, seed, sample=index, eta=eta)
+            for index in range(num_images)
+        ]
+        return torch.stack(restored, dim=1).flatten(0, 1)
+
+    def generate_residuals(
+        self,
+        model: Restorer,
+        low_resolution_image: Tensor,
+        num_images: int = 1,
+        num_inference_steps: int = 50,
+        *,
+        seed: int | None = None,
+        eta: float = 0.0,
+    ) -> Tensor:
+        """As generate_images, but what is to be added to the upscaled image: in [-2, 2]."""
+        low_res, upscaled = self._inputs(model, low_resolution_image)
+        seed = torch.seed() % 2**62 if seed is None else seed
+        residuals = [
+            self._residual(model, low_res, upscaled, num_inference_steps, seed, sample=index, eta=eta)
+            for index in range(num_images)
+        ]
+        return torch.stack(residuals, dim=1).flatten(0, 1)
+
+    def restore(
+        self,
+        model: Restorer,
+        low_res: Tensor,
+        upscaled: Tensor,
+        steps: int,
+        seed: int,
+        *,
+        sample: int = 0,
+        eta: float = 0.0,
+    ) -> Tensor:
+        """Restore images whose upscaled version is at hand: (B, C, H, W) in [0, 1]."""
+        residual = self._residual(model, low_res, upscaled, steps, seed, sample=sample, eta=eta)
+        return to_unit_range((upscaled + residual).clamp(-1, 1))
+
+    def _inputs(self, model: Restorer, low_res: Tensor) -> tuple[Tensor, Tensor]:
+        """Check the input, move it to the device and upscale it."""
+        if low_res.ndim != 4 or low_res.shape[1] != self.img_channels:
+            raise ValueError(
+                f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
+            )
+        if low_res.min() < -1.001 or low_res.max() > 1.001:
+            raise ValueError("the low-resolution image must be in [-1, 1]: images.to_model_range maps [0, 1]")
+        low_res = low_res.to(self.device, torch.float32)
+        scale = float(model.scale) or self.img_size / max(low_res.shape[-2:])
+        return low_res, upscale_image(low_res, scale).clamp(-1, 1)
+
+    @torch.inference_mode()
+    def _residual(
+        self,
+        model: Restorer,
+        low_res: Tensor,
+        upscaled: Tensor,
+        steps: int,
+        seed: int,
+        *,
+        sample: int,
+        eta: float,
+    ) -> Tensor:
+        """(B, C, H, W) residuals in [-2, 2]."""
+        residual_std = float(model.residual_std)
+        if residual_std <= 0:
+            raise ValueError("this network has no residual_std: load trained weights into it first")
+        streams = [torch.Generator().manual_seed(noise_seed(seed, sample, 0)) for _ in range(len(upscaled))]
+        low, high = (-1 - upscaled) / residual_std, (1 - upscaled) / residual_std
+        with self._autocast():
+            context = model.encode_context(Condition(upscaled, low_res))
+        noisy = self._noise(upscaled, streams)
+        self.scheduler.set_timesteps(steps)
+        for timestep in self.scheduler.timesteps.tolist():
+            t = torch.full((len(noisy),), timestep, device=self.device)
+            with self._autocast():
+                output = model(noisy, t, context).float()
+            clean = self.diffusion.clean_estimate(output, noisy, t).clamp(low, high)
+            fresh = self._noise(upscaled, streams) if eta > 0 else None
+            noisy = self.scheduler.previous_sample(clean, timestep, noisy, eta, fresh)
+        return noisy * residual_std
+
+    def _noise(self, like: Tensor, streams: list[torch.Generator]) -> Tensor:
+        """Standard normal noise, each image's from its own stream, drawn on the CPU for the same bytes anywhere."""
+        noise = torch.stack([torch.randn(like.shape[1:], generator=stream) for stream in streams])
+        return noise.to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+
+
+def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
+    """Root mean square of the residuals in [-2, 2] of up to `samples` training crops.
+
+    Raises:
+        ValueError: every residual is zero, as for a folder of blank images.
+    """
+    crops = [dataset[index].residual.double() for index in range(min(samples, len(dataset)))]
+    mean_square = float(torch.stack(crops).square().mean())
+    if mean_square == 0:
+        raise ValueError("bicubic upscaling already restores every training image: there is nothing to learn")
+    return math.sqrt(mean_square)
+
+
+def network_of(model: nn.Module) -> Restorer:
+    """The network inside a wrapper of DistributedDataParallel or torch.compile, or the network itself."""
+    inner = getattr(model, "module", getattr(model, "_orig_mod", model))
+    return cast(Restorer, inner)
+
+
+def comparison_grid(samples: Sample, restored: Tensor) -> Tensor:
+    """A (3, H', W') picture in [0, 1], a row per image: low (nearest) | bicubic | restored | original."""
+    from torchvision.utils import make_grid
+
+    count, size = len(restored), samples.original.shape[-2:]
+    low = torch.nn.functional.interpolate(to_unit_range(samples.low_res[:count]), size=size, mode="nearest")
+    columns = [
+        low,
+        to_unit_range(samples.upscaled[:count]),
+        restored,
+        to_unit_range(samples.original[:count]),
+    ]
+    rows = torch.stack(columns, dim=1).flatten(0, 1).cpu()
+    grid: Tensor = make_grid(rows, nrow=len(columns), padding=4)
+    return grid
+
+
+def _as_table(values: dict[str, Plain]) -> str:
+    """A Markdown table of names and values."""
+    rows = [f"| {name} | {value} |" for name, value in values.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])

@@ -1,0 +1,586 @@
+"""The training loop, for any `loss(model, batch, generator) -> (B,)`.
+
+It owns what has nothing to do with diffusion: the order of the data, gradient accumulation, clipping, the
+learning-rate schedule, the moving average of the weights, precision, logging, checkpoints and signals.
+
+The data of a step and its random numbers are pure functions of (seed, step): nothing about a generator has
+to be stored, and a resumed run is the run that was never interrupted (as in EDM2, Karras et al. 2024).
+"""
+
+import copy
+import functools
+import hashlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, Plain, load_checkpoint, load_weights, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+OptimizerName = Literal["adamw", "adamw8bit"]
+LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train; a checkpoint carries it.
+
+    Attributes:
+        max_steps: optimiser steps in all.
+        batch_size: samples per forward pass.
+        accumulation_steps: forward passes per optimiser step.
+        learning_rate: the peak; it is reached by a linear warm-up and left by half a cosine.
+        warmup_steps: optimiser steps of the warm-up.
+        final_learning_rate: the end of the cosine, as a fraction of the peak.
+        weight_decay, beta2: of AdamW (Loshchilov & Hutter 2019).
+        max_grad_norm: gradients are clipped to this global norm.
+        ema_decay: of the averaged weights, ramped up as (1 + step) / (10 + step).
+        optimizer: "adamw" or "adamw8bit" (bitsandbytes).
+        seed: of data order, crops, noise and timesteps.
+        validate_every, save_every, log_every: in optimiser steps; the end always validates and saves.
+        num_workers: processes that read images; 0 reads them in this one.
+    """
+
+    max_steps: int
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    learning_rate: float = 2e-5
+    warmup_steps: int = 100
+    final_learning_rate: float = 0.01
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    optimizer: OptimizerName = "adamw"
+    seed: int = 0
+    validate_every: int = 500
+    save_every: int = 500
+    log_every: int = 10
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (
+            "max_steps",
+            "batch_size",
+            "accumulation_steps",
+            "validate_every",
+            "save_every",
+            "log_every",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
+        for name in ("warmup_steps", "num_workers", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("final_learning_rate", "ema_decay", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        if self.optimizer not in ("adamw", "adamw8bit"):
+            raise ValueError(f"optimizer must be adamw or adamw8bit, not {self.optimizer!r}")
+
+    def to_dict(self) -> dict[str, Plain]:
+        """Plain values, as a checkpoint holds them."""
+        return asdict(self)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite; training cannot go on."""
+
+
+# --------------------------------------------------------------------------------------------------
+# The order of the data
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which samples every optimiser step uses: each epoch is one shuffled pass, the last group may be smaller.
+
+    Attributes:
+        length: number of samples in the dataset.
+        batch_size, accumulation_steps, seed: as in TrainingConfig.
+    """
+
+    length: int
+    batch_size: int
+    accumulation_steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one pass over the data."""
+        return math.ceil(self.length / (self.batch_size * self.accumulation_steps))
+
+    def micro_batches(self, step: int) -> list[list[tuple[int, int]]]:
+        """The (epoch, index) pairs of each forward pass of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        group_size = self.batch_size * self.accumulation_steps
+        order = _epoch_order(self.length, self.seed, epoch)
+        group = order[position * group_size : (position + 1) * group_size]
+        return [
+            [(epoch, index) for index in group[start : start + self.batch_size]]
+            for start in range(0, len(group), self.batch_size)
+        ]
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(length: int, seed: int, epoch: int) -> list[int]:
+    """The permutation of an epoch, a pure function of (seed, epoch)."""
+    order: list[int] = np.random.default_rng((seed, epoch)).permutation(length).tolist()
+    return order
+
+
+class PlannedBatches(Sampler[list[tuple[int, int]]]):
+    """Batch sampler over the micro-batches of steps [first_step, last_step)."""
+
+    def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
+        self.plan = plan
+        self.steps = range(first_step, last_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            yield from self.plan.micro_batches(step)
+
+    def __len__(self) -> int:
+        return sum(len(self.plan.micro_batches(step)) for step in self.steps)
+
+
+def noise_seed(seed: int, step: int, micro_batch: int) -> int:
+    """A 63-bit seed for the random numbers of one forward pass, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+# --------------------------------------------------------------------------------------------------
+# The state of a run
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """What changes from step to step, and is saved.
+
+    Attributes:
+        model: the network being trained.
+        ema: the same network with averaged weights; what is validated and used.
+        optimizer: of the model's parameters.
+        optimizer_name: recorded so that its state is never read into another kind.
+        step: optimiser steps taken, skipped ones included.
+        best_psnr: of the averaged weights on the validation images, in dB.
+        skipped: steps whose loss or gradient was not finite.
+    """
+
+    model: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    optimizer_name: OptimizerName
+    step: int = 0
+    best_psnr: float = -math.inf
+    skipped: int = 0
+
+
+def new_state(model: nn.Module, config: TrainingConfig) -> TrainState:
+    """A state at step 0. The model must already be on its device."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    return TrainState(model, ema, make_optimizer(model, config), config.optimizer)
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, fused, or bitsandbytes' AdamW8bit (Dettmers et al. 2022), on the model's parameters."""
+    parameters = list(model.parameters())
+    betas = (0.9, config.beta2)
+    if config.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this branch alone
+
+        eight_bit: torch.optim.Optimizer = AdamW8bit(
+            parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay
+        )
+        return eight_bit
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=betas,
+        weight_decay=config.weight_decay,
+        fused=parameters[0].device.type in ("cpu", "cuda"),
+    )
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up to the peak, then half a cosine down to its final fraction (Loshchilov & Hutter 2017)."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
+
+
+def ema_decay_at(step: int, config: TrainingConfig) -> float:
+    """The decay, ramped up so that the average forgets the first steps quickly."""
+    return min(config.ema_decay, (1 + step) / (10 + step))
+
+
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, in place; buffers are copied."""
+    with torch.no_grad():
+        averaged: list[Tensor] = list(ema.parameters())
+        current: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        for own, theirs in zip(ema.buffers(), model.buffers(), strict=True):
+            own.copy_(theirs)
+
+
+def state_content(state: TrainState) -> dict[str, object]:
+    """The entries of a checkpoint that belong to the loop."""
+    return {
+        "model": state.model.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimizer": {"name": state.optimizer_name, "state": state.optimizer.state_dict()},
+        "step": state.step,
+        "best_psnr": state.best_psnr,
+        "skipped": state.skipped,
+    }
+
+
+def restore_state(state: TrainState, path: str | Path) -> None:
+    """Continue where a checkpoint stopped: weights, average, optimiser, step.
+
+    Raises:
+        CheckpointError: it is damaged, does not fit the model, or was written by another optimiser.
+    """
+    content = load_checkpoint(path, next(state.model.parameters()).device)
+    optimizer = content.get("optimizer")
+    if not isinstance(optimizer, dict):
+        raise CheckpointError(f"{path} holds no optimiser state: it cannot be resumed, only used")
+    if optimizer["name"] != state.optimizer_name:
+        raise CheckpointError(
+            f"{path} was trained with --optimizer {optimizer['name']}, whose state does not fit "
+            f"{state.optimizer_name}: resume with --optimizer {optimizer['name']}"
+        )
+    load_weights(state.model, content["model"], path)  # type: ignore[arg-type]  # verified key by key
+    load_weights(state.ema, content["ema"], path)  # type: ignore[arg-type]
+    try:
+        state.optimizer.load_state_dict(optimizer["state"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the optimiser state of {path} does not fit: {error}") from error
+    state.step = int(content["step"])  # type: ignore[call-overload]
+    state.best_psnr = float(content["best_psnr"])  # type: ignore[arg-type]
+    state.skipped = int(content["skipped"])  # type: ignore[call-overload]
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+# --------------------------------------------------------------------------------------------------
+
+
+class Validation(NamedTuple):
+    """What a validation found, all on the averaged weights.
+
+    Attributes:
+        psnr: mean over the validation images, in dB; the best checkpoint is chosen by it.
+        scalars: name -> value, for TensorBoard.
+        images: name -> (3, H, W) in [0, 1], for TensorBoard.
+    """
+
+    psnr: float
+    scalars: dict[str, float]
+    images: dict[str, Tensor]
+
+
+class StepReport(NamedTuple):
+    """One optimiser step: the mean loss of its samples, the norm of its gradient, how many samples."""
+
+    loss: float
+    grad_norm: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, and what it writes besides the loop's own state.
+
+    Attributes:
+        checkpoint_dir, log_dir: of this run alone.
+        name: checkpoints are `{name}_best.pth` and `{name}_last.pth`.
+        metadata: further checkpoint entries, for instance how to rebuild the network.
+        description: name -> text for TensorBoard's text page.
+    """
+
+    checkpoint_dir: Path
+    log_dir: Path
+    name: str
+    metadata: dict[str, object]
+    description: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Path:
+        """Path of the checkpoint with the highest validation PSNR."""
+        return self.checkpoint_dir / f"{self.name}_best.pth"
+
+    @property
+    def last(self) -> Path:
+        """Path of the newest checkpoint."""
+        return self.checkpoint_dir / f"{self.name}_last.pth"
+
+    def save(self, path: Path, state: TrainState) -> None:
+        """Write a checkpoint of the state, atomically."""
+        save_checkpoint(path, {**self.metadata, **state_content(state)})
+
+
+class SignalCatcher:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> "SignalCatcher":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        logger.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+
+
+def train(
+    state: TrainState,
+    loss: LossFunction,
+    dataset: Dataset[Tensor],
+    config: TrainingConfig,
+    run: Run,
+    *,
+    precision: torch.dtype | None = None,
+    validate: Callable[[nn.Module], Validation] | None = None,
+    progress: bool = True,
+) -> int | None:
+    """Train from state.step to config.max_steps.
+
+    Args:
+        state: changed in place.
+        loss: (model, batch on the device, generator on the device) -> (B,) losses.
+        dataset: indexed by (epoch, index) pairs; of known length.
+        config: how to train.
+        run: where to write.
+        precision: dtype to autocast the loss to, None for float32.
+        validate: called with the averaged network.
+        progress: show a progress bar.
+
+    Returns:
+        None when training is complete, or the number of the signal that ended it early. Either way the last
+        checkpoint holds the final state.
+
+    Raises:
+        NonFiniteError: too many non-finite steps in a row.
+        CheckpointError: a checkpoint could not be written.
+    """
+    device = next(state.model.parameters()).device
+    plan = BatchPlan(_length(dataset), config.batch_size, config.accumulation_steps, config.seed)
+    batches = _batches(dataset, plan, config, state.step, device)
+    stepper = _Stepper(state, loss, config, torch.Generator(device), precision)
+    log = _Log(run, state.step, config)
+    bar = tqdm(
+        total=config.max_steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True
+    )
+    with SignalCatcher() as signals, bar, log:
+        log.describe(run.description)
+        while state.step < config.max_steps and signals.received is None:
+            report = stepper.step(plan.micro_batches(state.step), batches, device)
+            bar.update()
+            bar.set_postfix(loss=f"{report.loss:.4f}", best=f"{state.best_psnr:.2f} dB", refresh=False)
+            log.step(state, report)
+            if validate is not None and _due(state.step, config.validate_every, config.max_steps):
+                _validate_and_keep(state, validate, run, log)
+            if _due(state.step, config.save_every, config.max_steps):
+                run.save(run.last, state)
+        if signals.received is not None:
+            run.save(run.last, state)
+    return signals.received
+
+
+def _length(dataset: Dataset[Tensor]) -> int:
+    length = getattr(dataset, "__len__", None)
+    assert length is not None, "the dataset must have a length"
+    return int(length())
+
+
+def _batches(
+    dataset: Dataset[Tensor], plan: BatchPlan, config: TrainingConfig, first_step: int, device: torch.device
+) -> Iterator[Tensor]:
+    loader = DataLoader(
+        dataset,
+        batch_sampler=PlannedBatches(plan, first_step, config.max_steps),
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_interrupts,
+    )
+    return iter(loader)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process decides when its workers stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+def _validate_and_keep(
+    state: TrainState, validate: Callable[[nn.Module], Validation], run: Run, log: "_Log"
+) -> None:
+    result = validate(state.ema)
+    log.validation(state.step, result)
+    if result.psnr > state.best_psnr:
+        state.best_psnr = result.psnr
+        run.save(run.best, state)
+
+
+class _Stepper:
+    """Takes optimiser steps; remembers how many in a row were not finite."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        loss: LossFunction,
+        config: TrainingConfig,
+        generator: torch.Generator,
+        precision: torch.dtype | None,
+    ) -> None:
+        self.state = state
+        self.loss = loss
+        self.config = config
+        self.generator = generator
+        self.precision = precision
+        self.skipped_in_a_row = 0
+
+    def step(
+        self, micro_batches: Sequence[Sequence[object]], batches: Iterator[Tensor], device: torch.device
+    ) -> StepReport:
+        """Accumulate the gradient of one group, clip it, and update the weights and their average.
+
+        Every sample of the group weighs the same, however the group splits into micro-batches.
+        """
+        state, config = self.state, self.config
+        state.model.train()
+        samples = sum(len(micro_batch) for micro_batch in micro_batches)
+        total = torch.zeros((), device=device)
+        for index in range(len(micro_batches)):
+            batch = next(batches).to(device, non_blocking=True)
+            self.generator.manual_seed(noise_seed(config.seed, state.step, index))
+            total += self._accumulate(batch, samples)
+        grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
+        report = StepReport(float(total), float(grad_norm), samples)
+        if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
+            self._update()
+        else:
+            self._skip()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        return report
+
+    def _accumulate(self, batch: Tensor, samples: int) -> Tensor:
+        """Add the gradient of this micro-batch's share of the mean loss; returns the share."""
+        with torch.autocast(batch.device.type, self.precision, enabled=self.precision is not None):
+            losses = self.loss(self.state.model, batch, self.generator)  # (B,)
+        share = losses.float().sum() / samples
+        share.backward()
+        return share.detach()
+
+    def _update(self) -> None:
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.state.step, self.config)
+        self.state.optimizer.step()
+        update_ema(self.state.ema, self.state.model, ema_decay_at(self.state.step, self.config))
+        self.skipped_in_a_row = 0
+
+    def _skip(self) -> None:
+        self.state.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{self.skipped_in_a_row} steps in a row up to step {self.state.step} had a loss or gradient "
+                "that is not finite: lower --learning_rate or use --precision fp32; "
+                "the last checkpoint is from before"
+            )
+
+
+class _Log:
+    """Writes TensorBoard: training scalars every few steps, validations, the configuration as text."""
+
+    def __init__(self, run: Run, first_step: int, config: TrainingConfig) -> None:
+        purge = first_step + 1 if first_step else None  # what a killed run logged beyond its checkpoint
+        self.writer = SummaryWriter(str(run.log_dir), purge_step=purge)
+        self.config = config
+        self._losses: list[float] = []
+        self._samples = 0
+        self._since = time.perf_counter()
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.writer.close()
+
+    def describe(self, description: dict[str, str]) -> None:
+        """Put texts on the text page."""
+        for name, text in description.items():
+            self.writer.add_text(name, text)
+
+    def step(self, state: TrainState, report: StepReport) -> None:
+        """Collect a step; write the means every log_every steps."""
+        self._losses.append(report.loss)
+        self._samples += report.samples
+        if not _due(state.step, self.config.log_every, self.config.max_steps):
+            return
+        now = time.perf_counter()
+        scalars = {
+            "train/loss": float(np.mean(self._losses)),
+            "train/learning_rate": learning_rate_at(state.step - 1, self.config),
+            "train/gradient_norm": report.grad_norm,
+            "train/images_per_second": self._samples / (now - self._since),
+            "train/skipped_steps": float(state.skipped),
+        }
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, state.step)
+        self._losses.clear()
+        self._samples, self._since = 0, now
+
+    def validation(self, step: int, result: Validation) -> None:
+        """Write a validation; its time does not count against images per second."""
+        started = time.perf_counter()
+        for name, value in result.scalars.items():
+            self.writer.add_scalar(f"validation/{name}", value, step)
+        for name, image in result.images.items():
+            self.writer.add_image(f"validation/{name}", image, step)
+        self.writer.flush()
+        self._since += time.perf_counter() - started

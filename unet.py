@@ -1,0 +1,486 @@
+"""The denoising network: a UNet that works below the full resolution and is conditioned on the input image.
+
+Shape legend: B batch, C image channels, H x W pixels of the high resolution, h x w of the low one,
+p patch size, D_i width of level i, N tokens, E width of a token (context_dim), T timesteps.
+
+What the condition costs is paid once per image: `encode_context` turns it into a `Context` (features that are
+added after the stem, keys and values for every cross-attention), and each denoising step reuses that.
+"""
+
+import itertools
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation
+
+Conditioning = Literal["none", "concat", "cross_attention", "both"]
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything needed to rebuild a UNet; a checkpoint carries it.
+
+    Attributes:
+        in_channels, out_channels: image channels of the noisy input and of the prediction.
+        base_dim: width of the first level.
+        dim_mults: width of level i is base_dim * dim_mults[i]; each level halves the resolution.
+        context_dim: width of the cross-attention tokens.
+        patch_size: 1, 2 or 4; the stem folds patches of this side into channels (pixel-unshuffle).
+        blocks_per_level: residual blocks in each level of the encoder, and of the decoder.
+        context_blocks: residual blocks that refine the concatenated image once per image, not once per step.
+        conditioning: "concat" adds the upscaled image at the stem, "cross_attention" attends to tokens of the
+            low-resolution image, "both", or "none".
+        norm: "group" or "pixel", see util.PixelNorm.
+        attention_window: side, in tokens, of the windows self-attention works in; 0 attends over everything.
+        head_dim: width of one attention head.
+        scale: the enlargement the network was trained for; residual_std travels as a buffer beside it.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    base_dim: int = 32
+    dim_mults: tuple[int, ...] = (1, 2, 4)
+    context_dim: int = 512
+    patch_size: int = 2
+    blocks_per_level: int = 2
+    context_blocks: int = 0
+    conditioning: Conditioning = "both"
+    norm: Norm = "pixel"
+    attention_window: int = 8
+    head_dim: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dim_mults", tuple(self.dim_mults))
+        positive = ("in_channels", "out_channels", "base_dim", "context_dim", "blocks_per_level", "head_dim")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.dim_mults or min(self.dim_mults) < 1:
+            raise ValueError(f"dim_mults must be one or more positive numbers, not {self.dim_mults}")
+        if self.base_dim % 4:
+            raise ValueError(f"base_dim must be a multiple of 4, not {self.base_dim}")
+        if self.patch_size not in (1, 2, 4):
+            raise ValueError(f"patch_size must be 1, 2 or 4, not {self.patch_size}")
+        if self.conditioning not in ("none", "concat", "cross_attention", "both"):
+            raise ValueError(
+                f"conditioning must be none, concat, cross_attention or both, not {self.conditioning!r}"
+            )
+        if self.norm not in ("group", "pixel"):
+            raise ValueError(f"norm must be 'group' or 'pixel', not {self.norm!r}")
+        if min(self.attention_window, self.context_blocks) < 0:
+            raise ValueError("attention_window and context_blocks must not be negative")
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether the upscaled image is part of the input."""
+        return self.conditioning in ("concat", "both")
+
+    @property
+    def cross_attends(self) -> bool:
+        """Whether the transformer blocks attend to context tokens."""
+        return self.conditioning in ("cross_attention", "both")
+
+    @property
+    def size_multiple(self) -> int:
+        """Inputs are padded to a multiple of this many pixels: the side of one deepest token."""
+        return int(self.patch_size * 2 ** (len(self.dim_mults) - 1))
+
+    def to_dict(self) -> dict[str, int | str | list[int]]:
+        """Plain values, as JSON and checkpoints hold them."""
+        return {**asdict(self), "dim_mults": list(self.dim_mults)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, int | str | list[int]]) -> "UNetConfig":
+        """The inverse of to_dict. ValueError names a field this version does not know."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown UNet settings {sorted(unknown)}: the file is from another version")
+        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks every value
+
+
+class Condition(NamedTuple):
+    """What a restoration is conditioned on, before encoding; leave out what the configuration does not use.
+
+    Attributes:
+        upscaled: (B, C, H, W) in [-1, 1], the low-resolution image at the target size.
+        low_res: (B, C, h, w) in [-1, 1], read by ImageContextExtractor.
+        tokens: (B, N, E), any other tokens to attend to instead of those of low_res.
+    """
+
+    upscaled: Tensor | None = None
+    low_res: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class Context(NamedTuple):
+    """An encoded Condition, valid for every denoising step of its images.
+
+    Attributes:
+        features: (B, D_0, H / p, W / p) of the padded size, added after the stem; or None.
+        keys_values: keys and values (B, heads, N, head width) of each transformer block; empty without tokens.
+    """
+
+    features: Tensor | None = None
+    keys_values: tuple[KeysValues, ...] = ()
+
+
+def _head_count(dim: int, head_dim: int) -> int:
+    """The most heads of at least head_dim channels that divide dim evenly, at least one."""
+    return next(heads for heads in range(max(1, dim // head_dim), 0, -1) if dim % heads == 0)
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, Eq. 1) with a zero-initialised output.
+
+    Args:
+        dim: width of the queries and of the result.
+        source_dim: width of what keys and values are made from.
+        head_dim: width of one head.
+    """
+
+    def __init__(self, dim: int, source_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = _head_count(dim, head_dim)
+        self.to_query = nn.Linear(dim, dim, bias=False)
+        self.to_key_value = nn.Linear(source_dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def keys_values(self, source: Tensor) -> KeysValues:
+        """(B, N, source_dim) -> keys and values, each (B, heads, N, dim / heads)."""
+        keys, values = self.to_key_value(source).chunk(2, dim=-1)
+        return self._split(keys), self._split(values)
+
+    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        """(B, M, dim) queries against given keys and values -> (B, M, dim)."""
+        attended = F.scaled_dot_product_attention(self._split(self.to_query(x)), *keys_values)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention where a context is given, and feed-forward, each pre-normalised and added.
+
+    Args:
+        dim: width of the tokens.
+        context_dim: width E of the context tokens, or None for a block without cross-attention.
+        head_dim: width of one attention head.
+        expansion: width of the hidden feed-forward layer over dim.
+    """
+
+    def __init__(
+        self, dim: int, context_dim: int | None = None, *, head_dim: int = 32, expansion: int = 4
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.self_attention = Attention(dim, dim, head_dim)
+        self.cross_attention = None if context_dim is None else Attention(dim, context_dim, head_dim)
+        self.norm2 = None if context_dim is None else nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim)
+        )
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """(B, N, E) context tokens -> what `forward` attends to, computed once and reused at every step."""
+        if self.cross_attention is None:
+            raise ValueError("this BasicTransformerBlock was built without a context_dim")
+        return self.cross_attention.keys_values(context)
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+        """(B, M, dim) and a context, as (B, N, E) tokens or their keys and values, or None -> (B, M, dim)."""
+        normed = self.norm1(x)
+        x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
+        if context is not None:
+            keys_values = self.keys_values(context) if isinstance(context, Tensor) else context
+            assert self.cross_attention is not None and self.norm2 is not None
+            x = x + self.cross_attention(self.norm2(x), keys_values)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class WindowTransformer(nn.Module):
+    """A BasicTransformerBlock over square windows of a feature map.
+
+    Windows keep the cost linear in the number of pixels, and what a window sees does not depend on the size
+    of the image: the network meets on a photo what it met on its training crops. Half of the blocks use
+    windows shifted by half a side (Liu et al. 2021, section 3.2), so that no seam stays in one place.
+    """
+
+    def __init__(self, block: BasicTransformerBlock, window: int, shifted: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.window = window
+        self.shift = window // 2 if shifted else 0
+
+    def forward(self, x: Tensor, keys_values: KeysValues | None) -> Tensor:
+        """(B, D, h, w), and keys and values of the context or None -> (B, D, h, w)."""
+        batch, _, height, width = x.shape
+        rows, top, bottom = self._partition(height)
+        columns, left, right = self._partition(width)
+        padded = F.pad(x, (left, right, top, bottom), mode="replicate")
+        grid_y, grid_x = padded.shape[2] // rows, padded.shape[3] // columns
+        windows = padded.unflatten(3, (grid_x, columns)).unflatten(2, (grid_y, rows))
+        tokens = windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)  # (B grid, rows columns, D)
+        if keys_values is not None and grid_y * grid_x > 1:
+            repeated = [item.repeat_interleave(grid_y * grid_x, dim=0) for item in keys_values]
+            keys_values = (repeated[0], repeated[1])
+        tokens = self.block(tokens, keys_values)
+        windows = tokens.unflatten(0, (batch, grid_y, grid_x)).unflatten(3, (rows, columns))
+        mixed = windows.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, D, padded h, padded w)
+        return mixed[:, :, top : top + height, left : left + width]
+
+    def _partition(self, length: int) -> tuple[int, int, int]:
+        """Window side along one axis, and the padding before and after it."""
+        if self.window == 0 or length <= self.window:
+            return length, 0, 0
+        return self.window, self.shift, -(length + self.shift) % self.window
+
+
+class ImageContextExtractor(nn.Module):
+    """A small convolutional network from an image to a fixed number of tokens for cross-attention.
+
+    The features are averaged over a grid x grid raster, so a large image has no more tokens than a crop,
+    and windows of one image can share them.
+
+    Args:
+        in_channels: channels C of the image.
+        context_dim: width E of a token.
+        grid: the number of tokens N is grid * grid.
+        width: channels of the first convolution.
+    """
+
+    def __init__(self, in_channels: int = 3, context_dim: int = 512, grid: int = 4, width: int = 32) -> None:
+        super().__init__()
+        self.grid = grid
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
+            nn.SiLU(),
+        )
+        self.project = nn.Linear(4 * width, context_dim)
+        self.position = nn.Parameter(0.02 * torch.randn(grid * grid, context_dim))
+        self.norm = nn.LayerNorm(context_dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, h, w) in [-1, 1] -> (B, N, E)."""
+        pooled = F.adaptive_avg_pool2d(self.features(image), self.grid)  # (B, 4 width, grid, grid)
+        return self.norm(self.project(pooled.flatten(2).transpose(1, 2)) + self.position)
+
+
+class UNet(nn.Module):
+    """Predicts a diffusion target from a noisy residual, its timestep and the image it belongs to.
+
+    Residual blocks with the time embedding at every level, transformer blocks at the deepest level and the
+    bottleneck, skip connections from each level of the encoder to the decoder (Ronneberger et al. 2015;
+    Ho et al. 2020, appendix B), a pixel-unshuffle stem, and an output that starts at zero.
+
+    `scale` and `residual_std` are buffers: the enlargement and the standard deviation of the residuals in
+    [-2, 2] that the network was trained for. They travel with the weights; 0 means "not trained yet".
+
+    Args: as the fields of UNetConfig.
+    """
+
+    residual_std: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        base_dim: int = 32,
+        dim_mults: tuple[int, ...] = (1, 2, 4),
+        context_dim: int = 512,
+        *,
+        patch_size: int = 2,
+        blocks_per_level: int = 2,
+        context_blocks: int = 0,
+        conditioning: Conditioning = "both",
+        norm: Norm = "pixel",
+        attention_window: int = 8,
+        head_dim: int = 32,
+    ) -> None:
+        super().__init__()
+        config = UNetConfig(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            base_dim=base_dim,
+            dim_mults=tuple(dim_mults),
+            context_dim=context_dim,
+            patch_size=patch_size,
+            blocks_per_level=blocks_per_level,
+            context_blocks=context_blocks,
+            conditioning=conditioning,
+            norm=norm,
+            attention_window=attention_window,
+            head_dim=head_dim,
+        )
+        self.config = config
+        self.register_buffer("residual_std", torch.zeros(()))
+        self.register_buffer("scale", torch.zeros(()))
+        dims = [base_dim * mult for mult in config.dim_mults]
+        self._build_inputs(config, dims[0])
+        self._build_levels(config, dims)
+        self.out_norm = normalisation(norm, dims[0])
+        self.out = nn.Conv2d(dims[0], out_channels * patch_size**2, 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+        if self.out.bias is not None:
+            nn.init.zeros_(self.out.bias)
+
+    @classmethod
+    def from_config(cls, config: UNetConfig) -> "UNet":
+        """The network a configuration describes, with fresh weights."""
+        return cls(**asdict(config))
+
+    def _build_inputs(self, config: UNetConfig, width: int) -> None:
+        folded = config.in_channels * config.patch_size**2
+        self.stem = nn.Conv2d(folded, width, 3, padding=1)
+        self.time_embedding = nn.Sequential(
+            SinusoidalPositionEmbeddings(width),
+            nn.Linear(width, 4 * width),
+            nn.SiLU(),
+            nn.Linear(4 * width, 4 * width),
+        )
+        # A convolution of the concatenation [noisy, upscaled] is the sum of two convolutions; the second does
+        # not change from step to step.
+        self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if config.concatenates else None
+        blocks = config.context_blocks if config.concatenates else 0
+        self.context_blocks = nn.ModuleList(
+            ResidualBlock(width, width, norm=config.norm) for _ in range(blocks)
+        )
+        self.context_extractor = (
+            ImageContextExtractor(config.in_channels, config.context_dim) if config.cross_attends else None
+        )
+
+    def _build_levels(self, config: UNetConfig, dims: list[int]) -> None:
+        def blocks(first: int, width: int) -> nn.ModuleList:
+            widths = [first] + [width] * (config.blocks_per_level - 1)
+            return nn.ModuleList(
+                ResidualBlock(before, width, 4 * dims[0], norm=config.norm) for before in widths
+            )
+
+        self.encoder = nn.ModuleList(blocks(width, width) for width in dims)
+        self.downsample = nn.ModuleList(
+            nn.Conv2d(wide, deeper, 2, stride=2) for wide, deeper in itertools.pairwise(dims)
+        )
+        self.bottleneck = nn.ModuleList(
+            ResidualBlock(dims[-1], dims[-1], 4 * dims[0], norm=config.norm) for _ in range(2)
+        )
+        self.decoder = nn.ModuleList(blocks(2 * width, width) for width in reversed(dims))
+        self.upsample = nn.ModuleList(
+            nn.Conv2d(deeper, 4 * wide, 1) for deeper, wide in zip(dims[:0:-1], dims[-2::-1], strict=True)
+        )
+        context_dim = config.context_dim if config.cross_attends else None
+        self.transformers = nn.ModuleList(  # deepest encoder level, bottleneck, deepest decoder level
+            WindowTransformer(
+                BasicTransformerBlock(dims[-1], context_dim, head_dim=config.head_dim),
+                config.attention_window,
+                shifted,
+            )
+            for shifted in (False, True, False)
+        )
+
+    def encode_context(self, condition: Condition) -> Context:
+        """What the condition contributes to every step, computed once.
+
+        Raises:
+            ValueError: something the configuration needs is missing.
+        """
+        features = None
+        if self.upscaled_stem is not None:
+            if condition.upscaled is None:
+                raise ValueError(f"conditioning={self.config.conditioning!r} needs the upscaled image")
+            features = self.upscaled_stem(self._fold(condition.upscaled))
+            for block in self.context_blocks:
+                features = block(features)
+        if self.context_extractor is None:
+            return Context(features)
+        tokens = condition.tokens
+        if tokens is None:
+            if condition.low_res is None:
+                raise ValueError(
+                    f"conditioning={self.config.conditioning!r} needs the low-resolution image or tokens"
+                )
+            tokens = self.context_extractor(condition.low_res)
+        if tokens.ndim != 3 or tokens.shape[-1] != self.config.context_dim:
+            raise ValueError(f"tokens must be (B, N, {self.config.context_dim}), not {tuple(tokens.shape)}")
+        transformers = [module for module in self.transformers if isinstance(module, WindowTransformer)]
+        return Context(features, tuple(module.block.keys_values(tokens) for module in transformers))
+
+    def forward(
+        self, noisy: Tensor, t: Tensor, context: Context | Condition | Tensor | None = None
+    ) -> Tensor:
+        """Predict the target.
+
+        Args:
+            noisy: (B, C, H, W), a noisy residual of unit variance; any H and W.
+            t: (B,) timesteps in [0, T).
+            context: an encoded Context (sampling), a Condition (training), tokens (B, N, E), or None for a
+                network without conditioning.
+
+        Returns:
+            (B, out_channels, H, W).
+        """
+        if isinstance(context, Tensor):
+            context = Condition(tokens=context)
+        if not isinstance(context, Context):
+            context = self.encode_context(context or Condition())
+        x = self.stem(self._fold(noisy))  # (B, D_0, H / p, W / p)
+        if context.features is not None:
+            x = x + context.features
+        x = self._levels(x, self.time_embedding(t), context.keys_values)
+        x = self.out(F.silu(self.out_norm(x)))  # (B, C p p, H / p, W / p)
+        return F.pixel_shuffle(x, self.config.patch_size)[..., : noisy.shape[-2], : noisy.shape[-1]]
+
+    def _levels(self, x: Tensor, embedding: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:
+        """(B, D_0, H / p, W / p) through encoder, bottleneck and decoder -> the same shape."""
+        attended = keys_values or (None, None, None)
+        skips: list[Tensor] = []
+        for level, blocks in enumerate(self.encoder):
+            x = _run(blocks, x, embedding)
+            if level < len(self.downsample):
+                skips.append(x)
+                x = self.downsample[level](x)  # (B, D_{i+1}, half, half)
+        x = self.transformers[0](x, attended[0])
+        skips.append(x)
+        x = self.bottleneck[0](x, embedding)
+        x = self.transformers[1](x, attended[1])
+        x = self.bottleneck[1](x, embedding)
+        for level, blocks in enumerate(self.decoder):
+            x = _run(blocks, torch.cat([x, skips.pop()], dim=1), embedding)
+            if level == 0:
+                x = self.transformers[2](x, attended[2])
+            if level < len(self.upsample):
+                x = F.pixel_shuffle(self.upsample[level](x), 2)  # (B, D_{i-1}, double, double)
+        return x
+
+    def _fold(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C p p, H / p, W / p), bottom and right edges repeated to fill whole tokens."""
+        multiple = self.config.size_multiple
+        bottom, right = (-image.shape[-2]) % multiple, (-image.shape[-1]) % multiple
+        if bottom or right:
+            image = F.pad(image, (0, right, 0, bottom), mode="replicate")
+        folded = F.pixel_unshuffle(image, self.config.patch_size)
+        return folded.contiguous(memory_format=torch.channels_last)
+
+
+def _run(blocks: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+    for block in blocks.children():
+        x = block(x, embedding)
+    return x
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(math.prod(parameter.shape) for parameter in model.parameters() if parameter.requires_grad)
