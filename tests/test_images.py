@@ -1,0 +1,682 @@
+"""Tests of images.py: every kind of file it reads and writes, against what Pillow and OpenCV put in them."""
+
+import io
+import itertools
+import os
+import pickle
+import stat
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageOps
+
+import images
+from images import (
+    IMAGE_SUFFIXES,
+    UnreadableImageError,
+    decode_image,
+    image_size,
+    list_images,
+    pixels_to_unit,
+    read_rgb,
+    to_model_range,
+    to_unit_range,
+    unit_to_pixels,
+    write_image,
+)
+
+HEIGHT, WIDTH = 9, 14
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def random_pixels(channels=3, dtype=np.uint8, seed=0):
+    shape = (HEIGHT, WIDTH) if channels == 1 else (HEIGHT, WIDTH, channels)
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype=dtype, endpoint=True)
+
+
+def exif_block(orientation=None):
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    exif.get_ifd(0x8769)[0x9003] = "2020:02:03 04:05:06"
+    if orientation is not None:
+        exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def parsed_exif(block):
+    exif = Image.Exif()
+    exif.load(block)
+    return exif
+
+
+def png_with_chunks(encoded, chunks, before=b"IDAT"):
+    """Insert (kind, data) chunks into an encoded PNG."""
+    at = encoded.index(before) - 4
+    inserted = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return encoded[:at] + inserted + encoded[at:]
+
+
+def assert_decodes_to(path, pixels, alpha=None):
+    decoded = decode_image(path)
+    assert decoded.path == path
+    assert decoded.pixels.dtype == pixels.dtype
+    assert np.array_equal(decoded.pixels, pixels)
+    assert decoded.pixels.flags.writeable
+    assert decoded.pixels.flags.c_contiguous
+    if alpha is None:
+        assert decoded.alpha is None
+    else:
+        assert decoded.alpha is not None
+        assert decoded.alpha.dtype == pixels.dtype
+        assert np.array_equal(decoded.alpha, alpha)
+    assert image_size(path) == pixels.shape[:2]
+    return decoded
+
+
+def assert_unreadable(path, reason):
+    with pytest.raises(UnreadableImageError, match=reason) as raised:
+        decode_image(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert str(raised.value).count(str(path)) == 1
+    return str(raised.value)
+
+
+# Ranges
+
+
+def test_the_two_ranges_are_inverse_and_meet_at_their_ends():
+    unit = torch.linspace(0, 1, 257, dtype=torch.float64)
+    assert to_model_range(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-1.0, 0.0, 1.0]
+    assert to_unit_range(torch.tensor([-1.0, 0.0, 1.0])).tolist() == [0.0, 0.5, 1.0]
+    torch.testing.assert_close(to_unit_range(to_model_range(unit)), unit, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_every_pixel_value_survives_the_model_range(dtype):
+    count = np.iinfo(dtype).max + 1
+    pixels = np.arange(count, dtype=np.uint32).astype(dtype).reshape(256, -1)
+    unit = pixels_to_unit(pixels)
+    assert unit.shape == (1, *pixels.shape)
+    assert unit.dtype == torch.float32
+    assert (unit.min(), unit.max()) == (0, 1)
+    assert np.array_equal(unit_to_pixels(unit, dtype), pixels)
+    assert np.array_equal(unit_to_pixels(to_unit_range(to_model_range(unit)), dtype), pixels)
+
+
+def test_channels_move_to_the_front_and_back():
+    pixels = random_pixels(3)
+    unit = pixels_to_unit(pixels)
+    assert unit.shape == (3, HEIGHT, WIDTH)
+    assert unit[2, 4, 5].item() == np.float32(pixels[4, 5, 2] / 255)
+    assert np.array_equal(unit_to_pixels(unit), pixels)
+    assert pixels_to_unit(random_pixels(4)[::-1]).shape == (4, HEIGHT, WIDTH)
+
+
+def test_unit_to_pixels_clamps_and_rounds_half_up():
+    values = torch.tensor([-0.7, 0.5 / 255, 0.499 / 255, 1.5 / 255, 2.5 / 255, 1.3], dtype=torch.float64)
+    assert unit_to_pixels(values[None, None]).tolist() == [[0, 1, 0, 2, 3, 255]]
+    deep = torch.tensor([0.5 / 65535, 65534.5 / 65535, 65534.49 / 65535], dtype=torch.float64)
+    assert unit_to_pixels(deep[None, None], np.uint16).tolist() == [[1, 65535, 65534]]
+
+
+def test_wrong_tensors_and_pixels_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 4, 4\): expected \(1, H, W\)"):
+        unit_to_pixels(torch.zeros(2, 4, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        unit_to_pixels(torch.full((1, 4, 4), torch.nan))
+    with pytest.raises(ValueError, match="int32: expected uint8 or uint16"):
+        unit_to_pixels(torch.zeros(1, 4, 4), np.int32)
+    with pytest.raises(ValueError, match="float64: expected uint8 or uint16"):
+        pixels_to_unit(np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="expected"):
+        pixels_to_unit(np.zeros(4, np.uint8))
+
+
+# Listing
+
+
+def test_list_images_is_sorted_nested_and_blind_to_other_files(tmp_path):
+    names = ["b.PNG", "a.jpeg", "sub/c.tif", "sub/deeper/d.WebP"]
+    for name in [*names, "notes.txt", ".hidden.png", ".cache/e.png", "sub/._c.tif"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert list_images(tmp_path) == sorted(tmp_path / name for name in names)
+    assert list_images(str(tmp_path), recursive=False) == [tmp_path / "a.jpeg", tmp_path / "b.PNG"]
+
+
+def test_list_images_says_what_it_looked_for(tmp_path):
+    with pytest.raises(ValueError, match="missing: no such folder"):
+        list_images(tmp_path / "missing")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(ValueError, match=r"no image.*or its subfolders.*\.jpeg.*\.png"):
+        list_images(tmp_path)
+    (tmp_path / "sub" / "file.png").touch()
+    with pytest.raises(ValueError, match="subfolders were not searched"):
+        list_images(tmp_path, recursive=False)
+    with pytest.raises(ValueError, match="not a folder"):
+        list_images(tmp_path / "sub" / "file.png")
+
+
+# Reading: kinds of files
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lossless_8_bit_files_of_pillow(tmp_path, suffix, channels):
+    pixels = random_pixels(channels)
+    Image.fromarray(pixels).save(tmp_path / f"image{suffix}")
+    decoded = assert_decodes_to(tmp_path / f"image{suffix}", pixels)
+    assert (decoded.frames, decoded.icc_profile) == (1, None)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_grey_and_colour_with_alpha(tmp_path, suffix):
+    for channels in (2, 4):
+        samples = random_pixels(channels)
+        path = tmp_path / f"image{channels}{suffix}"
+        Image.fromarray(samples).save(path)
+        grey_or_rgb = samples[..., 0] if channels == 2 else samples[..., :3]
+        assert_decodes_to(path, grey_or_rgb, samples[..., -1])
+        assert np.array_equal(read_rgb(path), grey_or_rgb if channels == 4 else samples[..., [0, 0, 0]])
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_lossy_files_decode_as_pillow_does(tmp_path, suffix):
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(random_pixels(3)).save(path)
+    assert_decodes_to(path, np.array(Image.open(path)))
+
+
+def test_one_bit_becomes_black_and_white(tmp_path):
+    bits = random_pixels(1) > 127
+    for suffix in (".png", ".tif", ".bmp"):
+        Image.fromarray(bits).save(tmp_path / f"bits{suffix}")
+        decoded = decode_image(tmp_path / f"bits{suffix}")
+        rgb = read_rgb(tmp_path / f"bits{suffix}")
+        assert np.array_equal(rgb, np.stack([bits * np.uint8(255)] * 3, axis=-1))
+        assert set(np.unique(decoded.pixels)) == {0, 255}
+
+
+def test_palettes_with_and_without_transparency(tmp_path):
+    indices = random_pixels(1) % 4
+    palette = np.array([[255, 0, 0], [0, 255, 0], [1, 2, 3], [200, 100, 50]], np.uint8)
+    image = Image.fromarray(indices).convert("P")
+    image.putdata(indices.ravel().tolist())
+    image.putpalette(palette.ravel().tolist())
+    image.save(tmp_path / "plain.png")
+    assert_decodes_to(tmp_path / "plain.png", palette[indices])
+    image.save(tmp_path / "one.png", transparency=2)
+    assert_decodes_to(tmp_path / "one.png", palette[indices], np.where(indices == 2, 0, 255).astype(np.uint8))
+    opacities = np.array([0, 64, 128, 255], np.uint8)
+    image.save(tmp_path / "all.png", transparency=opacities.tobytes())
+    assert_decodes_to(tmp_path / "all.png", palette[indices], opacities[indices])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_png_colour_marked_as_transparent(tmp_path, channels, dtype):
+    pixels = random_pixels(channels, dtype)
+    marked = np.atleast_1d(pixels[3, 4]).astype(">u2")
+    # a neighbour that differs from the marked colour in its last bit only stays opaque
+    pixels[0, 0] = pixels[3, 4] ^ 1
+    write_image(tmp_path / "plain.png", pixels)
+    encoded = png_with_chunks((tmp_path / "plain.png").read_bytes(), [(b"tRNS", marked.tobytes())])
+    (tmp_path / "marked.png").write_bytes(encoded)
+    largest = np.iinfo(dtype).max
+    matches = (pixels.reshape(HEIGHT, WIDTH, -1) == marked).all(axis=-1)
+    assert matches.any()
+    assert_decodes_to(tmp_path / "marked.png", pixels, np.where(matches, 0, largest).astype(dtype))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_cmyk_becomes_rgb_and_loses_its_profile(tmp_path, suffix):
+    path = tmp_path / f"print{suffix}"
+    image = Image.fromarray(random_pixels(3)).convert("CMYK")
+    image.save(path, icc_profile=PROFILE)
+    assert Image.open(path).mode == "CMYK"
+    decoded = assert_decodes_to(path, np.array(Image.open(path).convert("RGB")))
+    assert decoded.icc_profile is None
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_profiles_are_kept(tmp_path, suffix):
+    Image.fromarray(random_pixels(3)).save(tmp_path / f"image{suffix}", icc_profile=PROFILE)
+    assert decode_image(tmp_path / f"image{suffix}").icc_profile == PROFILE
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_the_first_frame_of_animations_and_pages_is_read(tmp_path, suffix):
+    first, second = random_pixels(3, seed=1), random_pixels(3, seed=2)
+    path = tmp_path / f"frames{suffix}"
+    Image.fromarray(first).save(path, save_all=True, append_images=[Image.fromarray(second)])
+    assert assert_decodes_to(path, first).frames == 2
+
+
+def test_the_first_frame_of_an_animated_webp_is_read(tmp_path):
+    frames = [Image.fromarray(random_pixels(3, seed=seed)) for seed in range(3)]
+    path = tmp_path / "frames.webp"
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    decoded = decode_image(path)
+    assert decoded.frames == 3
+    assert np.array_equal(decoded.pixels, np.array(frames[0]))
+
+
+def test_the_previews_of_a_phone_photo_are_not_frames(tmp_path):
+    images_ = [Image.fromarray(random_pixels(3, seed=seed)) for seed in range(2)]
+    images_[0].save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=images_[1:])
+    assert decode_image(tmp_path / "photo.jpg").frames == 1
+
+
+# Reading: 16 bits
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bit_files_of_opencv_keep_every_bit(tmp_path, suffix, channels):
+    samples = random_pixels(channels, np.uint16)
+    path = tmp_path / f"deep{suffix}"
+    order = {1: slice(None), 3: [2, 1, 0], 4: [2, 1, 0, 3]}[channels]
+    assert cv2.imwrite(str(path), samples if channels == 1 else samples[..., order])
+    pixels = samples if channels == 1 else samples[..., :3]
+    assert_decodes_to(path, pixels, samples[..., 3] if channels == 4 else None)
+    exact = np.floor(pixels.astype(np.float64) / 257 + 0.5).astype(np.uint8)
+    assert np.array_equal(read_rgb(path), exact if channels > 1 else np.stack([exact] * 3, axis=-1))
+
+
+def test_16_bits_are_rounded_to_8_exactly(tmp_path):
+    every_value = np.arange(65536, dtype=np.uint32).astype(np.uint16).reshape(256, 256)
+    write_image(tmp_path / "all.png", every_value)
+    expected = np.rint(np.arange(65536) / 257).reshape(256, 256)
+    assert np.array_equal(read_rgb(tmp_path / "all.png")[..., 1], expected)
+
+
+def test_a_16_bit_tiff_that_stores_white_as_zero(tmp_path):
+    pixels = random_pixels(1, np.uint16)
+    write_image(tmp_path / "image.tif", pixels)
+    entry = struct.pack("<HHI", 262, 3, 1)  # PhotometricInterpretation
+    encoded = (tmp_path / "image.tif").read_bytes()
+    assert encoded.count(entry + b"\1\0\0\0") == 1
+    (tmp_path / "image.tif").write_bytes(encoded.replace(entry + b"\1\0\0\0", entry + b"\0\0\0\0"))
+    assert_decodes_to(tmp_path / "image.tif", 65535 - pixels)
+
+
+def test_16_bit_samples_of_an_unknown_layout_are_refused(tmp_path):
+    samples = random_pixels(4, np.uint16)
+    write_image(tmp_path / "image.tif", samples[..., :3], samples[..., 3])
+    entry = struct.pack("<HHI", 338, 3, 1)  # ExtraSamples
+    encoded = (tmp_path / "image.tif").read_bytes()
+    premultiplied = encoded.replace(entry + b"\2\0\0\0", entry + b"\1\0\0\0")
+    assert premultiplied != encoded
+    (tmp_path / "image.tif").write_bytes(premultiplied)
+    assert_unreadable(tmp_path / "image.tif", "layout of 16-bit samples is not known")
+
+
+def test_a_fourth_sample_that_is_not_alpha_is_left_out(tmp_path):
+    samples = random_pixels(4, np.uint16)
+    write_image(tmp_path / "image.tif", samples[..., :3], samples[..., 3])
+    entry = struct.pack("<HHI", 338, 3, 1)  # ExtraSamples: 0 is "unspecified"
+    encoded = (tmp_path / "image.tif").read_bytes()
+    assert encoded.count(entry + b"\2\0\0\0") == 1
+    (tmp_path / "image.tif").write_bytes(encoded.replace(entry + b"\2\0\0\0", entry + b"\0\0\0\0"))
+    assert_decodes_to(tmp_path / "image.tif", samples[..., :3])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_deeper_samples_are_refused(tmp_path, dtype):
+    Image.fromarray(random_pixels(1).astype(dtype)).save(tmp_path / "deep.tif")
+    kind = "float" if dtype == np.float32 else "integer"
+    assert_unreadable(tmp_path / "deep.tif", f"{kind} samples.*save it with 8 or 16")
+
+
+# Reading: EXIF
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_8_bit_images_are_turned_upright_as_pillow_does(tmp_path, suffix, orientation):
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(random_pixels(3)).save(path, exif=exif_block(orientation))
+    decoded = assert_decodes_to(path, np.array(ImageOps.exif_transpose(Image.open(path))))
+    assert decoded.pixels.shape[0] == (WIDTH if orientation >= 5 else HEIGHT)
+    exif = parsed_exif(decoded.exif)
+    assert 0x0112 not in exif
+    assert exif[0x010F] == "Maker"
+    assert exif.get_ifd(0x8769)[0x9003] == "2020:02:03 04:05:06"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bit_images_are_turned_as_8_bit_ones(tmp_path, channels, orientation):
+    pixels = random_pixels(channels, np.uint16)
+    upper = Image.fromarray((pixels >> 8).astype(np.uint8))
+    upper.getexif()[0x0112] = orientation
+    write_image(tmp_path / "image.png", pixels, exif=exif_block(orientation))
+    write_image(tmp_path / "plain.tif", pixels, exif=exif_block())
+    upright = np.array(ImageOps.exif_transpose(upper))
+    deep = decode_image(tmp_path / "image.png").pixels
+    assert_decodes_to(tmp_path / "image.png", deep)
+    assert np.array_equal(deep >> 8, upright)
+    assert deep.shape[:2] == upright.shape[:2]
+    # TIFF: one more tag in its directory, which Pillow and OpenCV act on by themselves
+    oriented = tmp_path / "oriented.tif"
+    oriented.write_bytes(tiff_with_orientation(tmp_path / "plain.tif", orientation))
+    assert_decodes_to(oriented, deep)
+    assert 0x0112 not in parsed_exif(decode_image(oriented).exif)
+
+
+def tiff_with_orientation(path, orientation):
+    """Turn the maker's entry of a TIFF (tag 271, written by ``exif_block``) into an orientation (tag 274)."""
+    encoded = bytearray(path.read_bytes())
+    (directory,) = struct.unpack_from("<I", encoded, 4)
+    (count,) = struct.unpack_from("<H", encoded, directory)
+    entries = [bytes(encoded[directory + 2 + 12 * i : directory + 14 + 12 * i]) for i in range(count)]
+    tags = [struct.unpack_from("<H", entry)[0] for entry in entries]
+    entries[tags.index(271)] = struct.pack("<HHIHH", 274, 3, 1, orientation, 0)
+    encoded[directory + 2 : directory + 2 + 12 * count] = b"".join(sorted(entries, key=lambda e: e[:2][::-1]))
+    return bytes(encoded)
+
+
+def test_exif_behind_the_pixels_of_a_png_is_found(tmp_path):
+    write_image(tmp_path / "image.png", random_pixels(3))
+    block = exif_block(6).removeprefix(b"Exif\0\0")
+    encoded = png_with_chunks((tmp_path / "image.png").read_bytes(), [(b"eXIf", block)], before=b"IEND")
+    (tmp_path / "late.png").write_bytes(encoded)
+    assert_decodes_to(tmp_path / "late.png", random_pixels(3).swapaxes(0, 1)[:, ::-1])
+
+
+def test_image_size_does_not_decode_the_pixels(tmp_path):
+    for suffix in (".png", ".jpg", ".tif", ".bmp"):
+        path = tmp_path / f"image{suffix}"
+        Image.fromarray(np.zeros((300, 400, 3), np.uint8) + 7).save(path)
+        encoded = path.read_bytes()
+        if suffix != ".tif":  # its directory is at the end
+            path.write_bytes(encoded[: len(encoded) * 3 // 4])
+            assert_unreadable(path, "damaged or cut short")
+        assert image_size(path) == (300, 400)
+
+
+@pytest.mark.parametrize("block", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0"])
+def test_damaged_exif_does_not_cost_the_picture(tmp_path, block):
+    path = tmp_path / "image.jpg"
+    Image.fromarray(random_pixels(3)).save(path, exif=block)
+    decoded = decode_image(path)
+    assert decoded.pixels.shape == (HEIGHT, WIDTH, 3)
+    assert decoded.exif is None or not dict(parsed_exif(decoded.exif))
+
+
+def test_an_orientation_holds_even_where_the_rest_of_the_exif_cannot_be_handed_on(tmp_path, monkeypatch):
+    write_image(tmp_path / "image.png", random_pixels(3), exif=exif_block(6))
+
+    def fail(exif, offset=8):
+        raise struct.error("argument out of range")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    decoded = assert_decodes_to(tmp_path / "image.png", random_pixels(3).swapaxes(0, 1)[:, ::-1])
+    assert decoded.exif is None
+
+
+def test_an_orientation_that_does_not_exist_is_ignored(tmp_path):
+    Image.fromarray(random_pixels(3)).save(tmp_path / "image.png", exif=exif_block(99))
+    assert_decodes_to(tmp_path / "image.png", random_pixels(3))
+
+
+def test_a_tiff_hands_on_what_describes_the_picture_and_not_its_layout(tmp_path):
+    Image.fromarray(random_pixels(3)).save(tmp_path / "image.tif", exif=exif_block())
+    assert 273 in Image.open(tmp_path / "image.tif").getexif()  # where its samples lie
+    assert set(parsed_exif(decode_image(tmp_path / "image.tif").exif)) == {0x010F, 0x8769}
+
+
+# Reading: what cannot be read
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_files_cut_short_at_any_place_are_refused(tmp_path, suffix):
+    path = tmp_path / f"image{suffix}"
+    write_image(path, random_pixels(3))
+    encoded = path.read_bytes()
+    for length in (1, 10, len(encoded) // 3, len(encoded) // 2, len(encoded) * 3 // 4):
+        path.write_bytes(encoded[:length])
+        assert_unreadable(path, "damaged|cut short|not an image")
+
+
+def test_a_16_bit_file_cut_short_is_refused(tmp_path):
+    for suffix in (".png", ".tif"):
+        path = tmp_path / f"image{suffix}"
+        write_image(path, random_pixels(3, np.uint16))
+        path.write_bytes(path.read_bytes()[:-150])
+        assert_unreadable(path, "damaged or cut short")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_changed_bytes_of_a_png_are_noticed(tmp_path, channels, dtype):
+    write_image(tmp_path / "image.png", random_pixels(channels, dtype))
+    encoded = bytearray((tmp_path / "image.png").read_bytes())
+    encoded[len(encoded) // 2] ^= 0xFF
+    (tmp_path / "image.png").write_bytes(encoded)
+    assert_unreadable(tmp_path / "image.png", "damaged or cut short")
+
+
+def test_what_is_no_image_is_refused(tmp_path):
+    (tmp_path / "text.png").write_text("this is not an image")
+    assert_unreadable(tmp_path / "text.png", "not an image")
+    (tmp_path / "empty.png").touch()
+    assert_unreadable(tmp_path / "empty.png", "the file is empty")
+    assert_unreadable(tmp_path / "vanished.png", "cannot be read .*No such file")
+    assert_unreadable(tmp_path, "cannot be read")
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert_unreadable(tmp_path / "script.png", "not an image")
+    with pytest.raises(UnreadableImageError, match=r"vanished.png: cannot be read \(No such file"):
+        image_size(tmp_path / "vanished.png")
+    for name in ("text.png", "empty.png", "script.png"):
+        with pytest.raises(UnreadableImageError, match=name):
+            image_size(tmp_path / name)
+
+
+def test_a_refused_permission_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(images.Path, "read_bytes", refuse)
+    assert_unreadable(tmp_path / "image.png", r"cannot be read \(Permission denied\)")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [HEIGHT * WIDTH - 1, HEIGHT * WIDTH // 4])
+def test_decompression_bombs_are_refused_whether_pillow_warns_or_fails(tmp_path, monkeypatch, limit):
+    write_image(tmp_path / "bomb.png", random_pixels(3))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    message = assert_unreadable(tmp_path / "bomb.png", "MAX_IMAGE_PIXELS")
+    assert str(HEIGHT * WIDTH) in message
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH)
+    decode_image(tmp_path / "bomb.png")
+
+
+def test_the_error_survives_the_way_out_of_a_worker_process():
+    error = UnreadableImageError("image.png: the file is empty")
+    copied = pickle.loads(pickle.dumps(error))
+    assert isinstance(copied, UnreadableImageError)
+    assert isinstance(copied, ValueError)
+    assert str(copied) == str(error)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("with_metadata", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "channels", "dtype", "with_alpha"),
+    [
+        *itertools.product([".png", ".TIFF"], [1, 3], [np.uint8], [False, True]),
+        *itertools.product([".webp"], [1, 3], [np.uint8], [False, True]),
+        *itertools.product([".png"], [1, 3], [np.uint16], [False, True]),
+        (".tif", 1, np.uint16, False),
+        (".tif", 3, np.uint16, False),
+        (".tif", 3, np.uint16, True),
+    ],
+)
+def test_what_is_written_is_read_back(tmp_path, suffix, channels, dtype, with_alpha, with_metadata):  # noqa: PLR0917
+    path = tmp_path / f"image{suffix}"
+    pixels = random_pixels(channels, dtype)
+    alpha = random_pixels(1, dtype, seed=1) if with_alpha else None
+    metadata = {"icc_profile": PROFILE, "exif": exif_block()} if with_metadata else {}
+    write_image(path, pixels, alpha, quality=100, **metadata)
+    if suffix == ".webp" and channels == 1:
+        pixels = np.stack([pixels] * 3, axis=-1)  # WebP has no grey
+    decoded = assert_decodes_to(path, pixels, alpha)
+    assert decoded.icc_profile == (PROFILE if with_metadata else None)
+    if with_metadata:
+        exif = parsed_exif(decoded.exif)
+        assert exif[0x010F] == "Maker"
+        assert exif.get_ifd(0x8769)[0x9003] == "2020:02:03 04:05:06"
+    else:
+        assert decoded.exif is None
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_colours_under_full_transparency_are_kept(tmp_path, suffix):
+    alpha = np.zeros((HEIGHT, WIDTH), np.uint8)
+    write_image(tmp_path / f"image{suffix}", random_pixels(3), alpha, quality=100)
+    assert_decodes_to(tmp_path / f"image{suffix}", random_pixels(3), alpha)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_may_carry_a_profile_of_more_than_64_kib(tmp_path, dtype):
+    profile = np.random.default_rng(0).bytes(70_000)
+    pixels = np.tile(random_pixels(3, dtype), (20, 20, 1)) + np.arange(280, dtype=dtype)[:, None]
+    write_image(tmp_path / "image.tif", pixels, icc_profile=profile)
+    assert assert_decodes_to(tmp_path / "image.tif", pixels).icc_profile == profile
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_bmp_is_read_back(tmp_path, channels):
+    write_image(tmp_path / "image.bmp", random_pixels(channels))
+    assert_decodes_to(tmp_path / "image.bmp", random_pixels(channels))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_opencv_reads_the_16_bit_files(tmp_path, suffix, channels):
+    samples = random_pixels(channels, np.uint16)
+    path = tmp_path / f"deep{suffix}"
+    if channels == 4:
+        write_image(path, samples[..., :3], samples[..., 3], icc_profile=PROFILE, exif=exif_block())
+    else:
+        write_image(path, samples, icc_profile=PROFILE, exif=exif_block())
+    stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(stored if channels == 1 else stored[..., [2, 1, 0, 3][:channels]], samples)
+
+
+def test_jpeg_keeps_colours_close_and_obeys_its_quality(tmp_path):
+    rows, columns = np.mgrid[0:64, 0:64]
+    pixels = np.stack([rows * 3, columns * 3, (rows + columns) % 2 * 60 + 90], axis=-1).astype(np.uint8)
+    errors, sizes = [], []
+    for quality in (100, 60):
+        write_image(tmp_path / "i.jpg", pixels, quality=quality, icc_profile=PROFILE, exif=exif_block())
+        errors.append(np.abs(read_rgb(tmp_path / "i.jpg").astype(int) - pixels).max())
+        sizes.append((tmp_path / "i.jpg").stat().st_size)
+    assert errors[0] <= 4 < errors[1]  # blue alternates from pixel to pixel: halved chroma would lose it
+    assert sizes[0] > sizes[1]
+    decoded = decode_image(tmp_path / "i.jpg")
+    assert decoded.icc_profile == PROFILE
+    assert parsed_exif(decoded.exif)[0x010F] == "Maker"
+    write_image(tmp_path / "grey.jpg", pixels[..., 0])
+    assert decode_image(tmp_path / "grey.jpg").pixels.ndim == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("a.jpg", {"pixels": random_pixels(3, np.uint16)}, "JPEG cannot hold 16 bits; write .png"),
+        ("a.webp", {"pixels": random_pixels(3, np.uint16)}, "WEBP cannot hold 16 bits"),
+        ("a.jpg", {"pixels": random_pixels(3), "alpha": random_pixels(1)}, "JPEG cannot hold alpha"),
+        ("a.bmp", {"pixels": random_pixels(3), "alpha": random_pixels(1)}, "BMP cannot hold alpha"),
+        ("a.bmp", {"pixels": random_pixels(3), "icc_profile": PROFILE}, "BMP cannot hold a profile"),
+        ("a.bmp", {"pixels": random_pixels(3), "exif": exif_block()}, "BMP cannot hold a profile or EXIF"),
+        (
+            "a.tif",
+            {"pixels": random_pixels(1, np.uint16), "alpha": random_pixels(1, np.uint16)},
+            "16-bit grey TIFF with alpha; write .png",
+        ),
+        ("a.gif", {"pixels": random_pixels(3)}, "unknown suffix '.gif'; use one of .bmp"),
+        ("a", {"pixels": random_pixels(3)}, "unknown suffix ''"),
+        ("a.png", {"pixels": random_pixels(4)}, "alpha goes in alpha="),
+        ("a.png", {"pixels": np.zeros((0, 4), np.uint8)}, r"shape \(0, 4\)"),
+        ("a.png", {"pixels": np.zeros((4, 4))}, "float64: expected uint8 or uint16"),
+        ("a.png", {"pixels": random_pixels(3), "alpha": random_pixels(1, np.uint16)}, "alpha of shape"),
+        ("a.png", {"pixels": random_pixels(3), "alpha": random_pixels(1).T}, "alpha of shape"),
+        ("a.jpg", {"pixels": random_pixels(3), "quality": 0}, "quality 0: give a value from 1 to 100"),
+        ("none/a.png", {"pixels": random_pixels(3)}, "none does not exist; create it first"),
+        (
+            "a.jpg",
+            {"pixels": random_pixels(3), "exif": b"Exif\0\0" + bytes(70000)},
+            "cannot be encoded as JPEG",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        write_image(tmp_path / name, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_encoder_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "image.png"
+    write_image(path, random_pixels(3))
+
+    def fail_half_way(image, file, *args, **kwargs):
+        file.write(b"half an image")
+        raise OSError("encoder error")
+
+    monkeypatch.setattr(Image.Image, "save", fail_half_way)
+    with pytest.raises(ValueError, match=r"image.png: cannot be encoded as PNG \(encoder error"):
+        write_image(path, random_pixels(3, seed=1))
+    assert list(tmp_path.iterdir()) == [path]
+    assert_decodes_to(path, random_pixels(3))
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failing_disk_leaves_the_old_file(tmp_path, monkeypatch, failing):
+    path = tmp_path / "image.png"
+    write_image(path, random_pixels(3))
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_image(path, random_pixels(3, seed=1))
+    assert list(tmp_path.iterdir()) == [path]
+    assert_decodes_to(path, random_pixels(3))
+
+
+def test_the_bytes_are_on_the_disk_before_the_file_takes_its_name(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (events.append("fsync"), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replace"), replace(old, new)))
+    write_image(tmp_path / "image.png", random_pixels(3))
+    assert events == ["fsync", "replace"]
+
+
+def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "other").touch()
+    write_image(tmp_path / "image.png", random_pixels(3))
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_16_bit_png_is_compressed(tmp_path):
+    ramp = np.arange(200 * 200, dtype=np.uint16).reshape(200, 200)
+    write_image(tmp_path / "ramp.png", ramp)
+    by_opencv = cv2.imencode(".png", ramp)[1]
+    assert (tmp_path / "ramp.png").stat().st_size <= len(by_opencv)
+    assert np.array_equal(np.array(Image.open(io.BytesIO((tmp_path / "ramp.png").read_bytes()))), ramp)
