@@ -1,5 +1,6 @@
 """Which device to compute on, and in which precision, found out by trying rather than by asking the name."""
 
+import faulthandler
 import functools
 import logging
 import os
@@ -109,6 +110,7 @@ def _survives_bfloat16() -> bool:
 def _probe_and_exit() -> None:
     """Forward and backward through a linear layer, a convolution and attention; never returns."""
     status = 1
+    faulthandler.disable()  # dying is an answer here, not a crash to report
     try:
         torch.set_num_threads(1)
         x = torch.ones(2, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)

@@ -1,0 +1,33 @@
+"""Shared by all tests: one thread (bit-exact results need a fixed number), small images, tiny networks."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dead_leaves import dead_leaves
+from device import cpu_bfloat16_works
+from images import write_image
+
+torch.set_num_threads(1)
+cpu_bfloat16_works()  # before anything is computed: it may have to hold oneDNN back, see device.py
+
+
+@pytest.fixture(scope="session")
+def sr_data() -> Path:
+    """The folder of real photos, or a skip that says why."""
+    if "SR_DATA" not in os.environ:
+        pytest.skip("SR_DATA is not set: it names the folder with the Set5, BSD100 and BSDS500 photos")
+    return Path(os.environ["SR_DATA"])
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six dead-leaves images of 48 x 56 pixels."""
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(6):
+        image = dead_leaves((48, 56), np.random.default_rng(index), min_radius=2, max_radius=24)
+        write_image(folder / f"{index}.png", image)
+    return folder

@@ -1,0 +1,163 @@
+"""Tests of checkpoint.py: what is written can be trusted, what cannot be trusted is refused."""
+
+import os
+import pickle
+import stat
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import (
+    CheckpointError,
+    LoadedModel,
+    export_safetensors,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    save_checkpoint,
+)
+from tests.networks import tiny_unet
+from unet import Condition
+
+PROCESS = {"timesteps": 1000, "mode": "v_prediction", "schedule": "cosine"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    unet = tiny_unet()
+    path = tmp_path / "model.pth"
+    content = {"unet": unet.config.to_dict(), "process": PROCESS, "ema": unet.state_dict(), "step": 7}
+    save_checkpoint(path, content)
+    return path, unet
+
+
+def test_a_model_is_rebuilt_from_its_file_alone(saved):
+    path, unet = saved
+    loaded = load_model(path)
+    noisy, t = torch.randn(1, 3, 32, 32), torch.tensor([500])
+    condition = Condition(torch.randn(1, 3, 32, 32), torch.randn(1, 3, 16, 16))
+    torch.testing.assert_close(loaded.unet(noisy, t, condition), unet(noisy, t, condition))
+    assert loaded.process == PROCESS
+    assert loaded.step == 7
+    assert float(loaded.unet.residual_std) == pytest.approx(0.1)
+    assert not loaded.unet.training
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+def test_one_flipped_byte_is_noticed(saved, place):
+    path, _ = saved
+    data = bytearray(path.read_bytes())
+    with pytest.raises(CheckpointError, match=str(path)):
+        data[int(place * len(data))] ^= 0x40
+        path.write_bytes(bytes(data))
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_a_truncated_file_is_refused(saved, keep):
+    path, _ = saved
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep if keep > 1 else keep * len(data))])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_says_what_is_wanted(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*gone\.pth"):
+        load_checkpoint(tmp_path / "gone.pth")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "model": Malicious()}, "evil.pth")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_checkpoint("evil.pth")
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_checkpoint("bare.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weights": 1}, {"format": 99}])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"not a checkpoint|format 99"):
+        load_checkpoint(tmp_path / "other.pth")
+
+
+def test_a_checkpoint_without_a_network_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "empty.pth", {"step": 1})
+    with pytest.raises(CheckpointError, match="does not describe a model"):
+        load_model(tmp_path / "empty.pth")
+
+
+def test_weights_that_do_not_fit_change_nothing():
+    small, large = tiny_unet(), tiny_unet(base_dim=12, seed=1)
+    before = {name: value.clone() for name, value in large.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"here\.pth.*stem\.weight is \(8, 12, 3, 3\), not \(12,"):
+        load_weights(large, small.state_dict(), "here.pth")
+    assert all(torch.equal(value, before[name]) for name, value in large.state_dict().items())
+
+
+def test_missing_and_unknown_keys_are_listed():
+    unet = tiny_unet()
+    weights = dict(unet.state_dict())
+    weights["extra"] = weights.pop("stem.weight")
+    with pytest.raises(CheckpointError, match=r"missing stem\.weight; unknown extra"):
+        load_weights(unet, weights, "here.pth")
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    path, _ = saved
+    old = path.read_bytes()
+
+    def disk_full(content, target):
+        target.write_bytes(b"half a fi")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(checkpoint.torch, "save", disk_full)
+    with pytest.raises(CheckpointError, match=r"could not write .* disk full"):
+        save_checkpoint(path, {"step": 8})
+    assert path.read_bytes() == old
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_files_have_ordinary_permissions(saved):
+    path, _ = saved
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+def test_an_exported_model_restores_the_same(saved, tmp_path):
+    path, unet = saved
+    exported = tmp_path / "model.safetensors"
+    export_safetensors(load_model(path), exported)
+    assert exported.stat().st_size < 0.6 * path.stat().st_size
+    loaded = load_model(exported)
+    assert loaded.process == PROCESS
+    assert loaded.unet.config == unet.config
+    assert float(loaded.unet.residual_std) == pytest.approx(0.1, rel=1e-6)
+    for name, value in loaded.unet.state_dict().items():
+        torch.testing.assert_close(value, unet.state_dict()[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x08\0\0\0\0\0\0\0{}      ", b"garbage" * 30])
+def test_a_damaged_export_is_refused(tmp_path, data):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a checkpoint"):
+        load_model(path)
+
+
+def test_exporting_where_nothing_can_be_written_is_an_error(saved, tmp_path):
+    path, unet = saved
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="could not write"):
+        export_safetensors(LoadedModel(unet, PROCESS, 1), tmp_path / "file" / "model.safetensors")

@@ -1,0 +1,70 @@
+"""Tests of device.py: names, and a probe that survives what would kill the process."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import device
+from device import autocast_dtype, cpu_bfloat16_works, select_device
+
+
+def test_auto_takes_something_that_computes():
+    assert torch.ones(2, device=select_device("auto")).sum() == 2
+
+
+def test_the_cpu_is_always_there():
+    assert select_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "tpu:0"])
+def test_an_unknown_device_is_named(name):
+    with pytest.raises(ValueError, match=f"not '{name}'"):
+        select_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_missing_device_is_an_error_not_a_fallback():
+    with pytest.raises(ValueError, match="not available"):
+        select_device("cuda")
+
+
+def test_precisions():
+    cpu = torch.device("cpu")
+    assert autocast_dtype(cpu, "fp32") is None
+    assert autocast_dtype(cpu, "auto") == (torch.bfloat16 if cpu_bfloat16_works() else None)
+    with pytest.raises(ValueError, match="fp16"):
+        autocast_dtype(cpu, "fp16")
+
+
+def test_insisting_on_bfloat16_without_hardware_is_an_error(monkeypatch):
+    monkeypatch.setattr(device, "cpu_bfloat16_works", lambda: False)
+    with pytest.raises(ValueError, match="bf16 is not available"):
+        autocast_dtype(torch.device("cpu"), "bf16")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_probe_that_dies_is_survived(monkeypatch):
+    monkeypatch.setattr(device, "_probe_and_exit", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert not device._survives_bfloat16()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_probe_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(device, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(device, "_probe_and_exit", lambda: signal.pause())
+    assert not device._survives_bfloat16()
+
+
+def test_tiles_that_fail_are_switched_off_and_tried_again(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(device.torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(
+        device, "_survives_bfloat16", lambda: os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX512_CORE_BF16"
+    )
+    assert cpu_bfloat16_works.__wrapped__()
+    monkeypatch.setattr(device, "_survives_bfloat16", lambda: False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    assert not cpu_bfloat16_works.__wrapped__()
+    assert "ONEDNN_MAX_CPU_ISA" not in os.environ

@@ -1,0 +1,342 @@
+"""Tests of diffusion.py: the process against closed forms, training against what it must do."""
+
+import math
+
+import pytest
+import torch
+
+from checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from diffusion import (
+    DiffusionModel,
+    ProcessConfig,
+    ResidualGenerator,
+    comparison_grid,
+    cosine_alpha_bar,
+    measure_residual_std,
+)
+from tests.networks import tiny_unet
+from training import TrainingConfig, new_state
+from unet import UNet
+from util import ImageDataset, Sample
+
+MODES = ["v_prediction", "noise", "clean"]
+
+
+def fixed(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------- schedule
+
+
+def test_the_cosine_schedule_is_equation_17():
+    alpha_bar = cosine_alpha_bar(1000)
+
+    def f(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0, 1, 500, 990):
+        assert float(alpha_bar[t]) == pytest.approx(f(t + 1) / f(0), rel=1e-12)
+
+
+def test_the_schedule_falls_strictly_from_nearly_one_to_nearly_zero():
+    alpha_bar = cosine_alpha_bar(1000)
+    assert alpha_bar.dtype == torch.float64
+    assert (alpha_bar.diff() < 0).all()
+    assert alpha_bar[0] > 0.9999
+    assert 4e-5 < alpha_bar[-1].sqrt() < 6e-5
+
+
+@pytest.mark.parametrize("timesteps", [1, 7, 4000])
+def test_no_beta_exceeds_the_limit(timesteps):
+    alpha_bar = cosine_alpha_bar(timesteps)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    assert (1 - alpha_bar / previous).max() <= 0.999 + 1e-12
+    assert len(alpha_bar) == timesteps
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"timesteps": 0}, "timesteps"), ({"mode": "epsilon"}, "mode"), ({"schedule": "linear"}, "schedule")],
+)
+def test_an_unknown_process_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ProcessConfig(**settings)
+
+
+# ------------------------------------------------------------------------------------------------- targets
+
+
+def test_noisy_images_keep_unit_variance_and_the_right_signal():
+    diffusion, clean, noise = DiffusionModel(), fixed(64, 3, 16, 16), fixed(64, 3, 16, 16, seed=1)
+    for timestep in (0, 300, 999):
+        noisy = diffusion.q_sample(clean, torch.full((64,), timestep), noise)
+        assert float(noisy.var()) == pytest.approx(1, abs=0.03)
+        correlation = float((noisy * clean).mean())
+        assert correlation == pytest.approx(float(diffusion.signal_scale[timestep]), abs=0.03)
+
+
+def test_v_is_the_rotation_of_salimans_and_ho():
+    diffusion, t = DiffusionModel(), torch.tensor([250])
+    clean, noise = fixed(1, 3, 4, 4), fixed(1, 3, 4, 4, seed=1)
+    angle = math.acos(float(diffusion.alpha_bar[250].sqrt()))
+    expected = math.cos(angle) * noise - math.sin(angle) * clean
+    torch.testing.assert_close(diffusion.target(clean, noise, t), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_perfect_output_gives_back_clean_and_noise_at_every_timestep(mode):
+    diffusion = DiffusionModel(mode=mode)
+    t = torch.tensor([0, 1, 500, 998, 999])
+    clean, noise = fixed(5, 3, 4, 4), fixed(5, 3, 4, 4, seed=1)
+    noisy = diffusion.q_sample(clean, t, noise)
+    v = DiffusionModel().target(clean, noise, t)
+    output = clean if mode == "clean" else v  # what the network has to put out, see DiffusionModel
+    torch.testing.assert_close(diffusion.clean_estimate(output, noisy, t), clean, atol=1e-5, rtol=0)
+    tolerance = 2e-4 if mode == "clean" else 1e-5  # noise of t = 0 is divided by its scale, 0.006
+    torch.testing.assert_close(diffusion.noise_estimate(output, noisy, t), noise, atol=tolerance, rtol=0)
+    torch.testing.assert_close(
+        diffusion.prediction(output, noisy, t), diffusion.target(clean, noise, t), atol=1e-5, rtol=0
+    )
+
+
+def test_an_error_of_the_network_stays_bounded_in_noise_mode():
+    diffusion, t = DiffusionModel(mode="noise"), torch.tensor([999])
+    noisy = fixed(1, 3, 4, 4)
+    error = diffusion.clean_estimate(torch.full_like(noisy, 0.1), noisy, t) - diffusion.clean_estimate(
+        torch.zeros_like(noisy), noisy, t
+    )
+    assert error.abs().max() < 0.11
+
+
+# ------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_of_a_perfect_network_is_zero_and_of_a_silent_one_is_known(mode):
+    diffusion = DiffusionModel(mode=mode)
+    clean = fixed(16, 3, 8, 8)
+
+    def perfect(noisy, t, context):
+        if mode == "clean":
+            return clean
+        signal_scale, noise_scale = diffusion.scales(t)
+        noise = (noisy - signal_scale * clean) / noise_scale
+        return signal_scale * noise - noise_scale * clean
+
+    generator = torch.Generator().manual_seed(0)
+    assert diffusion.loss(perfect, clean, None, generator).shape == (16,)
+    assert diffusion.loss(perfect, clean, None, generator).max() < 1e-4
+    silent = diffusion.loss(lambda noisy, t, context: torch.zeros_like(noisy), clean, None, generator)
+    # noise: the input stands in for the noise, and is wrong by signal_scale v: E = mean(alpha_bar) = 1/2
+    assert float(silent.mean()) == pytest.approx(0.5 if mode == "noise" else 1.0, abs=0.1)
+
+
+def test_timesteps_cover_the_range_evenly():
+    seen = []
+    diffusion = DiffusionModel(timesteps=50)
+
+    def remember(noisy, t, context):
+        seen.append(t)
+        return noisy
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        diffusion.loss(remember, torch.zeros(8, 1, 2, 2), None, generator)
+    counts = torch.bincount(torch.cat(seen), minlength=50)
+    assert counts.min() > 10
+    assert counts.max() < 60
+    spread = torch.stack([t.sort().values.diff() for t in seen])
+    assert spread.max() <= 8  # 50 timesteps over 8 samples: neighbours are 6 or 7 apart, wrapped once
+
+
+def test_the_loss_is_a_function_of_the_generator():
+    diffusion, clean = DiffusionModel(), fixed(4, 3, 8, 8)
+    losses = [
+        diffusion.loss(lambda noisy, t, c: noisy, clean, None, torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def trained(photo_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    dataset = ImageDataset(photo_folder, 32, 2)
+    validation = ImageDataset(photo_folder, 32, 2, train=False)
+    config = TrainingConfig(
+        max_steps=240,
+        batch_size=6,
+        learning_rate=3e-3,
+        warmup_steps=5,
+        ema_decay=0.9,
+        validate_every=80,
+        save_every=80,
+    )
+    diffusion = DiffusionModel()
+    unet = UNet(base_dim=8, dim_mults=(1, 2), context_dim=16)
+    run, received = diffusion.train(
+        unet,
+        dataset,
+        validation,
+        config,
+        checkpoint_dir=folder / "run",
+        log_dir=folder / "logs",
+        progress=False,
+    )
+    return run, received, unet, dataset, folder
+
+
+def test_training_beats_bicubic(trained, photo_folder):
+    run, received, _, _, _ = trained
+    validation = ImageDataset(photo_folder, 32, 2, train=False)
+    result = DiffusionModel().validator(validation)(load_model(run.best).unet)
+    assert received is None
+    assert result.scalars["psnr_over_bicubic"] > 0.3
+    assert result.psnr == pytest.approx(load_checkpoint(run.best)["best_psnr"], abs=1e-4)
+
+
+def test_training_leaves_the_named_checkpoints(trained):
+    run, _, _, _, _ = trained
+    assert run.best.name == "diffusion_model_v_prediction_best.pth"
+    assert run.last.name == "diffusion_model_v_prediction_last.pth"
+    assert load_checkpoint(run.last)["step"] == 240
+
+
+def test_the_network_carries_its_scale_and_residual_std(trained):
+    run, _, unet, dataset, _ = trained
+    loaded = load_model(run.best).unet
+    assert float(loaded.scale) == 2
+    assert float(loaded.residual_std) == pytest.approx(measure_residual_std(dataset), rel=1e-6)
+    assert float(unet.residual_std) == float(loaded.residual_std)
+
+
+def test_tensorboard_shows_what_a_person_looks_for(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[4] / "logs")).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_second"} <= scalars
+    assert {"validation/psnr", "validation/ssim"} <= scalars
+    assert set(events.Tags()["images"]) == {
+        "validation/low_bicubic_mean_original",
+        "validation/low_bicubic_sample_original",
+    }
+    assert [event.step for event in events.Scalars("validation/psnr")] == [80, 160, 240]
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses[-1] < losses[0]
+
+
+def test_the_mission_s_example_runs(trained):
+    run, _, _, _, _ = trained
+    unet = UNet(in_channels=3, out_channels=3, base_dim=8, dim_mults=(1, 2), context_dim=16)
+    helper = DiffusionModel(device="cpu", mode="v_prediction")
+    helper.load_model_weights(unet, run.best, verbose=True)
+    unet.eval()
+    generator = ResidualGenerator(
+        img_channels=3, img_size=64, device="cpu", num_train_timesteps=1000, predict_mode="v_prediction"
+    )
+    low_res = fixed(1, 3, 32, 32).clamp(-1, 1)
+    with torch.no_grad():
+        image = generator.generate_images(
+            model=unet, low_resolution_image=low_res, num_images=1, num_inference_steps=5
+        )
+    assert image.shape == (1, 3, 64, 64)
+    assert image.min() >= 0
+    assert image.max() <= 1
+
+
+def test_weights_of_another_mode_are_refused(trained):
+    unet = UNet(base_dim=8, dim_mults=(1, 2), context_dim=16)
+    with pytest.raises(CheckpointError, match=r"mode v_prediction, not noise"):
+        DiffusionModel(mode="noise").load_model_weights(unet, trained[0].best)
+    with pytest.raises(CheckpointError, match=r"timesteps 1000, not 500"):
+        DiffusionModel(500).load_model_weights(unet, trained[0].best)
+
+
+def test_resuming_restores_the_whole_state(trained):
+    run, _, unet, _, _ = trained
+    config = TrainingConfig(max_steps=60)
+    state = new_state(UNet(base_dim=8, dim_mults=(1, 2), context_dim=16), config)
+    DiffusionModel().load_checkpoint_for_resume(state, run.last)
+    assert state.step == 240
+    for name, value in state.model.state_dict().items():
+        assert torch.equal(value, unet.state_dict()[name])
+
+
+def test_a_blank_folder_has_nothing_to_learn(tmp_path):
+    from images import write_image
+
+    write_image(tmp_path / "blank.png", torch.full((32, 32, 3), 128, dtype=torch.uint8).numpy())
+    with pytest.raises(ValueError, match="nothing to learn"):
+        measure_residual_std(ImageDataset(tmp_path, 32, 4))
+
+
+# ------------------------------------------------------------------------------------------------- generator
+
+
+def test_the_residual_is_what_is_added_to_the_upscaled_image():
+    unet, generator = tiny_unet(), ResidualGenerator()
+    low_res = fixed(2, 3, 10, 13).clamp(-1, 1)
+    residuals = generator.generate_residuals(unet, low_res, 2, 3, seed=5)
+    images = generator.generate_images(unet, low_res, 2, 3, seed=5)
+    _, upscaled = generator._inputs(unet, low_res)
+    expected = (upscaled.repeat_interleave(2, 0) + residuals).clamp(-1, 1) / 2 + 0.5
+    assert images.shape == (4, 3, 20, 26)
+    torch.testing.assert_close(images, expected)
+
+
+def test_seeds_repeat_and_samples_differ():
+    unet, generator = tiny_unet(), ResidualGenerator()
+    low_res = fixed(1, 3, 10, 13).clamp(-1, 1)
+    first = generator.generate_images(unet, low_res, 2, 3, seed=5)
+    assert torch.equal(first, generator.generate_images(unet, low_res, 2, 3, seed=5))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, generator.generate_images(unet, low_res, 2, 3, seed=6))
+    assert not torch.equal(
+        generator.generate_images(unet, low_res, 1, 3), generator.generate_images(unet, low_res, 1, 3)
+    )
+
+
+def test_an_image_does_not_depend_on_its_neighbours_in_the_batch():
+    unet, generator = tiny_unet(), ResidualGenerator()
+    low_res = fixed(3, 3, 12, 12).clamp(-1, 1)
+    together = generator.generate_images(unet, low_res, 1, 4, seed=1)
+    alone = generator.generate_images(unet, low_res[1:2], 1, 4, seed=1)
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("low_res", "message"),
+    [
+        (torch.zeros(3, 8, 8), r"\(B, 3, h, w\)"),
+        (torch.zeros(1, 1, 8, 8), r"\(B, 3, h, w\)"),
+        (torch.full((1, 3, 8, 8), 200.0), r"\[-1, 1\]"),
+    ],
+)
+def test_a_wrong_input_is_refused(low_res, message):
+    with pytest.raises(ValueError, match=message):
+        ResidualGenerator().generate_images(tiny_unet(), low_res, 1, 2)
+
+
+def test_an_untrained_network_is_refused():
+    with pytest.raises(ValueError, match="residual_std"):
+        ResidualGenerator().generate_images(tiny_unet(residual_std=0.0), torch.zeros(1, 3, 8, 8), 1, 2)
+
+
+def test_the_comparison_grid_has_four_columns():
+    low_res, image = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 8, 8)
+    grid = comparison_grid(Sample(low_res, image, image, image), image / 2 + 0.5)
+    assert grid.shape == (3, 2 * 12 + 4, 4 * 12 + 4)
+
+
+def test_a_checkpoint_without_process_cannot_be_resumed(tmp_path):
+    save_checkpoint(tmp_path / "bare.pth", {"step": 1})
+    state = new_state(tiny_unet(), TrainingConfig(max_steps=1))
+    with pytest.raises(CheckpointError, match="timesteps None"):
+        DiffusionModel().load_checkpoint_for_resume(state, tmp_path / "bare.pth")

@@ -1,0 +1,247 @@
+"""Tests of train_diffusion.py: as a user runs it, and every way to get it wrong."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_diffusion
+from checkpoint import load_checkpoint, load_model, save_checkpoint
+from train_diffusion import build_parser, main, make_config, make_datasets, parse
+
+ROOT = Path(__file__).parent.parent
+TINY = "--img_size 32 --downscale_factor 2 --batch_size 2 --accumulation_steps 1 --unet_base_dim 8".split()
+TINY += "--unet_dim_mults 1 2 --context_dim 16 --device cpu --precision fp32 --learning_rate 1e-3".split()
+
+
+def flags(photo_folder, folder, *more):
+    places = ["--log_dir", str(folder / "logs"), "--checkpoint_dir", str(folder / "checkpoints")]
+    return [*TINY, "--image_folder", str(photo_folder), *places, *more]
+
+
+def newest(folder, kind="last"):
+    return next((folder / "checkpoints").glob(f"*/diffusion_model_*_{kind}.pth"))
+
+
+def test_the_defaults_are_the_ones_the_mission_names():
+    args = build_parser().parse_args([])
+    expected = {
+        "image_folder": "./data",
+        "img_size": 256,
+        "downscale_factor": 4,
+        "epochs": 40,
+        "batch_size": 32,
+        "accumulation_steps": 64,
+        "learning_rate": 2e-5,
+        "timesteps": 1000,
+        "diffusion_mode": "v_prediction",
+        "unet_base_dim": 32,
+        "unet_dim_mults": [1, 2, 4],
+        "log_dir": "./logs",
+        "checkpoint_dir": "./checkpoints",
+        "weights_path": None,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_every_fixed_flag_exists():
+    assert set(train_diffusion.FIXED) <= set(vars(build_parser().parse_args([])))
+
+
+def test_a_recipe_file_holds_flags_and_comments(tmp_path):
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text("# widths\n--unet_dim_mults 1 2 2  # three levels\n\n--batch_size 7\n")
+    args = build_parser().parse_args([f"@{recipe}", "--batch_size", "9"])
+    assert args.unet_dim_mults == [1, 2, 2]
+    assert args.batch_size == 9
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.args")), ids=lambda path: path.name)
+def test_every_recipe_is_understood(recipe):
+    args = build_parser().parse_args([f"@{recipe}"])
+    make_config(args, 100, torch.device("cpu"))
+
+
+def test_eight_bit_adamw_is_the_default_on_cuda_only():
+    for device, expected in (("cuda", "adamw8bit"), ("cpu", "adamw"), ("mps", "adamw")):
+        assert make_config(build_parser().parse_args([]), 10, torch.device(device)).optimizer == expected
+
+
+def test_the_split_is_disjoint_complete_and_repeatable(photo_folder):
+    args = build_parser().parse_args([*TINY, "--image_folder", str(photo_folder), "--val_fraction", "0.3"])
+    training, validation = make_datasets(args)
+    assert len(validation) == 2
+    assert not set(training.paths) & set(validation.paths)
+    assert len(set(training.paths) | set(validation.paths)) == 6
+    assert make_datasets(args)[1].paths == validation.paths
+    assert not validation.train
+
+
+def test_epochs_become_steps():
+    args = build_parser().parse_args(["--epochs", "3", "--batch_size", "4", "--accumulation_steps", "2"])
+    assert make_config(args, 20, torch.device("cpu")).max_steps == 9
+
+
+@pytest.fixture(scope="module")
+def finished(photo_folder, tmp_path_factory):
+    """A run of the script as a user starts it: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, str(ROOT / "train_diffusion.py")]
+    command += flags(photo_folder, folder, "--max_steps", "6", "--validate_every", "3")
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_a_run_says_what_it_does_and_what_comes_next(finished):
+    folder, printed = finished
+    assert "UNet" in printed  # torchinfo's table
+    assert "torch's fused AdamW" in printed
+    assert "5 training and 1 validation images" in printed
+    assert f"tensorboard --logdir {folder / 'logs'}" in printed
+    assert f"--weights_path {newest(folder, 'best')}" in printed
+
+
+def test_files_are_where_the_mission_says(finished):
+    folder, _ = finished
+    path = newest(folder, "best")
+    assert re.fullmatch(r"v_prediction_\d{8}-\d{6}", path.parent.name)
+    assert path.name == "diffusion_model_v_prediction_best.pth"
+    assert list((folder / "logs" / path.parent.name).glob("events.*"))
+
+
+def test_the_checkpoint_rebuilds_the_network(finished):
+    loaded = load_model(newest(finished[0]))
+    assert loaded.unet.config.base_dim == 8
+    assert loaded.process == {"timesteps": 1000, "mode": "v_prediction", "schedule": "cosine"}
+    assert float(loaded.unet.scale) == 2
+
+
+def test_resuming_needs_only_the_checkpoint_and_continues_bit_for_bit(photo_folder, tmp_path):
+    def run(folder, *more):
+        assert main(flags(photo_folder, folder, "--validate_every", "2", "--warmup_steps", "1", *more)) == 0
+        return load_checkpoint(newest(folder))
+
+    whole = run(tmp_path / "whole", "--max_steps", "8")
+    first = tmp_path / "part"
+    interrupt_after(first, photo_folder, steps=5, total=8)
+    assert main(["--weights_path", str(newest(first))]) == 0
+    resumed = load_checkpoint(newest(first))
+    assert resumed["step"] == 8
+    for name in ("model", "ema"):
+        for key, value in whole[name].items():
+            assert torch.equal(value, resumed[name][key]), f"{name} {key}"
+
+
+def interrupt_after(folder, photo_folder, steps, total):
+    """Run the script in this process and send it SIGTERM during step `steps`."""
+    original = train_diffusion.DiffusionModel.loss
+    calls = []
+
+    def counting(self, *args):
+        calls.append(1)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    train_diffusion.DiffusionModel.loss = counting
+    try:
+        more = ["--max_steps", str(total), "--validate_every", "2", "--warmup_steps", "1"]
+        assert main(flags(photo_folder, folder, *more)) == 128 + signal.SIGTERM
+    finally:
+        train_diffusion.DiffusionModel.loss = original
+
+
+def test_ctrl_c_saves_and_prints_how_to_go_on(photo_folder, tmp_path):
+    command = [sys.executable, "-u", str(ROOT / "train_diffusion.py")]
+    command += flags(photo_folder, tmp_path, "--max_steps", "100000")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("logs/*/events*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert f"resume: python train_diffusion.py --weights_path {newest(tmp_path)}" in printed
+    assert "Traceback" not in errors
+    assert load_checkpoint(newest(tmp_path))["step"] >= 1
+
+
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(finished, capsys):
+    path = str(newest(finished[0]))
+    assert main(["--weights_path", path, "--unet_base_dim", "16"]) == 2
+    error = capsys.readouterr().err
+    assert "--unet_base_dim is 16" in error
+    assert "trained with 8" in error
+
+
+def test_a_resumed_run_takes_its_flags_from_the_checkpoint(finished):
+    _, args = parse(["--weights_path", str(newest(finished[0])), "--unet_base_dim", "8", "--max_steps", "20"])
+    assert args.unet_dim_mults == [1, 2]
+    assert args.img_size == 32
+    assert args.max_steps == 20
+    _, args = parse(["--weights_path", str(newest(finished[0])), "--epochs", "2"])
+    assert args.max_steps is None
+
+
+def test_a_new_run_may_start_from_trained_weights(finished, photo_folder, tmp_path):
+    start = newest(finished[0])
+    more = ["--init_weights", str(start), "--max_steps", "1", "--learning_rate", "1e-12"]
+    assert main(flags(photo_folder, tmp_path, *more)) == 0
+    before, after = load_model(start).unet.state_dict(), load_checkpoint(newest(tmp_path))
+    assert after["step"] == 1
+    for name, value in before.items():
+        torch.testing.assert_close(after["model"][name], value, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--image_folder", "/nowhere"], "/nowhere"),
+        (["--img_size", "31"], "31"),
+        (["--img_size", "64"], "smaller than the crop of 64"),
+        (["--device", "quantum"], "quantum"),
+        (["--weights_path", "gone.pth"], "gone.pth"),
+        (["--init_weights", "gone.pth"], "gone.pth"),
+        (["--val_fraction", "2"], "val_fraction"),
+        (["--val_folder", "/nowhere"], "/nowhere"),
+        (["--learning_rate", "-1"], "learning_rate"),
+        (["--unet_base_dim", "7"], "base_dim"),
+        (["--timesteps", "0"], "timesteps"),
+        (["--max_steps", "0"], "max_steps"),
+        (["--cache_gb", "-1"], "negative"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(photo_folder, tmp_path, capsys, more, message):
+    assert main([*flags(photo_folder, tmp_path), *more]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.strip().count("\n") == 0
+    assert printed.err.startswith("train_diffusion.py: error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flag_argparse_refuses_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--diffusion_mode", "magic"])
+    assert error.value.code == 2
+    assert "magic" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_settings_cannot_be_resumed(tmp_path, capsys):
+    save_checkpoint(tmp_path / "bare.pth", {"step": 3})
+    assert main(["--weights_path", str(tmp_path / "bare.pth")]) == 2
+    assert "no training settings" in capsys.readouterr().err
+
+
+def test_noise_that_never_ends_is_not_hidden(photo_folder, tmp_path, capsys):
+    more = ["--learning_rate", "1e30", "--max_steps", "60", "--max_grad_norm", "1e30", "--warmup_steps", "0"]
+    assert main(flags(photo_folder, tmp_path, *more)) == 1
+    assert "not finite" in capsys.readouterr().err

@@ -1,0 +1,342 @@
+"""Tests of training.py: the loop on problems small enough to know the answer."""
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from checkpoint import CheckpointError, load_checkpoint
+from training import (
+    BatchPlan,
+    NonFiniteError,
+    PlannedBatches,
+    Run,
+    TrainingConfig,
+    Validation,
+    ema_decay_at,
+    learning_rate_at,
+    make_optimizer,
+    new_state,
+    noise_seed,
+    restore_state,
+    train,
+    update_ema,
+)
+
+
+class Numbers(Dataset):
+    """Sample (epoch, index) is a vector that depends on both."""
+
+    def __init__(self, length=10):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        epoch, index = key
+        return torch.randn(3, generator=torch.Generator().manual_seed(1000 * epoch + index))
+
+
+def noisy_regression(model, batch, generator):
+    """The losses of predicting the sum of a vector from a noisy copy of it."""
+    noise = 0.1 * torch.randn(batch.shape, generator=generator)
+    return (model(batch + noise)[:, 0] - batch.sum(1)).square()
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+
+
+def config(**settings):
+    defaults = {"max_steps": 12, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2}
+    return TrainingConfig(**{**defaults, "validate_every": 4, "save_every": 4, "log_every": 1, **settings})
+
+
+def run_in(folder):
+    return Run(folder / "checkpoints", folder / "logs", "model", metadata={"unet": {}})
+
+
+def run_training(folder, settings, state=None, **options):
+    state = state or new_state(small_model(), settings)
+    received = train(state, noisy_regression, Numbers(), settings, run_in(folder), progress=False, **options)
+    return state, received
+
+
+def logged(folder, tag="train/loss"):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "logs")).Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+# ------------------------------------------------------------------------------------------------- data order
+
+
+@pytest.mark.parametrize(("length", "batch", "accumulation"), [(10, 4, 1), (10, 3, 2), (7, 7, 1), (5, 2, 64)])
+def test_every_epoch_uses_every_sample_once(length, batch, accumulation):
+    plan = BatchPlan(length, batch, accumulation, seed=0)
+    for epoch in range(3):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        pairs = [pair for step in steps for micro in plan.micro_batches(step) for pair in micro]
+        assert sorted(pairs) == [(epoch, index) for index in range(length)]
+
+
+def test_epochs_are_shuffled_differently_and_repeatably():
+    first, again = BatchPlan(50, 50, 1, seed=3), BatchPlan(50, 50, 1, seed=3)
+    orders = [[index for _, index in first.micro_batches(step)[0]] for step in range(2)]
+    assert orders[0] != orders[1]
+    assert orders[1] == [index for _, index in again.micro_batches(1)[0]]
+    assert orders[0] != [index for _, index in BatchPlan(50, 50, 1, seed=4).micro_batches(0)[0]]
+
+
+def test_the_sampler_starts_where_it_is_told():
+    plan = BatchPlan(10, 3, 2, seed=0)
+    everything = list(PlannedBatches(plan, 0, 6))
+    assert len(PlannedBatches(plan, 0, 6)) == len(everything)
+    assert everything[-len(list(PlannedBatches(plan, 2, 6))) :] == list(PlannedBatches(plan, 2, 6))
+
+
+def test_noise_seeds_do_not_collide():
+    seeds = {noise_seed(s, t, m) for s in range(5) for t in range(200) for m in range(8)}
+    assert len(seeds) == 5 * 200 * 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# ------------------------------------------------------------------------------------------------- the step
+
+
+def final_weights(folder, settings):
+    state, _ = run_training(folder, settings)
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+def test_accumulating_micro_batches_equals_one_large_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.noise_seed", lambda seed, step, micro: 0)
+
+    def without_noise(model, batch, generator):
+        return (model(batch)[:, 0] - batch.sum(1)).square()
+
+    weights = []
+    for batch, accumulation in ((8, 1), (2, 4), (4, 2)):  # 10 samples: the last group has 2
+        settings = config(batch_size=batch, accumulation_steps=accumulation)
+        state = new_state(small_model(), settings)
+        train(state, without_noise, Numbers(), settings, run_in(tmp_path / str(batch)), progress=False)
+        weights.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights[0], weights[2], atol=1e-5, rtol=0)
+
+
+def test_the_loss_falls_on_a_learnable_problem(tmp_path):
+    run_training(tmp_path, config(max_steps=200, learning_rate=3e-2, log_every=20))
+    losses = list(logged(tmp_path).values())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_gradients_are_clipped(tmp_path):
+    settings = config(max_steps=1, warmup_steps=0, max_grad_norm=1e-3)
+    state = new_state(small_model(), settings)
+    seen = []
+    state.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(sum(float(p.grad.square().sum()) for p in state.model.parameters()) ** 0.5)
+    )
+    run_training(tmp_path, settings, state)
+    assert seen == [pytest.approx(1e-3, rel=1e-2)]
+    assert logged(tmp_path, "train/gradient_norm")[1] > 1e-2
+
+
+def test_the_learning_rate_warms_up_and_ends_at_its_fraction():
+    settings = config(max_steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [learning_rate_at(step, settings) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[100] == pytest.approx(0.1)
+    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_the_average_is_exponential_with_a_ramp():
+    settings = config(ema_decay=0.9)
+    assert [ema_decay_at(step, settings) for step in (0, 10, 10_000)] == [0.1, 0.55, 0.9]
+    model, ema = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.constant_(model.weight, 1.0)
+    nn.init.constant_(ema.weight, 0.0)
+    for _ in range(3):
+        update_ema(ema, model, 0.9)
+    assert ema.weight.item() == pytest.approx(1 - 0.9**3)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
+    def sometimes_nan(model, batch, generator):
+        losses = noisy_regression(model, batch, generator)
+        return losses * (math.nan if sometimes_nan.calls.pop(0) else 1.0)
+
+    settings = config(max_steps=4, batch_size=10, warmup_steps=0)
+    weights = []
+    for pattern in ([False, True, True, False], [False, False, False, False]):
+        sometimes_nan.calls = list(pattern)
+        state = new_state(small_model(), settings)
+        run = run_in(tmp_path / str(sum(pattern)))
+        train(state, sometimes_nan, Numbers(), settings, run, progress=False)
+        weights.append(state)
+    assert weights[0].skipped == 2
+    assert weights[1].skipped == 0
+    for parameter in weights[0].model.parameters():
+        assert torch.isfinite(parameter).all()
+    assert load_checkpoint(tmp_path / "2" / "checkpoints" / "model_last.pth")["skipped"] == 2
+
+
+def test_a_run_that_never_recovers_is_stopped(tmp_path):
+    def always_nan(model, batch, generator):
+        return noisy_regression(model, batch, generator) * math.nan
+
+    settings = config(max_steps=50)
+    state = new_state(small_model(), settings)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    with pytest.raises(NonFiniteError, match="6 steps in a row"):
+        train(state, always_nan, Numbers(), settings, run_in(tmp_path), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
+    whole, _ = run_training(tmp_path / "whole", config(batch_size=3, accumulation_steps=2))
+    part = new_state(small_model(), config(batch_size=3, accumulation_steps=2))
+
+    class PulledPlugError(Exception):
+        pass
+
+    def pull_the_plug(ema):
+        if part.step == 8:
+            raise PulledPlugError
+        return Validation(0.0, {}, {})
+
+    settings = config(batch_size=3, accumulation_steps=2, validate_every=2, save_every=5)
+    with pytest.raises(PulledPlugError):
+        run_training(tmp_path / "part", settings, part, validate=pull_the_plug)
+    resumed = new_state(small_model(), settings)
+    restore_state(resumed, run_in(tmp_path / "part").last)
+    assert resumed.step == 5  # in the middle of the third epoch
+    run_training(tmp_path / "part", config(batch_size=3, accumulation_steps=2), resumed)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name])
+    for name, value in whole.ema.state_dict().items():
+        assert torch.equal(value, resumed.ema.state_dict()[name])
+    ours, theirs = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
+    assert all(torch.equal(ours[k][n], theirs[k][n]) for k in ours for n in ours[k])
+    assert logged(tmp_path / "whole") == logged(tmp_path / "part")
+
+
+def test_the_state_of_another_optimiser_is_refused(tmp_path):
+    state, _ = run_training(tmp_path, config())
+    state.optimizer_name = "adamw8bit"
+    run = run_in(tmp_path)
+    run.save(run.last, state)
+    with pytest.raises(CheckpointError, match="--optimizer adamw8bit"):
+        restore_state(new_state(small_model(), config()), run.last)
+
+
+def test_eight_bit_adamw_trains_and_resumes(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = config(optimizer="adamw8bit", max_steps=4)
+
+    def wide():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 128), nn.Linear(128, 64), nn.Linear(64, 1))
+
+    state, _ = run_training(tmp_path, settings, new_state(wide(), settings))
+    weight = state.model[1].weight
+    assert any(
+        getattr(value, "dtype", None) == torch.uint8 for value in state.optimizer.state[weight].values()
+    )
+    resumed = new_state(wide(), settings)
+    restore_state(resumed, run_in(tmp_path).last)
+    run_training(tmp_path, config(optimizer="adamw8bit", max_steps=8), resumed)
+    assert resumed.step == 8
+    assert not torch.equal(resumed.model[1].weight, weight)
+
+
+# ------------------------------------------------------------------------------------------------- keeping
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_psnr(tmp_path):
+    scores = iter([20.0, 25.0, 22.0])
+
+    def validate(ema):
+        score = next(scores)
+        return Validation(score, {"psnr": score}, {"grid": torch.zeros(3, 4, 4)})
+
+    run_training(tmp_path, config(), validate=validate)
+    best, last = load_checkpoint(run_in(tmp_path).best), load_checkpoint(run_in(tmp_path).last)
+    assert (best["step"], best["best_psnr"]) == (8, 25.0)
+    assert (last["step"], last["best_psnr"]) == (12, 25.0)
+    assert logged(tmp_path, "validation/psnr") == {4: 20.0, 8: 25.0, 12: 22.0}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_is_reported(tmp_path, number):
+    handler = signal.getsignal(number)
+
+    def interrupted(model, batch, generator):
+        if interrupted.calls == 6:
+            os.kill(os.getpid(), number)
+        interrupted.calls += 1
+        return noisy_regression(model, batch, generator)
+
+    interrupted.calls = 0
+    settings = config(save_every=100, max_steps=1000)
+    state = new_state(small_model(), settings)
+    received = train(state, interrupted, Numbers(), settings, run_in(tmp_path), progress=False)
+    assert received == number
+    assert load_checkpoint(run_in(tmp_path).last)["step"] == state.step == 7
+    assert signal.getsignal(number) is handler
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def interrupted(model, batch, generator):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return noisy_regression(model, batch, generator)
+
+    settings = config()
+    with pytest.raises(KeyboardInterrupt):
+        train(new_state(small_model(), settings), interrupted, Numbers(), settings, run_in(tmp_path))
+
+
+def test_workers_give_the_same_run(tmp_path):
+    here = final_weights(tmp_path / "here", config())
+    there = final_weights(tmp_path / "there", config(num_workers=2))
+    assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_steps", 0),
+        ("batch_size", 0),
+        ("accumulation_steps", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("ema_decay", 1.5),
+        ("optimizer", "sgd"),
+        ("num_workers", -1),
+        ("seed", -1),
+    ],
+)
+def test_an_impossible_setting_is_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        config(**{field: value})
+
+
+def test_adamw_is_torch_s_fused_one():
+    optimizer = make_optimizer(small_model(), config(weight_decay=0.3, beta2=0.95))
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"], group["fused"]) == ((0.9, 0.95), 0.3, True)

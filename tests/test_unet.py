@@ -1,0 +1,254 @@
+"""Tests of unet.py: parts against their definitions, the whole against what a user relies on."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.networks import tiny_unet
+from unet import (
+    BasicTransformerBlock,
+    Condition,
+    ImageContextExtractor,
+    UNet,
+    UNetConfig,
+    WindowTransformer,
+    parameter_count,
+)
+
+
+def inputs(height=32, width=32, batch=2, scale=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.randn(batch, 3, height, width, generator=generator)
+    upscaled = torch.rand(batch, 3, height, width, generator=generator) * 2 - 1
+    low_res = torch.rand(batch, 3, height // scale, width // scale, generator=generator) * 2 - 1
+    return noisy, torch.arange(batch) * 100, Condition(upscaled, low_res)
+
+
+def randomised_block(**settings):
+    block = BasicTransformerBlock(12, head_dim=4, **settings)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return block
+
+
+def test_the_default_network_is_the_one_the_mission_names():
+    config = UNet(in_channels=3, out_channels=3, base_dim=32, dim_mults=(1, 2, 4), context_dim=512).config
+    assert config == UNetConfig()
+
+
+def test_a_new_network_predicts_zero():
+    assert not UNet(base_dim=8, dim_mults=(1, 2), context_dim=16)(*inputs()).any()
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize("norm", ["group", "pixel"])
+@pytest.mark.parametrize("size", [(32, 32), (30, 17), (7, 9), (1, 1)])
+def test_any_size_goes_in_and_comes_out(patch_size, norm, size):
+    noisy, t, condition = inputs(*size, scale=1)
+    unet = tiny_unet(patch_size=patch_size, norm=norm, dim_mults=(1, 2, 2))
+    assert unet(noisy, t, condition).shape == noisy.shape
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "both"])
+def test_an_encoded_context_equals_the_raw_condition(conditioning):
+    noisy, t, condition = inputs()
+    unet = tiny_unet(conditioning=conditioning, context_blocks=2)
+    torch.testing.assert_close(unet(noisy, t, unet.encode_context(condition)), unet(noisy, t, condition))
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "sees_upscaled", "sees_low_res"),
+    [("concat", True, False), ("cross_attention", False, True), ("both", True, True)],
+)
+def test_each_conditioning_uses_what_it_says(conditioning, sees_upscaled, sees_low_res):
+    noisy, t, condition = inputs()
+    unet = tiny_unet(conditioning=conditioning)
+    before = unet(noisy, t, condition)
+    other_upscaled = unet(noisy, t, condition._replace(upscaled=-condition.upscaled))
+    other_low_res = unet(noisy, t, condition._replace(low_res=-condition.low_res))
+    assert torch.allclose(before, other_upscaled) != sees_upscaled
+    assert torch.allclose(before, other_low_res) != sees_low_res
+
+
+def test_callers_may_bring_their_own_tokens():
+    noisy, t, _ = inputs()
+    unet = tiny_unet(conditioning="cross_attention")
+    tokens = torch.randn(2, 5, 16)
+    assert torch.allclose(unet(noisy, t, tokens), unet(noisy, t, Condition(tokens=tokens)))
+    assert not torch.allclose(unet(noisy, t, tokens), unet(noisy, t, -tokens))
+
+
+def test_an_unconditional_network_needs_no_context():
+    noisy, t, _ = inputs()
+    assert tiny_unet(conditioning="none")(noisy, t).shape == noisy.shape
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "condition", "message"),
+    [
+        ("concat", None, "upscaled"),
+        ("both", Condition(upscaled=torch.zeros(2, 3, 32, 32)), "low-resolution"),
+        ("cross_attention", Condition(tokens=torch.zeros(2, 5, 7)), r"\(B, N, 16\)"),
+    ],
+)
+def test_a_missing_condition_is_an_error_not_a_guess(conditioning, condition, message):
+    noisy, t, _ = inputs()
+    with pytest.raises(ValueError, match=message):
+        tiny_unet(conditioning=conditioning)(noisy, t, condition)
+
+
+def test_the_timestep_matters():
+    noisy, t, condition = inputs()
+    unet = tiny_unet()
+    assert not torch.allclose(unet(noisy, t, condition), unet(noisy, t + 500, condition))
+
+
+def test_images_of_a_batch_do_not_mix():
+    noisy, t, condition = inputs()
+    unet = tiny_unet()
+    alone = unet(noisy[:1], t[:1], Condition(condition.upscaled[:1], condition.low_res[:1]))
+    torch.testing.assert_close(unet(noisy, t, condition)[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_every_weight_learns():
+    noisy, t, condition = inputs(64, 64)
+    unet = tiny_unet(context_blocks=1)
+    unet(noisy, t, condition).square().mean().backward()
+    silent = [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+def test_a_batch_is_overfitted():
+    torch.manual_seed(0)
+    noisy, t, condition = inputs(16, 16)
+    unet = UNet(base_dim=8, dim_mults=(1, 2), context_dim=16)
+    optimizer = torch.optim.AdamW(unet.parameters(), 3e-3)
+    target = torch.randn(noisy.shape)
+    for _ in range(300):
+        loss = (unet(noisy, t, condition) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+# ------------------------------------------------------------------------------------------------- attention
+
+
+def test_a_new_transformer_block_only_feeds_forward():
+    block, x = BasicTransformerBlock(12, 6, head_dim=4), torch.randn(2, 7, 12)
+    torch.testing.assert_close(block(x, torch.randn(2, 3, 6)), x + block.feed_forward(block.norm3(x)))
+
+
+def test_a_block_without_context_skips_cross_attention():
+    block, x = randomised_block(context_dim=6), torch.randn(2, 7, 12)
+    assert not torch.allclose(block(x), block(x, torch.randn(2, 3, 6)))
+
+
+def test_context_for_a_block_without_cross_attention_is_refused():
+    with pytest.raises(ValueError, match="context_dim"):
+        randomised_block()(torch.randn(2, 7, 12), torch.randn(2, 3, 6))
+
+
+def test_self_attention_is_the_formula_of_the_paper():
+    attention = randomised_block().self_attention
+    x = torch.randn(1, 5, 12)
+    query, key, value = attention.to_query(x), *attention.to_key_value(x).chunk(2, dim=-1)
+    heads = []
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        weights = (query[..., part] @ key[..., part].transpose(1, 2) / 2).softmax(-1)
+        heads.append(weights @ value[..., part])
+    expected = attention.out(torch.cat(heads, dim=-1))
+    torch.testing.assert_close(attention(x, attention.keys_values(x)), expected)
+
+
+def test_tokens_in_another_order_give_the_same_result_in_that_order():
+    block, x, context = randomised_block(context_dim=6), torch.randn(1, 7, 12), torch.randn(1, 3, 6)
+    order = torch.randperm(7)
+    torch.testing.assert_close(block(x, context)[:, order], block(x[:, order], context))
+
+
+def test_windows_are_attended_to_separately():
+    transformer = WindowTransformer(randomised_block(), window=4, shifted=False)
+    x = torch.randn(1, 12, 8, 12)
+    changed = x.clone()
+    changed[:, :, 1, 6] = torch.randn(12)
+    difference = (transformer(x, None) - transformer(changed, None)).abs().amax(1)[0] > 1e-6
+    expected = torch.zeros(8, 12, dtype=torch.bool)
+    expected[:4, 4:8] = True
+    assert torch.equal(difference, expected)
+
+
+def test_shifted_windows_straddle_the_seams():
+    transformer = WindowTransformer(randomised_block(), window=4, shifted=True)
+    x = torch.randn(1, 12, 8, 8)
+    changed = x.clone()
+    changed[:, :, 3, 3] = torch.randn(12)
+    difference = (transformer(x, None) - transformer(changed, None)).abs().amax(1)[0] > 1e-6
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[2:6, 2:6] = True
+    assert torch.equal(difference, expected)
+
+
+def test_one_window_over_everything_is_the_plain_block():
+    block, x = randomised_block(), torch.randn(2, 12, 5, 6)
+    expected = block(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(WindowTransformer(block, window=0, shifted=True)(x, None), expected)
+    torch.testing.assert_close(WindowTransformer(block, window=8, shifted=True)(x, None), expected)
+
+
+def test_windows_share_the_context_of_their_own_image():
+    block = randomised_block(context_dim=6)
+    transformer = WindowTransformer(block, window=2, shifted=False)
+    x, context = torch.randn(2, 12, 4, 4), torch.randn(2, 3, 6)
+    both = transformer(x, block.keys_values(context))
+    second = transformer(x[1:], block.keys_values(context[1:]))
+    torch.testing.assert_close(both[1:], second)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (5, 7), (64, 48), (1, 1)])
+def test_the_number_of_context_tokens_does_not_depend_on_the_image(size):
+    extractor = ImageContextExtractor(3, 24, grid=4)
+    assert extractor(torch.randn(2, 3, *size)).shape == (2, 16, 24)
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+
+def test_a_configuration_survives_the_journey_through_a_dict():
+    config = UNetConfig(base_dim=48, dim_mults=(1, 3), patch_size=4, norm="group")
+    assert UNetConfig.from_dict(config.to_dict()) == config
+    assert UNet.from_config(config).config == config
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(ValueError, match="depth"):
+        UNetConfig.from_dict({**UNetConfig().to_dict(), "depth": 3})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("base_dim", 0),
+        ("base_dim", 30),
+        ("dim_mults", ()),
+        ("dim_mults", (1, 0)),
+        ("patch_size", 3),
+        ("conditioning", "text"),
+        ("norm", "batch"),
+        ("attention_window", -1),
+        ("head_dim", 0),
+    ],
+)
+def test_an_impossible_configuration_is_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(UNetConfig(), **{field: value})
+
+
+def test_parameter_count_counts_weights_but_not_buffers():
+    assert parameter_count(torch.nn.Linear(3, 4)) == 16
+    unet = tiny_unet()
+    assert parameter_count(unet) == sum(p.numel() for p in unet.parameters())

@@ -1,0 +1,278 @@
+"""Tests of util.py: the blocks against their definitions, the dataset against hand-made folders."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from bicubic import resize
+from images import write_image
+from util import (
+    CropDataset,
+    ImageDataset,
+    MultiHeadAttentionBlock,
+    PixelNorm,
+    ResidualBlock,
+    SinusoidalPositionEmbeddings,
+    degrade,
+    normalisation,
+)
+
+
+def randomised(module):
+    """Every weight drawn anew, so that zero-initialised layers do something."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------- blocks
+
+
+def test_position_embeddings_are_the_sines_and_cosines_of_the_paper():
+    embedding = SinusoidalPositionEmbeddings(8)(torch.tensor([0, 3, 999]))
+    for row, t in zip(embedding, (0, 3, 999), strict=True):
+        for i in range(4):
+            angle = t / 10_000 ** (i / 3)
+            assert row[i] == pytest.approx(math.sin(angle), abs=1e-4)
+            assert row[4 + i] == pytest.approx(math.cos(angle), abs=1e-4)
+
+
+def test_position_embeddings_tell_every_timestep_apart():
+    embeddings = SinusoidalPositionEmbeddings(32)(torch.arange(1000))
+    distances = torch.cdist(embeddings, embeddings) + 10 * torch.eye(1000)
+    assert distances.min() > 1e-3
+
+
+@pytest.mark.parametrize("dim", [3, 2, 7])
+def test_an_odd_or_tiny_embedding_is_refused(dim):
+    with pytest.raises(ValueError, match=str(dim)):
+        SinusoidalPositionEmbeddings(dim)
+
+
+def test_pixel_norm_is_layer_norm_over_the_channels_of_each_pixel():
+    norm = randomised(PixelNorm(6))
+    x = torch.randn(2, 6, 4, 5)
+    pixel = x[1, :, 2, 3]
+    expected = (pixel - pixel.mean()) / (pixel.var(unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(norm(x)[1, :, 2, 3], expected)
+
+
+def test_pixel_norm_of_a_window_is_the_window_of_the_whole():
+    norm, x = randomised(PixelNorm(6)), torch.randn(1, 6, 9, 9)
+    torch.testing.assert_close(norm(x)[..., 2:6, 3:7], norm(x[..., 2:6, 3:7]))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(32, 8), (12, 4), (7, 1)])
+def test_group_norm_takes_groups_that_divide_the_channels(channels, groups):
+    assert normalisation("group", channels).num_groups == groups
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="batch"):
+        normalisation("batch", 8)
+
+
+@pytest.mark.parametrize("norm", ["group", "pixel"])
+def test_a_new_residual_block_is_the_identity(norm):
+    block, x = ResidualBlock(8, 8, time_dim=16, norm=norm), torch.randn(2, 8, 5, 6)
+    torch.testing.assert_close(block(x, torch.randn(2, 16)), x)
+
+
+@pytest.mark.parametrize("norm", ["group", "pixel"])
+def test_a_residual_block_is_its_formula(norm):
+    block = randomised(ResidualBlock(8, 12, time_dim=16, norm=norm))
+    x, time = torch.randn(2, 8, 5, 6), torch.randn(2, 16)
+    scale, shift = block.modulation(F.silu(time))[:, :, None, None].chunk(2, dim=1)
+    hidden = block.norm2(block.conv1(F.silu(block.norm1(x)))) * (1 + scale) + shift
+    torch.testing.assert_close(block(x, time), block.shortcut(x) + block.conv2(F.silu(hidden)))
+
+
+def test_the_time_embedding_changes_a_residual_block():
+    block, x = randomised(ResidualBlock(8, 8, time_dim=16)), torch.randn(1, 8, 5, 6)
+    assert not torch.allclose(block(x, torch.zeros(1, 16)), block(x, torch.ones(1, 16)))
+
+
+@pytest.mark.parametrize(("time_dim", "time"), [(16, None), (None, torch.zeros(1, 16))])
+def test_a_missing_or_unexpected_time_embedding_is_refused(time_dim, time):
+    with pytest.raises(ValueError, match="time embedding"):
+        ResidualBlock(8, 8, time_dim)(torch.zeros(1, 8, 4, 4), time)
+
+
+def test_attention_equals_torch_multi_head_attention():
+    block = randomised(MultiHeadAttentionBlock(12, num_heads=3))
+    reference = torch.nn.MultiheadAttention(12, 3, batch_first=True)
+    reference.in_proj_weight.data = block.qkv.weight[:, :, 0, 0]
+    reference.in_proj_bias.data = block.qkv.bias
+    reference.out_proj.weight.data = block.out.weight[:, :, 0, 0]
+    reference.out_proj.bias.data = block.out.bias
+    x = torch.randn(2, 12, 4, 5)
+    tokens = block.norm(x).flatten(2).transpose(1, 2)
+    expected = reference(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(block(x), x + expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_refuses_heads_that_do_not_divide_the_channels():
+    with pytest.raises(ValueError, match="10 channels"):
+        MultiHeadAttentionBlock(10, num_heads=4)
+
+
+# ------------------------------------------------------------------------------------------------- dataset
+
+
+def test_a_sample_holds_the_four_images_of_the_model(photo_folder):
+    sample = ImageDataset(photo_folder, 32, 4)[0]
+    assert sample.low_res.shape == (3, 8, 8)
+    assert sample.upscaled.shape == sample.original.shape == sample.residual.shape == (3, 32, 32)
+    for image in (sample.low_res, sample.upscaled, sample.original):
+        assert image.dtype == torch.float32
+        assert image.min() >= -1
+        assert image.max() <= 1
+    torch.testing.assert_close(sample.upscaled + sample.residual, sample.original)
+
+
+def test_the_low_resolution_image_is_what_a_uint8_file_would_hold(photo_folder):
+    sample = ImageDataset(photo_folder, 32, 4, train=False)[0]
+    pixels = (sample.original + 1) * 127.5
+    expected = resize(pixels, scale=0.25).round().clamp(0, 255)
+    torch.testing.assert_close((sample.low_res + 1) * 127.5, expected, atol=1e-3, rtol=0)
+
+
+def test_the_upscale_function_is_called_with_image_and_factor(photo_folder):
+    def nearest(low_res, factor):
+        return low_res.repeat_interleave(int(factor), -1).repeat_interleave(int(factor), -2)
+
+    sample = ImageDataset(photo_folder, 32, 2, nearest)[0]
+    assert torch.equal(sample.upscaled[:, ::2, ::2], sample.low_res)
+
+
+def test_a_wrong_upscale_function_is_named(photo_folder):
+    dataset = ImageDataset(photo_folder, 32, 4, lambda low_res, factor: low_res)
+    with pytest.raises(ValueError, match="upscale function"):
+        dataset[0]
+
+
+def test_degrading_a_batch_equals_degrading_each(photo_folder):
+    dataset = ImageDataset(photo_folder, 32, 4)
+    crops = torch.stack([dataset.crop(index) for index in range(4)])
+    batch = degrade(crops, 4, dataset.upscale_function)
+    for index in range(4):
+        for ours, theirs in zip(batch, dataset[index], strict=True):
+            torch.testing.assert_close(ours[index], theirs, atol=2e-6, rtol=0)
+
+
+def test_validation_takes_the_central_crop_unflipped(photo_folder):
+    dataset = ImageDataset(photo_folder, 32, 4, train=False)
+    pixels = np.asarray(Image.open(dataset.paths[2]))
+    expected = pixels[8:40, 12:44].transpose(2, 0, 1)
+    assert np.array_equal(dataset.crop(2).numpy(), expected)
+    assert torch.equal(dataset.crop((5, 2)), dataset.crop(2))
+
+
+def test_training_crops_differ_between_epochs_and_repeat_with_the_seed(photo_folder):
+    first, second = ImageDataset(photo_folder, 32, 4, seed=3), ImageDataset(photo_folder, 32, 4, seed=3)
+    assert torch.equal(first.crop((7, 1)), second.crop((7, 1)))
+    assert not torch.equal(first.crop((7, 1)), first.crop((8, 1)))
+    assert not torch.equal(first.crop((7, 1)), ImageDataset(photo_folder, 32, 4, seed=4).crop((7, 1)))
+
+
+def test_samples_do_not_depend_on_the_worker(photo_folder):
+    dataset = CropDataset(ImageDataset(photo_folder, 32, 4))
+    order = [(epoch, index) for epoch in range(2) for index in range(6)]
+    here = torch.stack([dataset[key] for key in order])
+    loader = DataLoader(dataset, batch_sampler=[order[:5], order[5:]], num_workers=2)
+    assert torch.equal(torch.cat(list(loader)), here)
+
+
+@pytest.mark.parametrize(("augment", "count"), [("none", 1), ("flip", 2), ("dihedral", 8)])
+def test_augmentations_are_the_flips_and_rotations_they_say(tmp_path, augment, count):
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    write_image(tmp_path / "only.png", pixels)
+    dataset = ImageDataset(tmp_path, 16, 2, augment=augment)
+    seen = {dataset.crop((epoch, 0)).numpy().tobytes() for epoch in range(100)}
+    turned = [np.rot90(pixels, k) for k in range(4)]
+    all_eight = turned + [image[:, ::-1] for image in turned]
+    allowed = {np.ascontiguousarray(image.transpose(2, 0, 1)).tobytes() for image in all_eight}
+    assert len(seen) == count
+    assert seen <= allowed
+
+
+def test_small_and_unreadable_images_are_named_and_left_out(tmp_path, caplog):
+    nested = tmp_path / "a" / "b"
+    nested.mkdir(parents=True)
+    good = np.full((32, 32, 3), 90, np.uint8)
+    write_image(nested / "good.jpg", good)
+    write_image(tmp_path / "small.png", good[:16])
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    dataset = ImageDataset(tmp_path, 32, 4)
+    assert [path.name for path in dataset.paths] == ["good.jpg"]
+    assert {path.name for path in dataset.left_out} == {"small.png", "broken.png"}
+    assert "small.png" in caplog.text
+    assert "broken.png" in caplog.text
+
+
+@pytest.mark.parametrize("make", [lambda p: p / "missing", lambda p: p])
+def test_a_missing_or_empty_folder_says_what_was_looked_for(tmp_path, make):
+    with pytest.raises(ValueError, match=r"no such folder|png"):
+        ImageDataset(make(tmp_path), 32, 4)
+
+
+def test_a_folder_of_small_images_says_so(tmp_path):
+    write_image(tmp_path / "small.png", np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"16x16 is smaller than the crop of 32"):
+        ImageDataset(tmp_path, 32, 4)
+
+
+@pytest.mark.parametrize(("img_size", "factor"), [(30, 4), (32, 1), (32, float("nan")), (4, 2), (32, 0.5)])
+def test_an_impossible_crop_is_refused(photo_folder, img_size, factor):
+    with pytest.raises(ValueError, match=r"img_size|downscale_factor"):
+        ImageDataset(photo_folder, img_size, factor)
+
+
+def test_every_kind_of_file_becomes_a_sample(tmp_path):
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8))
+    colour.convert("L").save(tmp_path / "grey.png")
+    colour.convert("P").save(tmp_path / "palette.png")
+    colour.convert("RGBA").save(tmp_path / "alpha.webp")
+    colour.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    colour.save(tmp_path / "plain.bmp")
+    deep = rng.integers(0, 65535, (40, 48), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.tiff")
+    rotated = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour.save(rotated, "JPEG", exif=exif)
+    (tmp_path / "rotated.jpeg").write_bytes(rotated.getvalue())
+    dataset = ImageDataset(tmp_path, 40, 4, train=False)
+    assert len(dataset) == 7
+    for index in range(7):
+        assert dataset[index].original.shape == (3, 40, 40)
+
+
+def test_a_file_that_breaks_later_is_replaced_and_marked(tmp_path, caplog):
+    for index in range(3):
+        write_image(tmp_path / f"{index}.png", np.full((16, 16, 3), 50 * index, np.uint8))
+    dataset = ImageDataset(tmp_path, 16, 4)
+    (tmp_path / "1.png").unlink()
+    assert int(dataset.crop(1)[0, 0, 0]) == 100
+    assert dataset.failed.tolist() == [False, True, False]
+    assert "1.png" in caplog.text
+
+
+def test_when_every_file_is_gone_the_error_says_so(tmp_path):
+    write_image(tmp_path / "0.png", np.zeros((16, 16, 3), np.uint8))
+    dataset = ImageDataset(tmp_path, 16, 4)
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(RuntimeError, match="none of the 1 images"):
+        dataset.crop(0)
+
+
+def test_an_index_out_of_range_ends_iteration(photo_folder):
+    assert sum(1 for _ in ImageDataset(photo_folder, 32, 4)) == 6
