@@ -32,7 +32,7 @@ def select_device(name: str = "auto") -> torch.device:
     }
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
-    kind = name.split(":")[0]
+    kind = name.split(":", maxsplit=1)[0]
     if kind not in available:
         raise ValueError(f"device must be auto, cuda, mps or cpu, not {name!r}")
     if not available[kind]:
@@ -69,8 +69,8 @@ def _has_bfloat16(device: torch.device) -> bool:
 def cpu_bfloat16_works() -> bool:
     """Whether this CPU computes bfloat16 in hardware and survives doing so.
 
-    Some virtual machines announce AMX tiles and then stop the process with SIGILL at the first matrix product.
-    So a child process tries; if it dies, oneDNN is held to AVX512_BF16 and another one tries. Call this before
+    Some virtual machines announce AMX tiles and then stop the process with SIGILL at the first product. So
+    a child process tries; if it dies, oneDNN is held to AVX512_BF16 and another one tries. Call this before
     the process has computed anything in oneDNN, which reads that setting once.
     """
     if not torch.cpu.get_capabilities().get("avx512_bf16", False):

@@ -10,6 +10,7 @@ variance and are not bounded by 1.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +23,18 @@ import metrics
 from bicubic import upscale_image
 from checkpoint import CheckpointError, Plain, StateDict, load_checkpoint, load_model, load_weights
 from images import to_unit_range
-from samplers import ExactDDIMScheduler
-from training import Run, TrainingConfig, TrainState, Validation, new_state, noise_seed, restore_state, train
+from samplers import DEFAULT_SCHEDULER, HISTORY, SchedulerName, build_scheduler, draw_noise
+from training import (
+    NonFiniteError,
+    Run,
+    TrainingConfig,
+    TrainState,
+    Validation,
+    new_state,
+    noise_seed,
+    restore_state,
+    train,
+)
 from unet import Condition
 from util import CropDataset, ImageDataset, Sample, UpscaleFunction, degrade
 
@@ -34,7 +45,7 @@ GRID_IMAGES = 4
 
 
 class Restorer(Protocol):
-    """What a generator needs of a network: its prediction, its condition, and the numbers it was trained with."""
+    """What a generator needs of a network: prediction, condition, and the numbers it was trained with."""
 
     residual_std: Tensor
     scale: Tensor
@@ -283,6 +294,8 @@ class DiffusionModel:
             restored = torch.cat(
                 [restore(model, 1, start, start + batch_size) for start in range(0, len(crops), batch_size)]
             )
+            if not torch.isfinite(restored).all():
+                raise NonFiniteError("the averaged weights are no longer finite: lower --learning_rate")
             truth = to_unit_range(samples.original)
             psnr = float(metrics.psnr(restored, truth, protocol).mean())
             bicubic = metrics.psnr(to_unit_range(samples.upscaled), truth, protocol).mean()
@@ -335,7 +348,7 @@ class DiffusionModel:
 
 
 class ResidualGenerator:
-    """Restores images by sampling their residuals with DDIM, in any number of steps from 1 to T.
+    """Restores images by sampling their residuals, in any number of steps from 1 to T.
 
     The clean estimate of every step is clipped so that upscaled + residual stays an image: a projection
     onto a convex set that holds the truth, so it never makes the estimate worse.
@@ -347,6 +360,7 @@ class ResidualGenerator:
         num_train_timesteps: T of the training.
         predict_mode: mode of the training.
         precision: dtype to autocast the network to, None for float32.
+        scheduler: how to step from one noise level to the next, see samplers.Sampler.
     """
 
     def __init__(
@@ -357,17 +371,22 @@ class ResidualGenerator:
         num_train_timesteps: int = 1000,
         predict_mode: Mode = "v_prediction",
         precision: torch.dtype | None = None,
+        scheduler: SchedulerName = DEFAULT_SCHEDULER,
     ) -> None:
         self.img_channels = img_channels
         self.img_size = img_size
         self.device = torch.device(device)
         self.precision = precision
         self.diffusion = DiffusionModel(num_train_timesteps, device, predict_mode)
-        self.scheduler = ExactDDIMScheduler(self.diffusion.alpha_bar)
+        self.scheduler = build_scheduler(scheduler, self.diffusion.alpha_bar)
 
     @classmethod
     def of(
-        cls, process: ProcessConfig, device: torch.device | str, precision: torch.dtype | None = None
+        cls,
+        process: ProcessConfig,
+        device: torch.device | str,
+        precision: torch.dtype | None = None,
+        scheduler: SchedulerName = DEFAULT_SCHEDULER,
     ) -> "ResidualGenerator":
         """The generator for a process, as a checkpoint describes it."""
         return cls(
@@ -375,6 +394,7 @@ class ResidualGenerator:
             num_train_timesteps=process.timesteps,
             predict_mode=process.mode,
             precision=precision,
+            scheduler=scheduler,
         )
 
     def generate_images(
@@ -395,7 +415,7 @@ class ResidualGenerator:
             num_images: restorations of each image, with different noise.
             num_inference_steps: 1 is the posterior mean; more steps give a sample.
             seed: of the noise; the noise of an image depends on nothing else. None draws one.
-            eta: 0 for DDIM, 1 for the variance of DDPM.
+            eta: fresh noise per step, for the scheduler "ddim": 0 for none, 1 for the variance of DDPM.
 
         Returns:
             (B * num_images, C, H, W) in [0, 1], the restorations of one image next to each other.
@@ -445,6 +465,33 @@ class ResidualGenerator:
         residual = self._residual(model, low_res, upscaled, steps, seed, sample=sample, eta=eta)
         return to_unit_range((upscaled + residual).clamp(-1, 1))
 
+    def encode(self, model: Restorer, condition: Condition) -> object:
+        """The condition as `estimate` takes it, encoded once and in this generator's precision."""
+        with self._autocast():
+            return model.encode_context(condition)
+
+    def estimate(
+        self, model: Restorer, noisy: Tensor, timestep: int, context: object, upscaled: Tensor
+    ) -> Tensor:
+        """One evaluation of the network: the clean residual of unit variance it sees in a noisy one.
+
+        Args:
+            model: a trained network.
+            noisy: (B, C, H, W), unit variance.
+            timestep: of the noisy image, in [0, T).
+            context: what `encode` made of the condition.
+            upscaled: (B, C, H, W) in [-1, 1].
+
+        Returns:
+            (B, C, H, W), clipped so that upscaled + residual lies in [-1, 1].
+        """
+        t = torch.full((len(noisy),), timestep, device=noisy.device)
+        with self._autocast():
+            output = model(noisy, t, context).float()
+        clean = self.diffusion.clean_estimate(output, noisy, t)
+        residual_std = float(model.residual_std)
+        return clean.clamp((-1 - upscaled) / residual_std, (1 - upscaled) / residual_std)
+
     def _inputs(self, model: Restorer, low_res: Tensor) -> tuple[Tensor, Tensor]:
         """Check the input, move it to the device and upscale it."""
         if low_res.ndim != 4 or low_res.shape[1] != self.img_channels:
@@ -473,28 +520,27 @@ class ResidualGenerator:
         residual_std = float(model.residual_std)
         if residual_std <= 0:
             raise ValueError("this network has no residual_std: load trained weights into it first")
-        streams = [torch.Generator().manual_seed(noise_seed(seed, sample, 0)) for _ in range(len(upscaled))]
-        low, high = (-1 - upscaled) / residual_std, (1 - upscaled) / residual_std
-        with self._autocast():
-            context = model.encode_context(Condition(upscaled, low_res))
-        noisy = self._noise(upscaled, streams)
-        self.scheduler.set_timesteps(steps)
-        for timestep in self.scheduler.timesteps.tolist():
-            t = torch.full((len(noisy),), timestep, device=self.device)
-            with self._autocast():
-                output = model(noisy, t, context).float()
-            clean = self.diffusion.clean_estimate(output, noisy, t).clamp(low, high)
-            fresh = self._noise(upscaled, streams) if eta > 0 else None
-            noisy = self.scheduler.previous_sample(clean, timestep, noisy, eta, fresh)
+        plan = self.scheduler.steps(steps, eta)
+        channels, height, width = upscaled.shape[1:]
+        streams = [noise_stream(seed, sample) for _ in upscaled]
+        context = self.encode(model, Condition(upscaled, low_res))
+        noisy = draw_noise(streams, channels, height, width).to(self.device)
+        cleans: deque[Tensor] = deque(maxlen=HISTORY)
+        for step in plan:
+            cleans.appendleft(self.estimate(model, noisy, step.timestep, context, upscaled))
+            fresh = (
+                draw_noise(streams, channels, height, width).to(self.device) if step.noise_weight else None
+            )
+            noisy = step.advance(noisy, cleans, fresh)
         return noisy * residual_std
-
-    def _noise(self, like: Tensor, streams: list[torch.Generator]) -> Tensor:
-        """Standard normal noise, each image's from its own stream, drawn on the CPU for the same bytes anywhere."""
-        noise = torch.stack([torch.randn(like.shape[1:], generator=stream) for stream in streams])
-        return noise.to(self.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+
+
+def noise_stream(seed: int, sample: int) -> torch.Generator:
+    """Where the noise of one restoration of an image comes from: its seed and number, and nothing else."""
+    return torch.Generator().manual_seed(noise_seed(seed, sample, 0))
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:

@@ -220,7 +220,18 @@ def describe_model(model: UNet, args: argparse.Namespace, device: torch.device) 
     low_res = torch.zeros(1, 3, round(size / args.downscale_factor), round(size / args.downscale_factor))
     inputs = (image, torch.zeros(1, dtype=torch.long, device=device))
     context = Condition(image, low_res.to(device))
-    return str(summary(model, input_data=inputs, context=context, depth=1, verbose=0))
+    return str(
+        summary(
+            model,
+            input_data=inputs,
+            context=context,
+            depth=2,
+            row_settings=("var_names",),
+            col_names=("output_size", "num_params", "mult_adds"),
+            col_width=17,
+            verbose=0,
+        )
+    )
 
 
 def run_files(args: argparse.Namespace) -> tuple[Path, Path]:

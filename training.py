@@ -113,7 +113,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which samples every optimiser step uses: each epoch is one shuffled pass, the last group may be smaller.
+    """Which samples each optimiser step uses: an epoch is one shuffled pass, its last group may be smaller.
 
     Attributes:
         length: number of samples in the dataset.
@@ -225,7 +225,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up to the peak, then half a cosine down to its final fraction (Loshchilov & Hutter 2017)."""
+    """Linear warm-up to the peak, then half a cosine to its final fraction (Loshchilov & Hutter 2017)."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
@@ -346,7 +346,7 @@ class Run:
 
 
 class SignalCatcher:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second SIGINT stops at once."""
+    """Turns SIGINT or SIGTERM into a request to stop after the step; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -456,11 +456,13 @@ def _due(step: int, every: int, last: int) -> bool:
 def _validate_and_keep(
     state: TrainState, validate: Callable[[nn.Module], Validation], run: Run, log: "_Log"
 ) -> None:
+    started = time.perf_counter()
     result = validate(state.ema)
     log.validation(state.step, result)
     if result.psnr > state.best_psnr:
         state.best_psnr = result.psnr
         run.save(run.best, state)
+    log.leave_out(time.perf_counter() - started)
 
 
 class _Stepper:
@@ -576,11 +578,13 @@ class _Log:
         self._samples, self._since = 0, now
 
     def validation(self, step: int, result: Validation) -> None:
-        """Write a validation; its time does not count against images per second."""
-        started = time.perf_counter()
+        """Write the scalars and pictures of a validation."""
         for name, value in result.scalars.items():
             self.writer.add_scalar(f"validation/{name}", value, step)
         for name, image in result.images.items():
             self.writer.add_image(f"validation/{name}", image, step)
         self.writer.flush()
-        self._since += time.perf_counter() - started
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count this time as training when images per second are next written."""
+        self._since += seconds

@@ -39,7 +39,6 @@ class UNetConfig:
         norm: "group" or "pixel", see util.PixelNorm.
         attention_window: side, in tokens, of the windows self-attention works in; 0 attends over everything.
         head_dim: width of one attention head.
-        scale: the enlargement the network was trained for; residual_std travels as a buffer beside it.
     """
 
     in_channels: int = 3
@@ -123,7 +122,7 @@ class Context(NamedTuple):
 
     Attributes:
         features: (B, D_0, H / p, W / p) of the padded size, added after the stem; or None.
-        keys_values: keys and values (B, heads, N, head width) of each transformer block; empty without tokens.
+        keys_values: keys and values (B, heads, N, head width) for each transformer block, or empty.
     """
 
     features: Tensor | None = None
@@ -168,7 +167,7 @@ class Attention(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention where a context is given, and feed-forward, each pre-normalised and added.
+    """Self-attention, cross-attention where a context is given, feed-forward: pre-normalised, added.
 
     Args:
         dim: width of the tokens.
@@ -202,7 +201,8 @@ class BasicTransformerBlock(nn.Module):
         x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
         if context is not None:
             keys_values = self.keys_values(context) if isinstance(context, Tensor) else context
-            assert self.cross_attention is not None and self.norm2 is not None
+            assert self.cross_attention is not None
+            assert self.norm2 is not None
             x = x + self.cross_attention(self.norm2(x), keys_values)
         return x + self.feed_forward(self.norm3(x))
 
@@ -277,6 +277,23 @@ class ImageContextExtractor(nn.Module):
         """(B, C, h, w) in [-1, 1] -> (B, N, E)."""
         pooled = F.adaptive_avg_pool2d(self.features(image), self.grid)  # (B, 4 width, grid, grid)
         return self.norm(self.project(pooled.flatten(2).transpose(1, 2)) + self.position)
+
+
+class ResidualStage(nn.Module):
+    """The residual blocks of one level, on one side of the UNet."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, config: UNetConfig) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (config.blocks_per_level - 1)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, out_channels, time_dim, norm=config.norm) for width in widths
+        )
+
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
+        """(B, in_channels, h, w), (B, time_dim) -> (B, out_channels, h, w)."""
+        for block in self.blocks:
+            x = block(x, time_embedding)
+        return x
 
 
 class UNet(nn.Module):
@@ -364,20 +381,17 @@ class UNet(nn.Module):
         )
 
     def _build_levels(self, config: UNetConfig, dims: list[int]) -> None:
-        def blocks(first: int, width: int) -> nn.ModuleList:
-            widths = [first] + [width] * (config.blocks_per_level - 1)
-            return nn.ModuleList(
-                ResidualBlock(before, width, 4 * dims[0], norm=config.norm) for before in widths
-            )
+        def stage(width_in: int, width: int) -> ResidualStage:
+            return ResidualStage(width_in, width, 4 * dims[0], config)
 
-        self.encoder = nn.ModuleList(blocks(width, width) for width in dims)
+        self.encoder = nn.ModuleList(stage(width, width) for width in dims)
         self.downsample = nn.ModuleList(
             nn.Conv2d(wide, deeper, 2, stride=2) for wide, deeper in itertools.pairwise(dims)
         )
         self.bottleneck = nn.ModuleList(
             ResidualBlock(dims[-1], dims[-1], 4 * dims[0], norm=config.norm) for _ in range(2)
         )
-        self.decoder = nn.ModuleList(blocks(2 * width, width) for width in reversed(dims))
+        self.decoder = nn.ModuleList(stage(2 * width, width) for width in reversed(dims))
         self.upsample = nn.ModuleList(
             nn.Conv2d(deeper, 4 * wide, 1) for deeper, wide in zip(dims[:0:-1], dims[-2::-1], strict=True)
         )
@@ -447,8 +461,8 @@ class UNet(nn.Module):
         """(B, D_0, H / p, W / p) through encoder, bottleneck and decoder -> the same shape."""
         attended = keys_values or (None, None, None)
         skips: list[Tensor] = []
-        for level, blocks in enumerate(self.encoder):
-            x = _run(blocks, x, embedding)
+        for level, stage in enumerate(self.encoder):
+            x = stage(x, embedding)
             if level < len(self.downsample):
                 skips.append(x)
                 x = self.downsample[level](x)  # (B, D_{i+1}, half, half)
@@ -457,8 +471,8 @@ class UNet(nn.Module):
         x = self.bottleneck[0](x, embedding)
         x = self.transformers[1](x, attended[1])
         x = self.bottleneck[1](x, embedding)
-        for level, blocks in enumerate(self.decoder):
-            x = _run(blocks, torch.cat([x, skips.pop()], dim=1), embedding)
+        for level, stage in enumerate(self.decoder):
+            x = stage(torch.cat([x, skips.pop()], dim=1), embedding)
             if level == 0:
                 x = self.transformers[2](x, attended[2])
             if level < len(self.upsample):
@@ -473,12 +487,6 @@ class UNet(nn.Module):
             image = F.pad(image, (0, right, 0, bottom), mode="replicate")
         folded = F.pixel_unshuffle(image, self.config.patch_size)
         return folded.contiguous(memory_format=torch.channels_last)
-
-
-def _run(blocks: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
-    for block in blocks.children():
-        x = block(x, embedding)
-    return x
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -48,9 +48,9 @@ def test_a_model_is_rebuilt_from_its_file_alone(saved):
 def test_one_flipped_byte_is_noticed(saved, place):
     path, _ = saved
     data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 0x40
+    path.write_bytes(bytes(data))
     with pytest.raises(CheckpointError, match=str(path)):
-        data[int(place * len(data))] ^= 0x40
-        path.write_bytes(bytes(data))
         load_checkpoint(path)
 
 
@@ -157,7 +157,7 @@ def test_a_damaged_export_is_refused(tmp_path, data):
 
 
 def test_exporting_where_nothing_can_be_written_is_an_error(saved, tmp_path):
-    path, unet = saved
+    _, unet = saved
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="could not write"):
         export_safetensors(LoadedModel(unet, PROCESS, 1), tmp_path / "file" / "model.safetensors")

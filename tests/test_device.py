@@ -53,7 +53,7 @@ def test_a_probe_that_dies_is_survived(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_probe_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(device, "PROBE_SECONDS", 0.1)
-    monkeypatch.setattr(device, "_probe_and_exit", lambda: signal.pause())
+    monkeypatch.setattr(device, "_probe_and_exit", signal.pause)
     assert not device._survives_bfloat16()
 
 

@@ -523,7 +523,7 @@ def test_the_error_survives_the_way_out_of_a_worker_process():
         (".tif", 3, np.uint16, True),
     ],
 )
-def test_what_is_written_is_read_back(tmp_path, suffix, channels, dtype, with_alpha, with_metadata):  # noqa: PLR0917
+def test_what_is_written_is_read_back(tmp_path, suffix, channels, dtype, with_alpha, with_metadata):
     path = tmp_path / f"image{suffix}"
     pixels = random_pixels(channels, dtype)
     alpha = random_pixels(1, dtype, seed=1) if with_alpha else None

@@ -1,5 +1,6 @@
 """Tests of training.py: the loop on problems small enough to know the answer."""
 
+import itertools
 import math
 import os
 import signal
@@ -158,7 +159,7 @@ def test_the_learning_rate_warms_up_and_ends_at_its_fraction():
     assert rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
     assert rates[100] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
 
 
 def test_the_average_is_exponential_with_a_ramp():

@@ -215,7 +215,7 @@ def test_the_number_of_context_tokens_does_not_depend_on_the_image(size):
     assert extractor(torch.randn(2, 3, *size)).shape == (2, 16, 24)
 
 
-# ------------------------------------------------------------------------------------------------- configuration
+# --------------------------------------------------------------------------------------------- configuration
 
 
 def test_a_configuration_survives_the_journey_through_a_dict():
