@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ import metrics
 from bicubic import upscale_image
 from checkpoint import CheckpointError, Plain, StateDict, load_checkpoint, load_model, load_weights
 from images import to_unit_range
+from processes import Processes
 from samplers import DEFAULT_SCHEDULER, HISTORY, SchedulerName, build_scheduler, draw_noise
 from training import (
     NonFiniteError,
@@ -39,9 +40,12 @@ from unet import Condition
 from util import CropDataset, ImageDataset, Sample, UpscaleFunction, degrade
 
 Mode = Literal["v_prediction", "noise", "clean"]
+Schedule = Literal["cosine", "linear", "sigmoid", "zero_terminal_snr"]
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
 VALIDATION_SEED = 0
+VALIDATION_BATCH = 8
 GRID_IMAGES = 4
+LOSS_BARS = 20
 
 
 class Restorer(Protocol):
@@ -66,20 +70,20 @@ class ProcessConfig:
     Attributes:
         timesteps: T.
         mode: what the network is compared with: "v_prediction", "noise" or "clean".
-        schedule: how alpha_bar falls: "cosine".
+        schedule: how alpha_bar falls, see alpha_bar_of.
     """
 
     timesteps: int = 1000
     mode: Mode = "v_prediction"
-    schedule: Literal["cosine"] = "cosine"
+    schedule: Schedule = "cosine"
 
     def __post_init__(self) -> None:
         if not 1 <= self.timesteps <= 100_000:
             raise ValueError(f"timesteps must be between 1 and 100000, not {self.timesteps}")
         if self.mode not in ("v_prediction", "noise", "clean"):
             raise ValueError(f"mode must be v_prediction, noise or clean, not {self.mode!r}")
-        if self.schedule != "cosine":
-            raise ValueError(f"schedule must be cosine, not {self.schedule!r}")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule must be one of {get_args(Schedule)}, not {self.schedule!r}")
 
     def to_dict(self) -> dict[str, Plain]:
         """Plain values, as a checkpoint holds them."""
@@ -98,6 +102,53 @@ def cosine_alpha_bar(timesteps: int, offset: float = 0.008, max_beta: float = 0.
     return torch.cumprod(1 - betas, dim=0)
 
 
+def linear_alpha_bar(timesteps: int) -> Tensor:
+    """Betas from 1e-4 to 0.02 for T = 1000 (Ho et al. 2020, section 4), scaled so that any T ends alike.
+
+    Returns:
+        (T,) float64, strictly falling.
+    """
+    stretch = 1000 / timesteps
+    betas = torch.linspace(1e-4 * stretch, 0.02 * stretch, timesteps, dtype=torch.float64)
+    return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+
+
+def sigmoid_alpha_bar(timesteps: int, start: float = -3.0, end: float = 3.0) -> Tensor:
+    """The sigmoid schedule with temperature 1 (Jabri et al. 2022, Algorithm 2), each beta at most 0.999.
+
+    Returns:
+        (T,) float64, strictly falling.
+    """
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    f = torch.sigmoid(-(start + u * (end - start)))
+    normalised = (f - f[-1]) / (f[0] - f[-1])
+    betas = (1 - normalised[1:] / normalised[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def zero_terminal_alpha_bar(timesteps: int) -> Tensor:
+    """The linear schedule shifted and scaled to end in pure noise (Lin et al. 2024, Algorithm 1).
+
+    Returns:
+        (T,) float64, strictly falling to exactly 0; its first value is the linear schedule's.
+    """
+    if timesteps < 2:
+        raise ValueError("zero_terminal_snr needs at least 2 timesteps")
+    root = linear_alpha_bar(timesteps).sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def alpha_bar_of(process: ProcessConfig) -> Tensor:
+    """The (T,) float64 alpha_bar of a process."""
+    schedules = {
+        "cosine": cosine_alpha_bar,
+        "linear": linear_alpha_bar,
+        "sigmoid": sigmoid_alpha_bar,
+        "zero_terminal_snr": zero_terminal_alpha_bar,
+    }
+    return schedules[process.schedule](process.timesteps)
+
+
 class DiffusionModel:
     """The forward process, the targets, the loss, and training.
 
@@ -111,6 +162,9 @@ class DiffusionModel:
         timesteps: T.
         device: where the schedule lives.
         mode: "v_prediction" (Salimans & Ho 2022, appendix D), "noise" (Ho et al. 2020, Eq. 14) or "clean".
+        schedule: how alpha_bar falls, see alpha_bar_of.
+        min_snr_gamma: weigh the losses by min(SNR, gamma) in terms of the clean estimate (Hang et al. 2023,
+            Eq. 8), None leaves the loss of each mode as it is.
     """
 
     def __init__(
@@ -118,14 +172,20 @@ class DiffusionModel:
         timesteps: int = 1000,
         device: torch.device | str = "cpu",
         mode: Mode = "v_prediction",
+        schedule: Schedule = "cosine",
+        min_snr_gamma: float | None = None,
     ) -> None:
-        self.process = ProcessConfig(timesteps, mode)
+        if min_snr_gamma is not None and not 0 < min_snr_gamma < math.inf:
+            raise ValueError(f"min_snr_gamma must be a positive number, not {min_snr_gamma}")
+        self.process = ProcessConfig(timesteps, mode, schedule)
+        self.min_snr_gamma = min_snr_gamma
         self.device = torch.device(device)
         self.timesteps = timesteps
         self.mode: Mode = mode
-        self.alpha_bar = cosine_alpha_bar(timesteps)  # (T,) float64, on the CPU
+        self.alpha_bar = alpha_bar_of(self.process)  # (T,) float64, on the CPU
         self.signal_scale = self.alpha_bar.sqrt().float().to(device)  # (T,)
         self.noise_scale = (1 - self.alpha_bar).sqrt().float().to(device)  # (T,)
+        self.snr = (self.alpha_bar / (1 - self.alpha_bar)).float().to(device)  # (T,)
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) timesteps -> signal_scale and noise_scale, each (B, 1, 1, 1)."""
@@ -187,6 +247,29 @@ class DiffusionModel:
         start = torch.rand(1, generator=generator, device=clean.device)
         spread = torch.arange(batch, device=clean.device) / batch
         t = ((start + spread) % 1 * self.timesteps).long().clamp(max=self.timesteps - 1)
+        return self.loss_at(t, denoiser, clean, context, generator) * self.loss_weight(t)
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """(B,) timesteps -> (B,) weights: 1, or min-SNR-gamma's for what the mode predicts."""
+        if self.min_snr_gamma is None:
+            return torch.ones(t.shape, device=t.device)
+        snr = self.snr[t]
+        weight = snr.clamp(max=self.min_snr_gamma)  # of an error of the clean estimate
+        if self.mode == "clean":
+            return weight
+        if self.mode == "noise":
+            return torch.where(snr > 0, weight / snr, 1.0)  # an error of the noise, times 1 / SNR
+        return weight / (snr + 1)
+
+    def loss_at(
+        self,
+        t: Tensor,
+        denoiser: Denoiser,
+        clean: Tensor,
+        context: object,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The unweighted losses at given timesteps (B,); otherwise as `loss`."""
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         noisy = self.q_sample(clean, t, noise)
         output = denoiser(noisy, t, context).float()
@@ -203,6 +286,7 @@ class DiffusionModel:
         checkpoint_dir: Path,
         log_dir: Path,
         resume: Path | None = None,
+        processes: Processes | None = None,
         precision: torch.dtype | None = None,
         settings: dict[str, Plain] | None = None,
         progress: bool = True,
@@ -217,6 +301,7 @@ class DiffusionModel:
             checkpoint_dir: receives `diffusion_model_{mode}_best.pth` and `..._last.pth`.
             log_dir: receives the TensorBoard events.
             resume: a checkpoint to continue from.
+            processes: this process among those of the run.
             precision: dtype to autocast to.
             settings: further plain values to keep in the checkpoint and show in TensorBoard.
 
@@ -253,8 +338,9 @@ class DiffusionModel:
             CropDataset(dataset),
             config,
             run,
+            processes=processes,
             precision=precision,
-            validate=self.validator(validation, precision),
+            validate=self.validator(validation, precision, processes),
             progress=progress,
         )
         return run, received
@@ -273,48 +359,18 @@ class DiffusionModel:
         return loss
 
     def validator(
-        self, dataset: ImageDataset, precision: torch.dtype | None = None, batch_size: int = 16
+        self,
+        dataset: ImageDataset,
+        precision: torch.dtype | None = None,
+        processes: Processes | None = None,
     ) -> Callable[[nn.Module], Validation]:
         """A function that restores the dataset's images with a network, and measures.
 
         PSNR and SSIM are those of one step, the posterior mean, on luma; pictures are shown of one step and
-        of ten. The noise is the same at every call.
+        of ten; the loss is shown by timestep. The noise is the same at every call. Every process takes its
+        share of the images.
         """
-        crops = torch.stack([dataset.crop(index) for index in range(len(dataset))]).to(self.device)
-        samples = degrade(crops, dataset.downscale_factor, dataset.upscale_function)
-        protocol = metrics.Protocol(crop=round(dataset.downscale_factor))
-        generator = ResidualGenerator.of(self.process, self.device, precision)
-
-        def restore(model: Restorer, steps: int, first: int, last: int) -> Tensor:
-            chosen = Sample(*(image[first:last] for image in samples))
-            return generator.restore(model, chosen.low_res, chosen.upscaled, steps, VALIDATION_SEED)
-
-        def validate(network: nn.Module) -> Validation:
-            model = cast(Restorer, network)
-            restored = torch.cat(
-                [restore(model, 1, start, start + batch_size) for start in range(0, len(crops), batch_size)]
-            )
-            if not torch.isfinite(restored).all():
-                raise NonFiniteError("the averaged weights are no longer finite: lower --learning_rate")
-            truth = to_unit_range(samples.original)
-            psnr = float(metrics.psnr(restored, truth, protocol).mean())
-            bicubic = metrics.psnr(to_unit_range(samples.upscaled), truth, protocol).mean()
-            scalars = {
-                "psnr": psnr,
-                "ssim": float(metrics.ssim(restored, truth, protocol).mean()),
-                "psnr_over_bicubic": psnr - float(bicubic),
-            }
-            sampled = restore(model, min(10, self.timesteps), 0, GRID_IMAGES)
-            return Validation(
-                psnr,
-                scalars,
-                {
-                    "low_bicubic_mean_original": comparison_grid(samples, restored[:GRID_IMAGES]),
-                    "low_bicubic_sample_original": comparison_grid(samples, sampled),
-                },
-            )
-
-        return validate
+        return _Validator(self, dataset, precision, processes or Processes(self.device))
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
         """Copy the averaged weights of a checkpoint or an exported model into a network.
@@ -467,7 +523,7 @@ class ResidualGenerator:
 
     def encode(self, model: Restorer, condition: Condition) -> object:
         """The condition as `estimate` takes it, encoded once and in this generator's precision."""
-        with self._autocast():
+        with self.autocast():
             return model.encode_context(condition)
 
     def estimate(
@@ -486,7 +542,7 @@ class ResidualGenerator:
             (B, C, H, W), clipped so that upscaled + residual lies in [-1, 1].
         """
         t = torch.full((len(noisy),), timestep, device=noisy.device)
-        with self._autocast():
+        with self.autocast():
             output = model(noisy, t, context).float()
         clean = self.diffusion.clean_estimate(output, noisy, t)
         residual_std = float(model.residual_std)
@@ -534,13 +590,87 @@ class ResidualGenerator:
             noisy = step.advance(noisy, cleans, fresh)
         return noisy * residual_std
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The precision that the network computes in."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
 
 def noise_stream(seed: int, sample: int) -> torch.Generator:
     """Where the noise of one restoration of an image comes from: its seed and number, and nothing else."""
     return torch.Generator().manual_seed(noise_seed(seed, sample, 0))
+
+
+class _Validator:
+    """Restores a fixed set of images with the averaged network; see DiffusionModel.validator."""
+
+    def __init__(
+        self,
+        diffusion: DiffusionModel,
+        dataset: ImageDataset,
+        precision: torch.dtype | None,
+        processes: Processes,
+    ) -> None:
+        self.diffusion = diffusion
+        self.processes = processes
+        self.generator = ResidualGenerator.of(diffusion.process, processes.device, precision)
+        self.protocol = metrics.Protocol(crop=round(dataset.downscale_factor))
+        crops = torch.stack([dataset.crop(index) for index in range(len(dataset))])
+        self.batches = [
+            degrade(part.to(processes.device), dataset.downscale_factor, dataset.upscale_function)
+            for part in crops.split(VALIDATION_BATCH)
+        ]
+
+    def __call__(self, network: nn.Module) -> Validation:
+        """Restore, measure, and draw."""
+        model = cast(Restorer, network)
+        mine = self.batches[self.processes.rank :: self.processes.world]
+        sums = torch.zeros(4, dtype=torch.float64, device=self.processes.device)
+        for batch in mine:
+            sums += self._measure(batch, self._restore(model, batch, 1))
+        psnr, ssim, bicubic, count = self.processes.sum(sums).tolist()
+        first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
+        scalars = {"psnr": psnr / count, "ssim": ssim / count, "psnr_over_bicubic": (psnr - bicubic) / count}
+        steps = min(10, self.diffusion.timesteps)
+        images = {
+            "low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, 1)),
+            "low_bicubic_sample_original": comparison_grid(first, self._restore(model, first, steps)),
+        }
+        return Validation(
+            psnr / count, scalars, images, {"loss_by_timestep": self._loss_by_timestep(model, first)}
+        )
+
+    def _restore(self, model: Restorer, batch: Sample, steps: int) -> Tensor:
+        restored = self.generator.restore(model, batch.low_res, batch.upscaled, steps, VALIDATION_SEED)
+        if not torch.isfinite(restored).all():
+            raise NonFiniteError("the averaged weights are no longer finite: lower --learning_rate")
+        return restored
+
+    def _measure(self, batch: Sample, restored: Tensor) -> Tensor:
+        """Sums over a batch: PSNR, SSIM, PSNR of bicubic, and the number of images."""
+        truth = to_unit_range(batch.original)
+        upscaled = to_unit_range(batch.upscaled)
+        values = [
+            metrics.psnr(restored, truth, self.protocol),
+            metrics.ssim(restored, truth, self.protocol),
+            metrics.psnr(upscaled, truth, self.protocol),
+            torch.ones(len(truth), device=truth.device),
+        ]
+        return torch.stack([value.double().sum() for value in values])
+
+    @torch.inference_mode()
+    def _loss_by_timestep(self, model: Restorer, batch: Sample) -> tuple[list[float], list[float]]:
+        """Right edges of even stretches of timesteps, and the unweighted loss in the middle of each."""
+        clean = batch.residual / float(model.residual_std)
+        context = model.encode_context(Condition(batch.upscaled, batch.low_res))
+        bars = min(LOSS_BARS, self.diffusion.timesteps)
+        edges = [self.diffusion.timesteps * (bar + 1) / bars for bar in range(bars)]
+        heights = []
+        for edge in edges:
+            middle = int(edge - self.diffusion.timesteps / bars / 2)
+            t = torch.full((len(clean),), middle, device=clean.device)
+            generator = torch.Generator(clean.device).manual_seed(VALIDATION_SEED)
+            heights.append(float(self.diffusion.loss_at(t, model, clean, context, generator).mean()))
+        return edges, heights
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:

@@ -1,17 +1,130 @@
-"""Schedulers of diffusers, built from the process's own alpha_bar and made exact for every step count.
+"""Samplers: the schedulers of diffusers, made exact for every number of steps and reduced to linear steps.
 
 Every scheduler here is handed the clean estimate ("sample" in diffusers' words), so that bounds on the
-estimate and the three prediction modes are dealt with in one place, before it.
+estimate and the three prediction modes are dealt with in one place, before it. Given those estimates each of
+them is linear, so one step is a handful of numbers:
+
+    noisy_{k+1} = noisy_weight noisy_k + sum_j clean_weights[j] clean_{k-j} + noise_weight noise
+
+The numbers are read off the scheduler of diffusers itself by feeding it unit vectors. What samples an image
+then needs no scheduler: it may go through the image in any order and in pieces, and keeps only what the sum
+names, the noisy image and at most HISTORY clean estimates.
+
+Shape legend: B images, C channels, H x W pixels, T timesteps, n steps.
 """
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
-from diffusers.schedulers import DDIMScheduler
+from diffusers.schedulers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
-SchedulerName = Literal["ddim"]
+SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "heun"]
+SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
+DEFAULT_SCHEDULER: SchedulerName = "dpm++"
+HISTORY = 3  # the most clean estimates a step looks at: UniPC's corrector and predictor together
+NOISE_ROWS = 64  # rows of an image whose noise is drawn together
+
+# Noise levels sigma = noise_scale / signal_scale, for n steps, between which the log-SNR rises evenly: the
+# range that keeps the variance of Gaussian data best at each n, found by search (see log_snr_timesteps).
+_SIGMA_MAX_PER_STEP = 0.5
+_SIGMA_MIN_TIMES_STEPS = 0.2
+
+_Diffusers: TypeAlias = (
+    DDIMScheduler | DPMSolverMultistepScheduler | HeunDiscreteScheduler | UniPCMultistepScheduler
+)
+
+
+class Step(NamedTuple):
+    """One evaluation of the network and what becomes of it.
+
+    Attributes:
+        timestep: the timestep to evaluate at, in [0, T).
+        noisy_weight: of the noisy image that was evaluated.
+        clean_weights: of the clean estimates, this step's first and older ones after it; at most HISTORY.
+        noise_weight: of fresh standard normal noise; 0 where the step is deterministic.
+    """
+
+    timestep: int
+    noisy_weight: float
+    clean_weights: tuple[float, ...]
+    noise_weight: float = 0.0
+
+    def advance(self, noisy: Tensor, cleans: Sequence[Tensor], noise: Tensor | None = None) -> Tensor:
+        """The next noisy image.
+
+        Args:
+            noisy: (...) what the network was given.
+            cleans: clean estimates of the same shape, the newest first, at least as many as the weights.
+            noise: standard normal, needed where noise_weight is not 0.
+
+        Returns:
+            A new tensor of the same shape; after the last step of a sampler it is the clean estimate.
+        """
+        following = self.clean_weights[0] * cleans[0]
+        if self.noisy_weight:
+            following.add_(noisy, alpha=self.noisy_weight)
+        for weight, clean in zip(self.clean_weights, cleans, strict=False):
+            if clean is not cleans[0]:
+                following.add_(clean, alpha=weight)
+        if self.noise_weight:
+            assert noise is not None, "this step needs noise"
+            following.add_(noise, alpha=self.noise_weight)
+        return following
+
+
+class Sampler:
+    """The steps of one scheduler for one noise schedule.
+
+    Args:
+        name: "ddim" (Song et al. 2021a), "ddpm" (Ho et al. 2020), "dpm++" (DPM-Solver++ 2M, Lu et al. 2022),
+            "unipc" (Zhao et al. 2023, order 2, B2) or "heun" (Karras et al. 2022, algorithm 1).
+        alpha_bar: (T,) float64, strictly falling.
+    """
+
+    def __init__(self, name: SchedulerName, alpha_bar: Tensor) -> None:
+        if name not in SCHEDULERS:
+            raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, not {name!r}")
+        self.name = name
+        self._alpha_bar: tuple[float, ...] = tuple(alpha_bar.tolist())
+
+    def steps(self, count: int, eta: float = 0.0) -> tuple[Step, ...]:
+        """The evaluations that `count` steps take: as many, but 2 count - 2 for "heun" from 2 steps on.
+
+        With one step every scheduler gives the clean estimate at T - 1, the posterior mean.
+
+        Args:
+            count: 1 to T.
+            eta: 0 to 1, how much of the posterior's variance "ddim" puts in afresh at each step (Song et al.
+                2021a, Eq. 16). "ddpm" is eta = 1 by definition; the others are deterministic.
+
+        Raises:
+            ValueError: count or eta is out of range, or eta is given to a scheduler that has none.
+        """
+        if not 1 <= count <= len(self._alpha_bar):
+            raise ValueError(f"steps must be between 1 and {len(self._alpha_bar)}, not {count}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, not {eta}")
+        if eta and self.name not in ("ddim", "ddpm"):
+            raise ValueError(f"eta {eta}: the scheduler {self.name} is deterministic; use ddim or eta 0")
+        return _steps(self.name, self._alpha_bar, count, 1.0 if self.name == "ddpm" else float(eta))
+
+
+def build_scheduler(name: SchedulerName, alpha_bar: Tensor) -> Sampler:
+    """The sampler of that name for a schedule alpha_bar (T,); ValueError for an unknown name."""
+    return Sampler(name, alpha_bar)
+
+
+# -------------------------------------------------------------------------------------------------- timesteps
 
 
 def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
@@ -20,61 +133,168 @@ def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> li
     Raises:
         ValueError: the step count is not in [1, T].
     """
-    if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(f"steps must be between 1 and {num_train_timesteps}, not {num_inference_steps}")
+    _check_count(num_train_timesteps, num_inference_steps)
     left = np.arange(num_inference_steps, 0, -1, dtype=np.int64) * num_train_timesteps
     rounded = (2 * left + num_inference_steps) // (2 * num_inference_steps)  # exact, halves up
     return [int(timestep) - 1 for timestep in rounded]
 
 
-class ExactDDIMScheduler(DDIMScheduler):
-    """DDIMScheduler that steps to the next timestep of its own list, whatever the step count.
+def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> list[int]:
+    """T - 1, then timesteps whose log-SNR is evenly spaced from sigma n / 2 to sigma 1 / (5 n).
 
-    The parent takes the previous timestep to be t - T // n, which is another one wherever n does not divide
-    T; it also rounds the list in floating point. After the last timestep the signal is whole (alpha_bar 1).
+    Even steps in log-SNR are what exponential integrators assume (Lu et al. 2022, section 4). Above n / 2 one
+    step crosses all the noise there is: it loses (2 / n)^2 of the variance, less than shorter steps below
+    would. The range widens with n, so that nothing is lost in the limit. Timesteps are whole numbers: where
+    several would fall together, they take the nearest free ones.
+
+    Raises:
+        ValueError: the step count is not in [1, T].
     """
+    total = len(alpha_bar)
+    _check_count(total, num_inference_steps)
+    known = np.array(alpha_bar)
+    log_sigma = 0.5 * np.log((1 - known) / known)  # rises with the timestep
+    highest = math.log(_SIGMA_MAX_PER_STEP * num_inference_steps)
+    lowest = math.log(_SIGMA_MIN_TIMES_STEPS / num_inference_steps)
+    levels = np.linspace(highest, lowest, num_inference_steps - 1)
+    wanted = np.round(np.interp(levels, log_sigma, np.arange(total))).astype(int)
+    timesteps = [total - 1]
+    for index, timestep in enumerate(wanted.tolist(), start=1):
+        still_to_come = num_inference_steps - 1 - index
+        timesteps.append(max(min(timestep, timesteps[-1] - 1), still_to_come))
+    return timesteps
 
-    def __init__(self, alpha_bar: Tensor) -> None:
-        """alpha_bar: (T,) float64, falling."""
-        previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-        super().__init__(
-            num_train_timesteps=len(alpha_bar),
-            trained_betas=(1 - alpha_bar / previous).tolist(),
-            clip_sample=False,
-            set_alpha_to_one=True,
-            prediction_type="sample",
-            timestep_spacing="trailing",
+
+def _check_count(total: int, count: int) -> None:
+    if not 1 <= count <= total:
+        raise ValueError(f"steps must be between 1 and {total}, not {count}")
+
+
+# ------------------------------------------------------------------------------- reading off diffusers' steps
+
+
+@lru_cache(maxsize=64)
+def _steps(name: SchedulerName, alpha_bar: tuple[float, ...], count: int, eta: float) -> tuple[Step, ...]:
+    """See Sampler.steps; cached, because a folder of images asks for the same steps again and again."""
+    if name in ("ddim", "ddpm"):
+        return _ddim_steps(alpha_bar, trailing_timesteps(len(alpha_bar), count), eta)
+    timesteps = log_snr_timesteps(alpha_bar, count)
+    if name == "heun":
+        return _heun_steps(alpha_bar, timesteps)
+    chosen = DPMSolverMultistepScheduler if name == "dpm++" else UniPCMultistepScheduler
+    scheduler = _respaced(chosen, alpha_bar, timesteps, solver_order=2, prediction_type="sample")
+    noisy, states = _unit(1 + count, 0), []
+    for index in range(count):
+        states.append(noisy)
+        clean = _unit(1 + count, 1 + index)
+        noisy = scheduler.step(clean, scheduler.timesteps[index], noisy).prev_sample.double()
+    return _local_form(timesteps, [*states, noisy])
+
+
+def _respaced(
+    kind: type[_Diffusers],
+    alpha_bar: Sequence[float],
+    timesteps: Sequence[int],
+    **options: int | str | bool,
+) -> _Diffusers:
+    """A scheduler of diffusers for a process that has these timesteps and no others.
+
+    Its timestep i is the i-th of ours from the clean end, and it visits them all. That makes any list of
+    timesteps exact (Nichol & Dhariwal 2021, section 4), where `DDIMScheduler.step` otherwise takes the
+    previous timestep to be t - T // n, which is another one wherever n does not divide T.
+    """
+    kept = torch.tensor([alpha_bar[timestep] for timestep in reversed(timesteps)], dtype=torch.float64)
+    before = torch.cat([kept.new_ones(1), kept[:-1]])
+    scheduler = kind(
+        num_train_timesteps=len(timesteps),
+        trained_betas=(1 - kept / before).tolist(),
+        timestep_spacing="trailing",
+        **options,
+    )
+    scheduler.alphas_cumprod = kept  # the same numbers, without the rounding of betas to float32
+    scheduler.set_timesteps(len(timesteps))
+    return scheduler
+
+
+def _unit(length: int, index: int) -> Tensor:
+    """The unit vector along one axis, shaped as an image: (1, 1, 1, length)."""
+    unit = torch.zeros(1, 1, 1, length, dtype=torch.float64)
+    unit[..., index] = 1
+    return unit
+
+
+def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float) -> tuple[Step, ...]:
+    """DDIM on any falling list of timesteps; eta = 1 is DDPM (Song et al. 2021a, section 4.1)."""
+    scheduler = _respaced(DDIMScheduler, alpha_bar, timesteps, prediction_type="sample", clip_sample=False)
+    noisy, clean, noise = torch.eye(3, dtype=torch.float64)
+    steps = []
+    for timestep, own in zip(timesteps, scheduler.timesteps, strict=True):
+        following = scheduler.step(clean, own, noisy, eta=eta, variance_noise=noise).prev_sample
+        noisy_weight, clean_weight, noise_weight = following.tolist()
+        steps.append(Step(timestep, noisy_weight, (clean_weight,), noise_weight))
+    return tuple(steps)
+
+
+def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> tuple[Step, ...]:
+    """Heun's method, behind one DDIM step from T - 1.
+
+    The trapezoidal rule weighs both ends of a step in sigma alike, but the cosine schedule begins at sigma
+    20000, and a step from there to 5 would magnify the second slope's error by 2000. The first step is Euler's instead.
+    diffusers' scheduler works on noisy / signal_scale and takes the noise estimate; both are converted.
+    """
+    if len(timesteps) == 1:
+        return _ddim_steps(alpha_bar, timesteps, 0.0)
+    first = _ddim_steps([*alpha_bar[: timesteps[0] + 1]], timesteps, 0.0)[:1]
+    scheduler = _respaced(HeunDiscreteScheduler, alpha_bar, timesteps[1:], prediction_type="epsilon")
+    sigmas = scheduler.sigmas.double()
+    count = len(scheduler.timesteps)
+    noisy, states = _unit(1 + count, 0), []
+    for index in range(count):
+        states.append(noisy)
+        sigma, sigma_next = sigmas[index], sigmas[index + 1]
+        scaled = noisy * (1 + sigma**2).sqrt()
+        noise = (scaled - _unit(1 + count, 1 + index)) / sigma
+        scaled = scheduler.step(noise, scheduler.timesteps[index], scaled).prev_sample
+        noisy = scaled / (1 + sigma_next**2).sqrt()
+    evaluated = [timesteps[1], *(timestep for timestep in timesteps[2:] for _ in range(2))]
+    return first + _local_form(evaluated, [*states, noisy])
+
+
+def _local_form(timesteps: Sequence[int], states: Sequence[Tensor]) -> tuple[Step, ...]:
+    """Express each state by the one before it and the newest clean estimates.
+
+    Args:
+        timesteps: where the clean estimates were made.
+        states: the noisy images, one more than the timesteps, each (1, 1, 1, 1 + n): its part of the
+            initial noise and of every clean estimate.
+    """
+    steps = []
+    for index, timestep in enumerate(timesteps):
+        noisy, following = states[index].flatten(), states[index + 1].flatten()
+        noisy_weight = float(following[0] / noisy[0])
+        rest = following - noisy_weight * noisy
+        oldest = max(0, index + 1 - HISTORY)
+        assert rest[: 1 + oldest].abs().max() < 1e-4, "a scheduler looked further back than HISTORY"
+        clean_weights = rest[1 + oldest : 2 + index].flip(0).tolist()
+        while len(clean_weights) > 1 and abs(clean_weights[-1]) < 1e-9:
+            clean_weights.pop()  # a step of lower order
+        steps.append(Step(timestep, noisy_weight, tuple(clean_weights)))
+    return tuple(steps)
+
+
+# ------------------------------------------------------------------------------------------------------ noise
+
+
+def draw_noise(streams: Sequence[torch.Generator], channels: int, height: int, width: int) -> Tensor:
+    """Standard normal noise (B, C, H, W), each image's from its own stream on the CPU.
+
+    It is drawn NOISE_ROWS rows at a time from the top: whoever holds only some rows of an image at once draws
+    the same numbers, on any device, and no image's noise depends on the others of its batch.
+    """
+    bands = [
+        torch.stack(
+            [torch.randn(channels, min(NOISE_ROWS, height - top), width, generator=one) for one in streams]
         )
-        self.alphas_cumprod = alpha_bar.double().cpu()
-
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose the timesteps; see trailing_timesteps."""
-        timesteps = trailing_timesteps(self.config.num_train_timesteps, num_inference_steps)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.tensor(timesteps, device=device)
-        self._next = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
-
-    def previous_sample(
-        self, clean: Tensor, timestep: int, noisy: Tensor, eta: float = 0.0, noise: Tensor | None = None
-    ) -> Tensor:
-        """One step of DDIM (Song et al. 2021, Eq. 12 and 16).
-
-        Args:
-            clean: (B, C, H, W) estimate of the clean signal.
-            timestep: the timestep of `noisy`, one of the list.
-            noisy: (B, C, H, W).
-            eta: 0 is deterministic, 1 has the variance of DDPM.
-            noise: (B, C, H, W) standard normal, used where eta is not 0.
-        """
-        earlier = self._next[timestep]
-        alpha_bar_t = float(self.alphas_cumprod[timestep])
-        alpha_bar_earlier = float(self.alphas_cumprod[earlier]) if earlier >= 0 else 1.0
-        predicted_noise = (noisy - alpha_bar_t**0.5 * clean) / (1 - alpha_bar_t) ** 0.5
-        variance = (1 - alpha_bar_earlier) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_earlier)
-        fresh_scale = eta * variance**0.5
-        direction_scale = max(0.0, 1 - alpha_bar_earlier - fresh_scale**2) ** 0.5
-        sample = alpha_bar_earlier**0.5 * clean + direction_scale * predicted_noise
-        if fresh_scale > 0:
-            assert noise is not None, "eta above 0 needs noise"
-            sample = sample + fresh_scale * noise
-        return sample
+        for top in range(0, height, NOISE_ROWS)
+    ]
+    return torch.cat(bands, dim=2)

@@ -7,22 +7,24 @@ python train_diffusion.py --weights_path checkpoints/<run>/diffusion_model_v_pre
 
 import argparse
 import dataclasses
+import functools
 import logging
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import torch
 
 from cache import CachedReader
 from checkpoint import CheckpointError, Plain, load_checkpoint, load_model, load_weights
-from device import autocast_dtype, select_device
-from diffusion import DiffusionModel
+from device import autocast_dtype
+from diffusion import DiffusionModel, Schedule
 from images import list_images
+from processes import Processes, started_processes
 from training import BatchPlan, NonFiniteError, TrainingConfig
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import ImageDataset
@@ -30,8 +32,8 @@ from util import ImageDataset
 # A resumed run must go on as it began: these come from its checkpoint, and a flag may only repeat them.
 FIXED = (
     "img_size downscale_factor batch_size accumulation_steps learning_rate weight_decay ema_decay "
-    "max_grad_norm optimizer seed augment timesteps diffusion_mode unet_base_dim unet_dim_mults context_dim "
-    "patch_size blocks_per_level context_blocks conditioning norm attention_window"
+    "max_grad_norm optimizer seed augment timesteps diffusion_mode schedule min_snr_gamma unet_base_dim "
+    "unet_dim_mults context_dim patch_size blocks_per_level context_blocks conditioning norm attention_window"
 ).split()
 NOT_GIVEN = object()
 
@@ -73,6 +75,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--timesteps", type=int, default=1000, help="noise levels of the diffusion process")
     model.add_argument("--diffusion_mode", choices=["v_prediction", "noise", "clean"], default="v_prediction")
+    model.add_argument("--schedule", choices=get_args(Schedule), default="cosine", help="how noise grows")
     model.add_argument("--unet_base_dim", type=int, default=32, help="width of the first level")
     model.add_argument(
         "--unet_dim_mults", type=int, nargs="+", default=[1, 2, 4], help="widths of the levels"
@@ -105,6 +108,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--optimizer", choices=["auto", "adamw8bit", "adamw"], default="auto", help="auto: 8-bit on CUDA"
     )
+    training.add_argument("--min_snr_gamma", type=float, help="weigh the loss (Hang et al. 2023); 5 is usual")
     training.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     training.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     training.add_argument("--seed", type=int, default=0)
@@ -175,14 +179,14 @@ def make_datasets(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]
     return dataset([path for path in paths if path not in set(held_out)], True), dataset(held_out, False)
 
 
-def make_config(args: argparse.Namespace, images: int, device: torch.device) -> TrainingConfig:
+def make_config(args: argparse.Namespace, images: int, processes: Processes) -> TrainingConfig:
     """The settings of the loop, with what depends on the length of the run filled in."""
-    plan = BatchPlan(images, args.batch_size, args.accumulation_steps, args.seed)
+    plan = BatchPlan(images, args.batch_size, args.accumulation_steps, args.seed, processes.world)
     max_steps = args.max_steps if args.max_steps is not None else args.epochs * plan.steps_per_epoch
     every = args.validate_every or max(1, max_steps // 20)
     warmup = args.warmup_steps if args.warmup_steps is not None else min(500, max_steps // 20)
     if args.optimizer == "auto":
-        args.optimizer = "adamw8bit" if device.type == "cuda" else "adamw"
+        args.optimizer = "adamw8bit" if processes.device.type == "cuda" else "adamw"
     shared = {field.name for field in dataclasses.fields(TrainingConfig)} & set(vars(args))
     values = {name: getattr(args, name) for name in shared}
     values.update(
@@ -243,24 +247,27 @@ def run_files(args: argparse.Namespace) -> tuple[Path, Path]:
     return Path(args.checkpoint_dir) / name, Path(args.log_dir) / name
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace, processes: Processes) -> int:
     """Set everything up, train, and say what came of it; returns the exit status."""
-    device = select_device(args.device)
+    device = processes.device
+    say = functools.partial(print, flush=True) if processes.writes else _keep_quiet
     precision = autocast_dtype(device, args.precision)
     training, validation = make_datasets(args)
-    config = make_config(args, len(training), device)
-    diffusion = DiffusionModel(args.timesteps, device, args.diffusion_mode)
+    config = make_config(args, len(training), processes)
+    diffusion = DiffusionModel(args.timesteps, device, args.diffusion_mode, args.schedule, args.min_snr_gamma)
     model = make_model(args, device)
     checkpoint_dir, log_dir = run_files(args)
-    print(describe_model(model, args, device))
-    print(f"device {device}, {'bf16 autocast' if precision else 'fp32'}, optimizer {config.optimizer}")
-    if config.optimizer == "adamw" and device.type != "cuda":
-        print("8-bit AdamW is the default on CUDA; here torch's fused AdamW is used")
-    print(
+    say(describe_model(model, args, device))
+    say(f"device {device}, {'bf16 autocast' if precision else 'fp32'}, {processes.world} process(es)")
+    if config.optimizer == "adamw":
+        say("optimizer: torch's fused AdamW (8-bit AdamW, the default on CUDA, is --optimizer adamw8bit)")
+    else:
+        say("optimizer: bitsandbytes' 8-bit AdamW")
+    say(
         f"{len(training)} training and {len(validation)} validation images, {len(training.left_out)} left out"
     )
-    print(f"{parameter_count(model) / 1e6:.2f} M parameters, {config.max_steps} steps")
-    print(f"watch it: tensorboard --logdir {shlex.quote(args.log_dir)}", flush=True)
+    say(f"{parameter_count(model) / 1e6:.2f} M parameters, {config.max_steps} steps")
+    say(f"watch it: tensorboard --logdir {shlex.quote(args.log_dir)}")
     run, received = diffusion.train(
         model,
         training,
@@ -269,17 +276,22 @@ def train(args: argparse.Namespace) -> int:
         checkpoint_dir=checkpoint_dir,
         log_dir=log_dir,
         resume=Path(args.weights_path) if args.weights_path else None,
+        processes=processes,
         precision=precision,
         settings=cast(dict[str, Plain], vars(args)),
     )
     if run.best.exists():
-        print(f"best:   {run.best}")
-    print(f"newest: {run.last}")
+        say(f"best:   {run.best}")
+    say(f"newest: {run.last}")
     if received is not None:
-        print(f"resume: python train_diffusion.py --weights_path {shlex.quote(str(run.last))}")
+        say(f"resume: python train_diffusion.py --weights_path {shlex.quote(str(run.last))}")
         return 128 + received
-    print(f"restore: python infer.py --weights_path {shlex.quote(str(run.best))} --input photo.png")
+    say(f"restore: python infer.py --weights_path {shlex.quote(str(run.best))} --input photo.png")
     return 0
+
+
+def _keep_quiet(message: str) -> None:
+    """What the processes that do not write say."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         _, args = parse(argv)
-        return train(args)
+        with started_processes(args.device) as processes:
+            return train(args, processes)
     except (ValueError, OSError) as error:
         print(f"train_diffusion.py: error: {error}", file=sys.stderr)
         return 2

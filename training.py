@@ -7,6 +7,7 @@ The data of a step and its random numbers are pure functions of (seed, step): no
 to be stored, and a resumed run is the run that was never interrupted (as in EDM2, Karras et al. 2024).
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -14,7 +15,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,11 +24,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, Plain, load_checkpoint, load_weights, save_checkpoint
+from processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +45,8 @@ class TrainingConfig:
 
     Attributes:
         max_steps: optimiser steps in all.
-        batch_size: samples per forward pass.
-        accumulation_steps: forward passes per optimiser step.
+        batch_size: samples per forward pass of one process.
+        accumulation_steps: forward passes of one process per optimiser step.
         learning_rate: the peak; it is reached by a linear warm-up and left by half a cosine.
         warmup_steps: optimiser steps of the warm-up.
         final_learning_rate: the end of the cosine, as a fraction of the peak.
@@ -118,28 +121,59 @@ class BatchPlan:
     Attributes:
         length: number of samples in the dataset.
         batch_size, accumulation_steps, seed: as in TrainingConfig.
+        world: processes that share a step.
     """
 
     length: int
     batch_size: int
     accumulation_steps: int
     seed: int
+    world: int = 1
+
+    @property
+    def group_size(self) -> int:
+        """Samples per optimiser step, except for the last step of an epoch."""
+        return self.batch_size * self.accumulation_steps * self.world
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one pass over the data."""
-        return math.ceil(self.length / (self.batch_size * self.accumulation_steps))
+        return math.ceil(self.length / self.group_size)
 
     def micro_batches(self, step: int) -> list[list[tuple[int, int]]]:
-        """The (epoch, index) pairs of each forward pass of a step."""
+        """The (epoch, index) pairs of each forward pass of a step, of all processes."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        group_size = self.batch_size * self.accumulation_steps
         order = _epoch_order(self.length, self.seed, epoch)
-        group = order[position * group_size : (position + 1) * group_size]
+        group = order[position * self.group_size : (position + 1) * self.group_size]
         return [
             [(epoch, index) for index in group[start : start + self.batch_size]]
             for start in range(0, len(group), self.batch_size)
         ]
+
+    def share(self, step: int, rank: int) -> list["MicroBatch"]:
+        """The forward passes of one process in a step: every world-th, as many for each process.
+
+        A process for which none is left repeats the first one with no weight, so that all of them meet at
+        every exchange of gradients.
+        """
+        parts = self.micro_batches(step)
+        samples = sum(len(part) for part in parts)
+        rounds = math.ceil(len(parts) / self.world)
+        numbers = [rank + self.world * number for number in range(rounds)]
+        return [
+            MicroBatch(number, parts[number], 1 / samples)
+            if number < len(parts)
+            else MicroBatch(number, parts[0], 0.0)
+            for number in numbers
+        ]
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass: its number in the step, its (epoch, index) pairs, the weight of each loss."""
+
+    number: int
+    pairs: list[tuple[int, int]]
+    weight: float
 
 
 @functools.lru_cache(maxsize=2)
@@ -150,18 +184,17 @@ def _epoch_order(length: int, seed: int, epoch: int) -> list[int]:
 
 
 class PlannedBatches(Sampler[list[tuple[int, int]]]):
-    """Batch sampler over the micro-batches of steps [first_step, last_step)."""
+    """Batch sampler over one process's micro-batches of steps [first_step, last_step)."""
 
-    def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
+    def __init__(self, plan: BatchPlan, first_step: int, last_step: int, rank: int = 0) -> None:
         self.plan = plan
         self.steps = range(first_step, last_step)
+        self.rank = rank
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in self.steps:
-            yield from self.plan.micro_batches(step)
-
-    def __len__(self) -> int:
-        return sum(len(self.plan.micro_batches(step)) for step in self.steps)
+            for micro_batch in self.plan.share(step, self.rank):
+                yield micro_batch.pairs
 
 
 def noise_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -298,19 +331,21 @@ class Validation(NamedTuple):
         psnr: mean over the validation images, in dB; the best checkpoint is chosen by it.
         scalars: name -> value, for TensorBoard.
         images: name -> (3, H, W) in [0, 1], for TensorBoard.
+        curves: name -> (right edges, heights) of the bars of a histogram, for TensorBoard.
     """
 
     psnr: float
     scalars: dict[str, float]
     images: dict[str, Tensor]
+    curves: dict[str, tuple[list[float], list[float]]] = {}  # noqa: RUF012  # never changed
 
 
 class StepReport(NamedTuple):
-    """One optimiser step: the mean loss of its samples, the norm of its gradient, how many samples."""
+    """One optimiser step: the mean loss of its samples, the norm of its gradient, the signal that came."""
 
     loss: float
     grad_norm: float
-    samples: int
+    signal: int | None
 
 
 @dataclass(frozen=True)
@@ -377,6 +412,7 @@ def train(
     config: TrainingConfig,
     run: Run,
     *,
+    processes: Processes | None = None,
     precision: torch.dtype | None = None,
     validate: Callable[[nn.Module], Validation] | None = None,
     progress: bool = True,
@@ -389,8 +425,9 @@ def train(
         dataset: indexed by (epoch, index) pairs; of known length.
         config: how to train.
         run: where to write.
+        processes: this process among those of the run; None is a run of one process.
         precision: dtype to autocast the loss to, None for float32.
-        validate: called with the averaged network.
+        validate: called with the averaged network, in every process.
         progress: show a progress bar.
 
     Returns:
@@ -401,28 +438,33 @@ def train(
         NonFiniteError: too many non-finite steps in a row.
         CheckpointError: a checkpoint could not be written.
     """
-    device = next(state.model.parameters()).device
-    plan = BatchPlan(_length(dataset), config.batch_size, config.accumulation_steps, config.seed)
-    batches = _batches(dataset, plan, config, state.step, device)
-    stepper = _Stepper(state, loss, config, torch.Generator(device), precision)
-    log = _Log(run, state.step, config)
+    processes = processes or Processes(next(state.model.parameters()).device)
+    batch_size, accumulation = config.batch_size, config.accumulation_steps
+    plan = BatchPlan(_length(dataset), batch_size, accumulation, config.seed, processes.world)
+    batches = _batches(dataset, plan, config, state.step, processes)
+    signals = SignalCatcher()
+    stepper = _Stepper(state, loss, config, processes, precision, signals)
+    keeper = _Keeper(state, run, config, processes)
     bar = tqdm(
-        total=config.max_steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True
+        total=config.max_steps,
+        initial=state.step,
+        unit="step",
+        disable=not (progress and processes.writes),
+        dynamic_ncols=True,
     )
-    with SignalCatcher() as signals, bar, log:
-        log.describe(run.description)
-        while state.step < config.max_steps and signals.received is None:
-            report = stepper.step(plan.micro_batches(state.step), batches, device)
+    with signals, bar, keeper:
+        received = None
+        while state.step < config.max_steps and received is None:
+            report = stepper.step(plan.share(state.step, processes.rank), batches)
+            received = report.signal
             bar.update()
             bar.set_postfix(loss=f"{report.loss:.4f}", best=f"{state.best_psnr:.2f} dB", refresh=False)
-            log.step(state, report)
+            keeper.after_step(report, plan)
             if validate is not None and _due(state.step, config.validate_every, config.max_steps):
-                _validate_and_keep(state, validate, run, log)
-            if _due(state.step, config.save_every, config.max_steps):
-                run.save(run.last, state)
-        if signals.received is not None:
-            run.save(run.last, state)
-    return signals.received
+                keeper.validate(validate)
+            if received is not None or _due(state.step, config.save_every, config.max_steps):
+                keeper.save_last()
+    return received
 
 
 def _length(dataset: Dataset[Tensor]) -> int:
@@ -432,13 +474,13 @@ def _length(dataset: Dataset[Tensor]) -> int:
 
 
 def _batches(
-    dataset: Dataset[Tensor], plan: BatchPlan, config: TrainingConfig, first_step: int, device: torch.device
+    dataset: Dataset[Tensor], plan: BatchPlan, config: TrainingConfig, first_step: int, processes: Processes
 ) -> Iterator[Tensor]:
     loader = DataLoader(
         dataset,
-        batch_sampler=PlannedBatches(plan, first_step, config.max_steps),
+        batch_sampler=PlannedBatches(plan, first_step, config.max_steps, processes.rank),
         num_workers=config.num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=processes.device.type == "cuda",
         worker_init_fn=_ignore_interrupts,
     )
     return iter(loader)
@@ -453,18 +495,6 @@ def _due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def _validate_and_keep(
-    state: TrainState, validate: Callable[[nn.Module], Validation], run: Run, log: "_Log"
-) -> None:
-    started = time.perf_counter()
-    result = validate(state.ema)
-    log.validation(state.step, result)
-    if result.psnr > state.best_psnr:
-        state.best_psnr = result.psnr
-        run.save(run.best, state)
-    log.leave_out(time.perf_counter() - started)
-
-
 class _Stepper:
     """Takes optimiser steps; remembers how many in a row were not finite."""
 
@@ -473,48 +503,63 @@ class _Stepper:
         state: TrainState,
         loss: LossFunction,
         config: TrainingConfig,
-        generator: torch.Generator,
+        processes: Processes,
         precision: torch.dtype | None,
+        signals: SignalCatcher,
     ) -> None:
+        self.signals = signals
         self.state = state
         self.loss = loss
         self.config = config
-        self.generator = generator
+        self.processes = processes
         self.precision = precision
+        self.generator = torch.Generator(processes.device)
         self.skipped_in_a_row = 0
+        self.wrapped = (
+            DistributedDataParallel(state.model, broadcast_buffers=False) if processes.world > 1 else None
+        )
 
-    def step(
-        self, micro_batches: Sequence[Sequence[object]], batches: Iterator[Tensor], device: torch.device
-    ) -> StepReport:
+    def step(self, micro_batches: list[MicroBatch], batches: Iterator[Tensor]) -> StepReport:
         """Accumulate the gradient of one group, clip it, and update the weights and their average.
 
-        Every sample of the group weighs the same, however the group splits into micro-batches.
+        Every sample of the group weighs the same, however the group splits into micro-batches and processes.
+        Gradients are exchanged once, with the last micro-batch.
         """
-        state, config = self.state, self.config
-        state.model.train()
-        samples = sum(len(micro_batch) for micro_batch in micro_batches)
-        total = torch.zeros((), device=device)
-        for index in range(len(micro_batches)):
-            batch = next(batches).to(device, non_blocking=True)
-            self.generator.manual_seed(noise_seed(config.seed, state.step, index))
-            total += self._accumulate(batch, samples)
-        grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
-        report = StepReport(float(total), float(grad_norm), samples)
+        self.state.model.train()
+        total = torch.zeros((), device=self.processes.device)
+        for micro_batch in micro_batches:
+            last = micro_batch is micro_batches[-1]
+            wait = contextlib.nullcontext() if last or self.wrapped is None else self.wrapped.no_sync()
+            with wait:
+                total += self._accumulate(next(batches), micro_batch)
+        report = self._report(total)
         if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
             self._update()
         else:
             self._skip()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
         return report
 
-    def _accumulate(self, batch: Tensor, samples: int) -> Tensor:
+    def _accumulate(self, batch: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Add the gradient of this micro-batch's share of the mean loss; returns the share."""
-        with torch.autocast(batch.device.type, self.precision, enabled=self.precision is not None):
-            losses = self.loss(self.state.model, batch, self.generator)  # (B,)
-        share = losses.float().sum() / samples
-        share.backward()
+        device = self.processes.device
+        seed = noise_seed(self.config.seed, self.state.step, micro_batch.number)
+        self.generator.manual_seed(seed)
+        with torch.autocast(device.type, self.precision, enabled=self.precision is not None):
+            model = self.wrapped or self.state.model
+            losses = self.loss(model, batch.to(device, non_blocking=True), self.generator)  # (B,)
+        share = losses.float().sum() * micro_batch.weight
+        (share * self.processes.world).backward()  # DistributedDataParallel averages; the sum is wanted
         return share.detach()
+
+    def _report(self, total: Tensor) -> StepReport:
+        """Clip, and agree with the other processes on the loss and on whether a signal came."""
+        grad_norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.max_grad_norm)
+        received = self.signals.received
+        shared = torch.stack([total, torch.full_like(total, received or 0)])
+        loss, anywhere = self.processes.sum(shared).tolist()
+        return StepReport(loss, float(grad_norm), received or (signal.SIGTERM if anywhere else None))
 
     def _update(self) -> None:
         for group in self.state.optimizer.param_groups:
@@ -534,57 +579,84 @@ class _Stepper:
             )
 
 
-class _Log:
-    """Writes TensorBoard: training scalars every few steps, validations, the configuration as text."""
+class _Keeper:
+    """Writes what outlives the run: TensorBoard events and checkpoints. Only rank 0 writes."""
 
-    def __init__(self, run: Run, first_step: int, config: TrainingConfig) -> None:
-        purge = first_step + 1 if first_step else None  # what a killed run logged beyond its checkpoint
-        self.writer = SummaryWriter(str(run.log_dir), purge_step=purge)
+    def __init__(self, state: TrainState, run: Run, config: TrainingConfig, processes: Processes) -> None:
+        self.state = state
+        self.run = run
         self.config = config
+        self.processes = processes
+        self.writer: SummaryWriter | None = None
+        if processes.writes:
+            purge = state.step + 1 if state.step else None  # what a killed run logged beyond its checkpoint
+            self.writer = SummaryWriter(str(run.log_dir), purge_step=purge)
+            for name, text in run.description.items():
+                self.writer.add_text(name, text)
         self._losses: list[float] = []
         self._samples = 0
         self._since = time.perf_counter()
 
-    def __enter__(self) -> "_Log":
+    def __enter__(self) -> "_Keeper":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
-    def describe(self, description: dict[str, str]) -> None:
-        """Put texts on the text page."""
-        for name, text in description.items():
-            self.writer.add_text(name, text)
-
-    def step(self, state: TrainState, report: StepReport) -> None:
+    def after_step(self, report: StepReport, plan: BatchPlan) -> None:
         """Collect a step; write the means every log_every steps."""
         self._losses.append(report.loss)
-        self._samples += report.samples
-        if not _due(state.step, self.config.log_every, self.config.max_steps):
+        self._samples += sum(len(part) for part in plan.micro_batches(self.state.step - 1))
+        if not _due(self.state.step, self.config.log_every, self.config.max_steps):
             return
         now = time.perf_counter()
         scalars = {
             "train/loss": float(np.mean(self._losses)),
-            "train/learning_rate": learning_rate_at(state.step - 1, self.config),
+            "train/learning_rate": learning_rate_at(self.state.step - 1, self.config),
             "train/gradient_norm": report.grad_norm,
             "train/images_per_second": self._samples / (now - self._since),
-            "train/skipped_steps": float(state.skipped),
+            "train/skipped_steps": float(self.state.skipped),
         }
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, state.step)
+        self._write_scalars(scalars)
         self._losses.clear()
         self._samples, self._since = 0, now
 
-    def validation(self, step: int, result: Validation) -> None:
-        """Write the scalars and pictures of a validation."""
-        for name, value in result.scalars.items():
-            self.writer.add_scalar(f"validation/{name}", value, step)
-        for name, image in result.images.items():
-            self.writer.add_image(f"validation/{name}", image, step)
-        self.writer.flush()
+    def validate(self, validate: Callable[[nn.Module], Validation]) -> None:
+        """Measure the averaged network; keep it if it is the best so far."""
+        started = time.perf_counter()
+        result = validate(self.state.ema)
+        self._write_scalars({f"validation/{name}": value for name, value in result.scalars.items()})
+        if self.writer is not None:
+            for name, image in result.images.items():
+                self.writer.add_image(f"validation/{name}", image, self.state.step)
+            for name, (edges, heights) in result.curves.items():
+                self._write_bars(f"validation/{name}", edges, heights)
+            self.writer.flush()
+        if result.psnr > self.state.best_psnr:
+            self.state.best_psnr = result.psnr
+            self._save(self.run.best)
+        self._since += time.perf_counter() - started  # no training: not part of images per second
 
-    def leave_out(self, seconds: float) -> None:
-        """Do not count this time as training when images per second are next written."""
-        self._since += seconds
+    def save_last(self) -> None:
+        """Write the newest checkpoint."""
+        self._save(self.run.last)
+
+    def _save(self, path: Path) -> None:
+        if self.processes.writes:
+            self.run.save(path, self.state)
+
+    def _write_bars(self, name: str, edges: list[float], heights: list[float]) -> None:
+        """A histogram whose bars have these right edges and heights."""
+        assert self.writer is not None
+        total = sum(heights)
+        self.writer.add_histogram_raw(
+            name, 0.0, edges[-1], total, total, total, edges, heights, global_step=self.state.step
+        )
+
+    def _write_scalars(self, scalars: dict[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, self.state.step)

@@ -12,7 +12,10 @@ from diffusion import (
     ResidualGenerator,
     comparison_grid,
     cosine_alpha_bar,
+    linear_alpha_bar,
     measure_residual_std,
+    sigmoid_alpha_bar,
+    zero_terminal_alpha_bar,
 )
 from tests.networks import tiny_unet
 from training import TrainingConfig, new_state
@@ -57,11 +60,76 @@ def test_no_beta_exceeds_the_limit(timesteps):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"timesteps": 0}, "timesteps"), ({"mode": "epsilon"}, "mode"), ({"schedule": "linear"}, "schedule")],
+    [({"timesteps": 0}, "timesteps"), ({"mode": "epsilon"}, "mode"), ({"schedule": "square"}, "schedule")],
 )
 def test_an_unknown_process_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ProcessConfig(**settings)
+
+
+def test_the_linear_schedule_has_the_betas_of_ddpm():
+    alpha_bar = linear_alpha_bar(1000)
+    betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    assert float(betas[0]) == pytest.approx(1e-4)
+    assert float(betas[-1]) == pytest.approx(0.02)
+    torch.testing.assert_close(betas.diff(), betas.diff()[:1].expand(999), atol=1e-12, rtol=0)
+    log_end = float(alpha_bar[-1].log())
+    assert float(linear_alpha_bar(100)[-1].log()) == pytest.approx(log_end, rel=0.1)
+
+
+def test_the_sigmoid_schedule_is_symmetric_about_its_middle():
+    alpha_bar = sigmoid_alpha_bar(1000)
+    assert float(alpha_bar[499]) == pytest.approx(0.5)
+    torch.testing.assert_close(alpha_bar[:499] + alpha_bar[500:999].flip(0), torch.ones(499).double())
+
+
+def test_zero_terminal_snr_ends_in_nothing_but_noise_and_starts_as_the_linear_one():
+    alpha_bar, linear = zero_terminal_alpha_bar(1000), linear_alpha_bar(1000)
+    assert float(alpha_bar[-1]) == 0
+    assert float(alpha_bar[0]) == pytest.approx(float(linear[0]), rel=1e-12)
+    ratio = alpha_bar.sqrt().diff() / linear.sqrt().diff()  # a shift and a scale, nothing else
+    torch.testing.assert_close(ratio, ratio[:1].expand(999))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "sigmoid", "zero_terminal_snr"])
+@pytest.mark.parametrize("timesteps", [10, 1000])
+def test_every_schedule_falls_within_0_and_1(schedule, timesteps):
+    alpha_bar = DiffusionModel(timesteps, schedule=schedule).alpha_bar
+    assert (alpha_bar.diff() < 0).all()
+    assert alpha_bar[0] < 1
+    assert alpha_bar[-1] >= 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("schedule", ["cosine", "zero_terminal_snr"])
+def test_min_snr_weighs_errors_of_the_clean_estimate_by_the_bounded_snr(mode, schedule):
+    diffusion = DiffusionModel(mode=mode, schedule=schedule, min_snr_gamma=5.0)
+    t = torch.tensor([5, 200, 500, 900])
+    clean, wrong = fixed(4, 3, 4, 4), fixed(4, 3, 4, 4, seed=2)
+
+    def off_by_wrong(noisy, t, context):
+        """The output whose clean estimate is clean + wrong."""
+        if mode == "clean":
+            return clean + wrong
+        signal_scale, noise_scale = diffusion.scales(t)
+        return (signal_scale * noisy - clean - wrong) / noise_scale
+
+    weighted = diffusion.loss_at(t, off_by_wrong, clean, None) * diffusion.loss_weight(t)
+    expected = diffusion.snr[t].clamp(max=5.0) * wrong.square().flatten(1).mean(1)
+    torch.testing.assert_close(weighted, expected, rtol=2e-3, atol=0)
+
+
+def test_an_impossible_gamma_is_refused():
+    with pytest.raises(ValueError, match="min_snr_gamma"):
+        DiffusionModel(min_snr_gamma=0.0)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "sigmoid", "zero_terminal_snr"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_process_can_be_sampled(schedule, mode):
+    generator = ResidualGenerator.of(ProcessConfig(50, mode, schedule), "cpu")
+    images = generator.generate_images(tiny_unet(), fixed(1, 3, 8, 8).clamp(-1, 1), 1, 4, seed=0)
+    assert torch.isfinite(images).all()
 
 
 # ------------------------------------------------------------------------------------------------- targets
@@ -230,6 +298,17 @@ def test_tensorboard_shows_what_a_person_looks_for(trained):
     assert [event.step for event in events.Scalars("validation/psnr")] == [80, 160, 240]
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses[-1] < losses[0]
+
+
+def test_the_loss_is_shown_by_timestep(trained, photo_folder):
+    run, _, _, _, _ = trained
+    validation = ImageDataset(photo_folder, 32, 2, train=False)
+    edges, heights = (
+        DiffusionModel().validator(validation)(load_model(run.best).unet).curves["loss_by_timestep"]
+    )
+    assert edges[-1] == 1000
+    assert len(heights) == len(edges) == 20
+    assert heights[0] > heights[10] > 0  # v of a nearly clean image is its noise, which cannot be seen
 
 
 def test_the_mission_s_example_runs(trained):

@@ -13,12 +13,14 @@ ORDER = [
     "metrics",
     "dead_leaves",
     "device",
+    "processes",
     "util",
     "unet",
     "checkpoint",
     "training",
     "samplers",
     "diffusion",
+    "tiling",
     "restoration",
 ]
 SCRIPTS = ["train_diffusion", "infer", "evaluate", "demo"]

@@ -99,7 +99,6 @@ def test_epochs_are_shuffled_differently_and_repeatably():
 def test_the_sampler_starts_where_it_is_told():
     plan = BatchPlan(10, 3, 2, seed=0)
     everything = list(PlannedBatches(plan, 0, 6))
-    assert len(PlannedBatches(plan, 0, 6)) == len(everything)
     assert everything[-len(list(PlannedBatches(plan, 2, 6))) :] == list(PlannedBatches(plan, 2, 6))
 
 

@@ -1,0 +1,64 @@
+"""One training run in many processes, one per device, as torchrun starts them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from device import select_device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of the run.
+
+    Attributes:
+        device: what this process computes on.
+        rank: number of this process, from 0; only rank 0 writes files.
+        world: how many processes there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes checkpoints, logs and messages."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place; every process must call it."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+
+@contextmanager
+def started_processes(device_name: str) -> Iterator[Processes]:
+    """Join the other processes of the run, or stand alone if torchrun did not start this one.
+
+    gloo connects CPUs, NCCL connects CUDA devices.
+
+    Raises:
+        ValueError: the device cannot be had, or is of a kind that cannot be shared by processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    device = select_device(device_name)
+    if world == 1:
+        yield Processes(device)
+        return
+    if device.type == "mps":
+        raise ValueError("several processes cannot train on mps: use --device cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(device, dist.get_rank(), world)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,94 @@
+"""Tests of processes.py: several processes train what one does, and none of them fails alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_checkpoint
+from processes import Processes, started_processes
+from training import BatchPlan
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "train_diffusion.py")
+TINY = "--img_size 32 --downscale_factor 2 --batch_size 1 --unet_base_dim 8 --unet_dim_mults 1 2".split()
+TINY += "--context_dim 16 --device cpu --precision fp32 --learning_rate 1e-3 --log_every 1".split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+
+
+def flags(photo_folder, folder, *more):
+    places = ["--log_dir", str(folder / "logs"), "--checkpoint_dir", str(folder / "checkpoints")]
+    return [*TINY, "--image_folder", str(photo_folder), *places, *more]
+
+
+def losses(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = next((folder / "logs").iterdir())
+    events = EventAccumulator(str(run)).Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def last(folder):
+    return next((folder / "checkpoints").glob("*/*_last.pth"))
+
+
+def test_a_process_alone_is_rank_0():
+    with started_processes("cpu") as processes:
+        assert processes == Processes(torch.device("cpu"), 0, 1)
+        assert processes.writes
+        assert processes.sum(torch.tensor([3.0])) == 3
+
+
+@pytest.mark.parametrize("length", [5, 7, 8])
+def test_shares_cover_every_sample_once_and_meet_equally_often(length):
+    plan = BatchPlan(length, batch_size=2, accumulation_steps=2, seed=0, world=3)
+    for step in range(plan.steps_per_epoch):
+        shares = [plan.share(step, rank) for rank in range(3)]
+        assert len({len(share) for share in shares}) == 1
+        weighed = [pair for share in shares for part in share if part.weight for pair in part.pairs]
+        assert sorted(weighed) == sorted(pair for part in plan.micro_batches(step) for pair in part)
+        assert sum(part.weight * len(part.pairs) for share in shares for part in share) == pytest.approx(1)
+
+
+def test_two_processes_train_what_one_does(photo_folder, tmp_path):
+    """5 training images in groups of 4: the last group of an epoch leaves one process without a sample."""
+    more = ["--max_steps", "6", "--validate_every", "3"]
+    one = [sys.executable, SCRIPT, *flags(photo_folder, tmp_path / "one", *more, "--accumulation_steps", "4")]
+    two = [*TORCHRUN, SCRIPT, *flags(photo_folder, tmp_path / "two", *more, "--accumulation_steps", "2")]
+    for command in (one, two):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 process(es)") == 1  # rank 0 alone speaks
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    ours, theirs = load_checkpoint(last(tmp_path / "two")), load_checkpoint(last(tmp_path / "one"))
+    assert ours["best_psnr"] == pytest.approx(theirs["best_psnr"], abs=1e-2)
+    for name, value in theirs["ema"].items():
+        torch.testing.assert_close(ours["ema"][name], value, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_job_ends_and_its_checkpoint_is_good(photo_folder, tmp_path, number):
+    """A worker that is killed ends the others; a signal to the job saves first."""
+    more = ["--max_steps", "100000", "--save_every", "2", "--validate_every", "100000"]
+    more += ["--accumulation_steps", "1"]
+    job = subprocess.Popen(
+        [*TORCHRUN, SCRIPT, *flags(photo_folder, tmp_path, *more)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("checkpoints/*/*_last.pth")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if number == signal.SIGKILL:
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+    else:
+        job.send_signal(number)
+    _, errors = job.communicate(timeout=90)
+    assert job.returncode != 0
+    assert load_checkpoint(last(tmp_path))["step"] >= 2
+    assert "SIGKILL" in errors or "SIGTERM" in errors
