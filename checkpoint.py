@@ -104,13 +104,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the path of a .pth file that training wrote")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare the checksums, this does
-    except (zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}, or is truncated ({error})") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged (checksum of {damaged}); use an earlier checkpoint")
+    damage = _damage(path)
+    if damage is not None:
+        raise CheckpointError(f"{path} {damage}; {_offer_instead(path)}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
@@ -123,6 +119,23 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
             f"{path} has format {content['format']}, this version reads {FORMAT}: update the project"
         )
     return content
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint, or None: torch.load does not compare the checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        return f"{NOT_A_CHECKPOINT}, or is truncated ({error})"
+    return None if damaged is None else f"is damaged (the checksum of {damaged} is wrong)"
+
+
+def _offer_instead(path: Path) -> str:
+    """The newest intact checkpoint beside a damaged one, in words."""
+    others = sorted(path.parent.glob("*_step*.pth"), reverse=True)
+    intact = next((other for other in others if not other.samefile(path) and _damage(other) is None), None)
+    return f"{intact} is intact" if intact is not None else "there is no intact one by step beside it"
 
 
 def load_weights(model: torch.nn.Module, weights: StateDict, source: str | Path) -> None:

@@ -25,7 +25,7 @@ from device import autocast_dtype
 from diffusion import DiffusionModel, Schedule
 from images import list_images
 from processes import Processes, started_processes
-from training import BatchPlan, NonFiniteError, TrainingConfig
+from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import ImageDataset
 
@@ -114,6 +114,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--validate_every", type=int, help="steps; without it, 20 times in the run")
     training.add_argument("--save_every", type=int, help="steps; without it, with every validation")
+    training.add_argument("--keep_checkpoints", type=int, default=2, help="the newest ones, besides the best")
     training.add_argument("--log_every", type=int, default=10, help="steps")
     training.add_argument("--log_dir", default="./logs", help="TensorBoard")
     training.add_argument("--checkpoint_dir", default="./checkpoints")
@@ -304,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"train_diffusion.py: error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteError as error:
+    except (NonFiniteError, WorkerError) as error:
         print(f"train_diffusion.py: {error}", file=sys.stderr)
         return 1
 

@@ -13,19 +13,21 @@ import functools
 import hashlib
 import logging
 import math
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -37,6 +39,26 @@ logger = logging.getLogger(__name__)
 OptimizerName = Literal["adamw", "adamw8bit"]
 LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
 MAX_SKIPPED_IN_A_ROW = 5
+
+
+class Samples(Protocol):
+    """A dataset the loop can train on, and can speak of when something goes wrong."""
+
+    def __len__(self) -> int:
+        """How many samples an epoch has."""
+        ...
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        """The sample of (epoch, index)."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a person calls the sample: its file."""
+        ...
+
+    def failures(self) -> int:
+        """How many samples had to be replaced because they could not be read."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,7 @@ class TrainingConfig:
         optimizer: "adamw" or "adamw8bit" (bitsandbytes).
         seed: of data order, crops, noise and timesteps.
         validate_every, save_every, log_every: in optimiser steps; the end always validates and saves.
+        keep_checkpoints: how many of the newest checkpoints stay, besides the best.
         num_workers: processes that read images; 0 reads them in this one.
     """
 
@@ -74,6 +97,7 @@ class TrainingConfig:
     validate_every: int = 500
     save_every: int = 500
     log_every: int = 10
+    keep_checkpoints: int = 2
     num_workers: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +108,7 @@ class TrainingConfig:
             "validate_every",
             "save_every",
             "log_every",
+            "keep_checkpoints",
         )
         for name in counts:
             if getattr(self, name) < 1:
@@ -107,6 +132,10 @@ class TrainingConfig:
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite; training cannot go on."""
+
+
+class WorkerError(RuntimeError):
+    """A process that reads images died; the message names the files it was to read."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -375,9 +404,32 @@ class Run:
         """Path of the newest checkpoint."""
         return self.checkpoint_dir / f"{self.name}_last.pth"
 
+    def numbered(self) -> list[Path]:
+        """The checkpoints that are kept by step, the oldest first; `last` is the newest of them."""
+        return sorted(self.checkpoint_dir.glob(f"{self.name}_step*.pth"))
+
+    def save_last(self, state: TrainState, keep: int) -> None:
+        """Write a numbered checkpoint, make `last` stand for it, and remove all but the newest `keep`."""
+        path = self.checkpoint_dir / f"{self.name}_step{state.step:09d}.pth"
+        self.save(path, state)
+        _point_to(self.last, path)
+        for old in self.numbered()[:-keep]:
+            old.unlink()
+
     def save(self, path: Path, state: TrainState) -> None:
         """Write a checkpoint of the state, atomically."""
         save_checkpoint(path, {**self.metadata, **state_content(state)})
+
+
+def _point_to(link: Path, target: Path) -> None:
+    """Make link a second name of target in one step: a hard link, or a copy where there are none."""
+    with tempfile.TemporaryDirectory(dir=link.parent, prefix=".link-") as folder:
+        name = Path(folder) / link.name
+        try:
+            name.hardlink_to(target)
+        except OSError:
+            shutil.copyfile(target, name)
+        name.replace(link)
 
 
 class SignalCatcher:
@@ -408,7 +460,7 @@ class SignalCatcher:
 def train(
     state: TrainState,
     loss: LossFunction,
-    dataset: Dataset[Tensor],
+    dataset: Samples,
     config: TrainingConfig,
     run: Run,
     *,
@@ -422,7 +474,7 @@ def train(
     Args:
         state: changed in place.
         loss: (model, batch on the device, generator on the device) -> (B,) losses.
-        dataset: indexed by (epoch, index) pairs; of known length.
+        dataset: what to train on.
         config: how to train.
         run: where to write.
         processes: this process among those of the run; None is a run of one process.
@@ -436,15 +488,16 @@ def train(
 
     Raises:
         NonFiniteError: too many non-finite steps in a row.
+        WorkerError: a worker process died.
         CheckpointError: a checkpoint could not be written.
     """
     processes = processes or Processes(next(state.model.parameters()).device)
     batch_size, accumulation = config.batch_size, config.accumulation_steps
-    plan = BatchPlan(_length(dataset), batch_size, accumulation, config.seed, processes.world)
-    batches = _batches(dataset, plan, config, state.step, processes)
+    plan = BatchPlan(len(dataset), batch_size, accumulation, config.seed, processes.world)
+    batches = _Batches(dataset, plan, config, state.step, processes)
     signals = SignalCatcher()
     stepper = _Stepper(state, loss, config, processes, precision, signals)
-    keeper = _Keeper(state, run, config, processes)
+    keeper = _Keeper(state, dataset, run, config, processes)
     bar = tqdm(
         total=config.max_steps,
         initial=state.step,
@@ -467,23 +520,59 @@ def train(
     return received
 
 
-def _length(dataset: Dataset[Tensor]) -> int:
-    length = getattr(dataset, "__len__", None)
-    assert length is not None, "the dataset must have a length"
-    return int(length())
+class _Watched(Dataset[Tensor]):
+    """A dataset that notes, where all processes see it, which sample each worker is reading."""
+
+    def __init__(self, dataset: Samples, workers: int) -> None:
+        self.dataset = dataset
+        self.reading = torch.full((max(1, workers),), -1).share_memory_()
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        worker = get_worker_info()
+        slot = 0 if worker is None else worker.id
+        self.reading[slot] = key[1]
+        sample = self.dataset[key]
+        self.reading[slot] = -1
+        return sample
+
+    def names(self) -> str:
+        """The samples that are being read."""
+        return ", ".join(self.dataset.name(index) for index in self.reading.tolist() if index >= 0)
 
 
-def _batches(
-    dataset: Dataset[Tensor], plan: BatchPlan, config: TrainingConfig, first_step: int, processes: Processes
-) -> Iterator[Tensor]:
-    loader = DataLoader(
-        dataset,
-        batch_sampler=PlannedBatches(plan, first_step, config.max_steps, processes.rank),
-        num_workers=config.num_workers,
-        pin_memory=processes.device.type == "cuda",
-        worker_init_fn=_ignore_interrupts,
-    )
-    return iter(loader)
+class _Batches:
+    """The batches of one process, in order, from a single pass of workers over the whole run."""
+
+    def __init__(
+        self, dataset: Samples, plan: BatchPlan, config: TrainingConfig, first_step: int, processes: Processes
+    ) -> None:
+        self.dataset = dataset
+        self.watched = _Watched(dataset, config.num_workers)
+        loader = DataLoader(
+            self.watched,
+            batch_sampler=PlannedBatches(plan, first_step, config.max_steps, processes.rank),
+            num_workers=config.num_workers,
+            pin_memory=processes.device.type == "cuda",
+            worker_init_fn=_ignore_interrupts,
+        )
+        self.iterator = iter(loader)
+
+    def next(self) -> Tensor:
+        """The samples of the next micro-batch."""
+        try:
+            batch: Tensor = next(self.iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reading = self.watched.names() or "no image"
+            raise WorkerError(
+                f"a process that reads images died while reading {reading} ({error})"
+            ) from error
+        return batch
+
+    def names(self, micro_batch: MicroBatch) -> str:
+        """The names of a micro-batch's samples, separated by commas."""
+        return ", ".join(self.dataset.name(index) for _, index in micro_batch.pairs)
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -519,7 +608,7 @@ class _Stepper:
             DistributedDataParallel(state.model, broadcast_buffers=False) if processes.world > 1 else None
         )
 
-    def step(self, micro_batches: list[MicroBatch], batches: Iterator[Tensor]) -> StepReport:
+    def step(self, micro_batches: list[MicroBatch], batches: _Batches) -> StepReport:
         """Accumulate the gradient of one group, clip it, and update the weights and their average.
 
         Every sample of the group weighs the same, however the group splits into micro-batches and processes.
@@ -531,12 +620,12 @@ class _Stepper:
             last = micro_batch is micro_batches[-1]
             wait = contextlib.nullcontext() if last or self.wrapped is None else self.wrapped.no_sync()
             with wait:
-                total += self._accumulate(next(batches), micro_batch)
+                total += self._accumulate(batches.next(), micro_batch)
         report = self._report(total)
         if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
             self._update()
         else:
-            self._skip()
+            self._skip(", ".join(batches.names(micro_batch) for micro_batch in micro_batches))
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         return report
@@ -568,22 +657,25 @@ class _Stepper:
         update_ema(self.state.ema, self.state.model, ema_decay_at(self.state.step, self.config))
         self.skipped_in_a_row = 0
 
-    def _skip(self) -> None:
+    def _skip(self, names: str) -> None:
         self.state.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"{self.skipped_in_a_row} steps in a row up to step {self.state.step} had a loss or gradient "
-                "that is not finite: lower --learning_rate or use --precision fp32; "
-                "the last checkpoint is from before"
+                "that is not finite: lower --learning_rate or use --precision fp32. The last checkpoint is "
+                f"from before. The last batch was {names}"
             )
 
 
 class _Keeper:
     """Writes what outlives the run: TensorBoard events and checkpoints. Only rank 0 writes."""
 
-    def __init__(self, state: TrainState, run: Run, config: TrainingConfig, processes: Processes) -> None:
+    def __init__(
+        self, state: TrainState, dataset: Samples, run: Run, config: TrainingConfig, processes: Processes
+    ) -> None:
         self.state = state
+        self.dataset = dataset
         self.run = run
         self.config = config
         self.processes = processes
@@ -619,6 +711,7 @@ class _Keeper:
             "train/gradient_norm": report.grad_norm,
             "train/images_per_second": self._samples / (now - self._since),
             "train/skipped_steps": float(self.state.skipped),
+            "train/unreadable_files": float(self.dataset.failures()),
         }
         self._write_scalars(scalars)
         self._losses.clear()
@@ -637,16 +730,14 @@ class _Keeper:
             self.writer.flush()
         if result.psnr > self.state.best_psnr:
             self.state.best_psnr = result.psnr
-            self._save(self.run.best)
+            if self.processes.writes:
+                self.run.save(self.run.best, self.state)
         self._since += time.perf_counter() - started  # no training: not part of images per second
 
     def save_last(self) -> None:
         """Write the newest checkpoint."""
-        self._save(self.run.last)
-
-    def _save(self, path: Path) -> None:
         if self.processes.writes:
-            self.run.save(path, self.state)
+            self.run.save_last(self.state, self.config.keep_checkpoints)
 
     def _write_bars(self, name: str, edges: list[float], heights: list[float]) -> None:
         """A histogram whose bars have these right edges and heights."""

@@ -334,6 +334,14 @@ class CropDataset(Dataset[Tensor]):
         """(3, img_size, img_size) uint8."""
         return self.images.crop(index)
 
+    def name(self, index: int) -> str:
+        """The path of the image."""
+        return str(self.images.paths[index])
+
+    def failures(self) -> int:
+        """How many images turned unreadable since the start."""
+        return int(self.images.failed.sum())
+
 
 def _usable(paths: Sequence[Path], img_size: int) -> tuple[list[Path], dict[Path, str]]:
     """Split into images at least img_size on both sides, by their headers, and the others with the reason."""

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import resource
 import signal
 
 import pytest
@@ -18,6 +19,7 @@ from training import (
     Run,
     TrainingConfig,
     Validation,
+    WorkerError,
     ema_decay_at,
     learning_rate_at,
     make_optimizer,
@@ -37,6 +39,12 @@ class Numbers(Dataset):
 
     def __len__(self):
         return self.length
+
+    def name(self, index):
+        return f"number {index}"
+
+    def failures(self):
+        return 0
 
     def __getitem__(self, key):
         epoch, index = key
@@ -199,7 +207,7 @@ def test_a_run_that_never_recovers_is_stopped(tmp_path):
     settings = config(max_steps=50)
     state = new_state(small_model(), settings)
     before = [p.detach().clone() for p in state.model.parameters()]
-    with pytest.raises(NonFiniteError, match="6 steps in a row"):
+    with pytest.raises(NonFiniteError, match=r"6 steps in a row.*number \d, number \d"):
         train(state, always_nan, Numbers(), settings, run_in(tmp_path), progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
 
@@ -279,6 +287,57 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_psnr(tmp_path):
     assert (best["step"], best["best_psnr"]) == (8, 25.0)
     assert (last["step"], last["best_psnr"]) == (12, 25.0)
     assert logged(tmp_path, "validation/psnr") == {4: 20.0, 8: 25.0, 12: 22.0}
+
+
+def test_the_newest_checkpoints_are_kept_and_last_is_one_of_them(tmp_path):
+    run_training(tmp_path, config(save_every=3, keep_checkpoints=2))
+    run = run_in(tmp_path)
+    assert [path.name for path in run.numbered()] == ["model_step000000009.pth", "model_step000000012.pth"]
+    assert run.last.samefile(run.numbered()[-1])
+    assert sorted(path.name for path in run.checkpoint_dir.iterdir()) == [
+        "model_last.pth",
+        *(path.name for path in run.numbered()),
+    ]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tmp_path):
+    run_training(tmp_path, config(save_every=3))
+    run = run_in(tmp_path)
+    data = run.last.read_bytes()
+    run.last.write_bytes(data[: len(data) // 2])  # last and step 12 are one file
+    with pytest.raises(CheckpointError, match=r"model_last\.pth.*step000000009\.pth is intact"):
+        restore_state(new_state(small_model(), config()), run.last)
+
+
+def test_a_disk_that_fills_up_leaves_the_older_checkpoints(tmp_path):
+    """A limit on the size of files stands in for the disk: writing beyond it fails as on a full one."""
+    state, _ = run_training(tmp_path, config(max_steps=8, save_every=4))
+    run = run_in(tmp_path)
+    intact = {path: path.read_bytes() for path in run.checkpoint_dir.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    state.step = 9
+    try:
+        with pytest.raises(CheckpointError, match="disk full"):
+            run.save_last(state, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path: path.read_bytes() for path in run.checkpoint_dir.iterdir()} == intact
+
+
+def test_a_worker_that_dies_is_reported_with_its_files(tmp_path):
+    class Deadly(Numbers):
+        def __getitem__(self, key):
+            if key[1] == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(key)
+
+    settings = config(num_workers=1)
+    state = new_state(small_model(), settings)
+    with pytest.raises(WorkerError, match=r"died while reading number 5 \("):
+        train(state, noisy_regression, Deadly(), settings, run_in(tmp_path), progress=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
