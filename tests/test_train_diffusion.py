@@ -13,6 +13,7 @@ import torch
 
 import train_diffusion
 from checkpoint import load_checkpoint, load_model, save_checkpoint
+from device import cpu_bfloat16_works
 from processes import Processes
 from train_diffusion import build_parser, main, make_config, make_datasets, parse
 
@@ -158,6 +159,59 @@ def interrupt_after(folder, photo_folder, steps, total):
         assert main(flags(photo_folder, folder, *more)) == 128 + signal.SIGTERM
     finally:
         train_diffusion.DiffusionModel.loss = original
+
+
+def logged(folder, tag="train/loss"):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((folder / "logs").iterdir()))).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_killed_run_resumes_bit_for_bit_and_its_curve_is_one(photo_folder, tmp_path):
+    """SIGKILL, as a power cut or the kernel's out-of-memory killer sends it, in the middle of an epoch."""
+    more = ["--max_steps", "40", "--save_every", "4", "--log_every", "1", "--validate_every", "20"]
+    script = [sys.executable, str(ROOT / "train_diffusion.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = flags(photo_folder, tmp_path / "whole", *more)
+    subprocess.run([*script, *whole], env=environment, capture_output=True, check=True)
+    killed = subprocess.Popen(
+        [*script, *flags(photo_folder, tmp_path / "killed", *more)], env=environment, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("killed/checkpoints/*/*_last.pth")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    stopped = load_checkpoint(newest(tmp_path / "killed"))["step"]
+    assert 4 <= stopped < 40
+    resume = ["--weights_path", str(newest(tmp_path / "killed"))]
+    subprocess.run([*script, *resume], env=environment, capture_output=True, check=True)
+    ours, theirs = load_checkpoint(newest(tmp_path / "killed")), load_checkpoint(newest(tmp_path / "whole"))
+    for name in ("model", "ema"):
+        assert all(torch.equal(value, ours[name][key]) for key, value in theirs[name].items())
+    for ours_state, theirs_state in zip(
+        ours["optimizer"]["state"]["state"].values(),
+        theirs["optimizer"]["state"]["state"].values(),
+        strict=True,
+    ):
+        assert all(torch.equal(value, ours_state[key]) for key, value in theirs_state.items())
+    assert ours["best_psnr"] == theirs["best_psnr"]
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    assert [step for step, _ in logged(tmp_path / "killed")] == list(range(1, 41))
+
+
+@pytest.mark.skipif(not cpu_bfloat16_works(), reason="this CPU has no bfloat16 arithmetic")
+def test_bf16_and_fp32_learn_alike(photo_folder, tmp_path):
+    """200 steps from the same start on the same data: the curves differ by less than either wanders."""
+    curves = []
+    for precision in ("fp32", "bf16"):
+        more = ["--max_steps", "200", "--log_every", "20", "--validate_every", "200", "--batch_size", "5"]
+        assert main(flags(photo_folder, tmp_path / precision, *more, "--precision", precision)) == 0
+        curves.append(torch.tensor([value for _, value in logged(tmp_path / precision)]))
+    wander = (curves[0] - curves[0].mean()).abs().mean()
+    assert (curves[0] - curves[1]).abs().mean() < 0.25 * wander
+    assert not torch.equal(curves[0], curves[1])
 
 
 def test_ctrl_c_saves_and_prints_how_to_go_on(photo_folder, tmp_path):
