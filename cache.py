@@ -1,7 +1,6 @@
 """Decoded images kept on disk as memory-mapped arrays, so that a crop reads only the pixels it needs."""
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from files import write_atomically
 from images import read_rgb
 
 
@@ -46,12 +46,11 @@ class CachedReader:
         pixels = self.read(path)
         if int(self._used) + pixels.nbytes <= self.limit_bytes:
             self._used += pixels.nbytes
-            self._keep(kept, pixels)
+            write_atomically(kept, lambda partial: _save_array(partial, pixels))  # nobody maps half a file
         return pixels
 
-    def _keep(self, kept: Path, pixels: npt.NDArray[np.uint8]) -> None:
-        """Write under another name and rename: no process maps half a file."""
-        partial = kept.with_suffix(f".{os.getpid()}")
-        with partial.open("wb") as stream:
-            np.save(stream, pixels)
-        os.replace(partial, kept)
+
+def _save_array(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
+    """np.save under exactly this name: given a path, it would add a suffix."""
+    with path.open("wb") as stream:
+        np.save(stream, pixels)

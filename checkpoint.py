@@ -13,17 +13,15 @@ in its header.
 """
 
 import json
-import os
 import pickle
-import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from files import write_atomically
 from unet import UNet, UNetConfig
 
 FORMAT = 1
@@ -48,31 +46,6 @@ class LoadedModel(NamedTuple):
     unet: UNet
     process: dict[str, Plain]
     step: int
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary file beside path, flush it to disk, and rename it to path.
-
-    Whatever goes wrong, path holds either its old content or the whole of the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gave it to the owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_checkpoint(path: Path, content: dict[str, object]) -> None:

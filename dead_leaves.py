@@ -18,7 +18,6 @@ Legend: H, W image size in pixels; s samples per pixel and axis; N samples of on
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +26,8 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from files import write_atomically
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -466,14 +467,10 @@ def _read_recipe(path: Path) -> str:
 
 
 def _write_png(path: Path, image: Image8, recipe: str) -> None:
-    """Write beside ``path``, then rename: no reader ever sees half a file."""
+    """Write an image that states what it was drawn from."""
     from PIL import Image, PngImagePlugin
 
     text = PngImagePlugin.PngInfo()
     text.add_text(_RECIPE_KEY, recipe)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        Image.fromarray(image).save(unfinished, format="PNG", pnginfo=text)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    picture = Image.fromarray(image)
+    write_atomically(path, lambda unfinished: picture.save(unfinished, format="PNG", pnginfo=text))

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import stat
 
 import pytest
 import torch
@@ -126,13 +125,6 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
         save_checkpoint(path, {"step": 8})
     assert path.read_bytes() == old
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-
-def test_files_have_ordinary_permissions(saved):
-    path, _ = saved
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
 
 
 def test_an_exported_model_restores_the_same(saved, tmp_path):

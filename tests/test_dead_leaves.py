@@ -9,6 +9,7 @@ from PIL import Image
 from scipy import stats
 
 import dead_leaves as module
+import files
 from dead_leaves import RadiusLaw, dead_leaves, draw_dead_leaves_folder
 
 
@@ -226,7 +227,7 @@ def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def full_disk(*paths: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module.os, "replace", full_disk)
+    monkeypatch.setattr(files.os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         draw_dead_leaves_folder(tmp_path, 1, 16, seed=0)
     assert list(tmp_path.iterdir()) == []
