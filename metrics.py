@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bicubic import resize
+from bicubic import Border, resize
 
 _SSIM_WINDOW = 11
 _SSIM_SIGMA = 1.5
@@ -198,7 +198,7 @@ def _select(image: Tensor, protocol: Protocol, smallest: int) -> Tensor:
     return image[..., protocol.crop : height - protocol.crop, protocol.crop : width - protocol.crop]
 
 
-def low_resolution_psnr(restored: Tensor, low_res: Tensor) -> Tensor:
+def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mirror") -> Tensor:
     """PSNR in dB of the restored image, shrunk again, against the input: does it explain what was seen?
 
     Protocol (the "LR-PSNR" of Li et al. 2022, "SRDiff", which reports 53.7 dB): the restored image is rounded
@@ -210,6 +210,7 @@ def low_resolution_psnr(restored: Tensor, low_res: Tensor) -> Tensor:
     Args:
         restored: (B, C, H, W) in [0, 1].
         low_res: (B, C, h, w) in [0, 1], h <= H and w <= W.
+        border: what the shrinking saw beyond the edge when the input was made.
 
     Returns:
         (B,), inf where nothing differs.
@@ -225,7 +226,7 @@ def low_resolution_psnr(restored: Tensor, low_res: Tensor) -> Tensor:
             f"restored is {tuple(restored.shape)} and low_res is {tuple(low_res.shape)}; give the restored, "
             "larger image first, with the same batch and channels"
         )
-    shrunk = resize(_as_uint8(restored), size=size, border="mirror", rounding="uint8")
+    shrunk = resize(_as_uint8(restored), size=size, border=border, rounding="uint8")
     error = (shrunk.to(torch.float64) - _as_uint8(low_res)) / 255
     return -10 * error.square().mean(dim=(1, 2, 3)).log10()
 

@@ -73,9 +73,8 @@ class Step(NamedTuple):
         following = self.clean_weights[0] * cleans[0]
         if self.noisy_weight:
             following.add_(noisy, alpha=self.noisy_weight)
-        for weight, clean in zip(self.clean_weights, cleans, strict=False):
-            if clean is not cleans[0]:
-                following.add_(clean, alpha=weight)
+        for weight, clean in zip(self.clean_weights[1:], list(cleans)[1:], strict=False):
+            following.add_(clean, alpha=weight)
         if self.noise_weight:
             assert noise is not None, "this step needs noise"
             following.add_(noise, alpha=self.noise_weight)
@@ -239,12 +238,13 @@ def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> tuple[S
     """Heun's method, behind one DDIM step from T - 1.
 
     The trapezoidal rule weighs both ends of a step in sigma alike, but the cosine schedule begins at sigma
-    20000, and a step from there to 5 would magnify the second slope's error by 2000. The first step is Euler's instead.
-    diffusers' scheduler works on noisy / signal_scale and takes the noise estimate; both are converted.
+    20000, and a step from there to 5 would magnify the second slope's error by 2000. The first step is
+    Euler's instead. diffusers' scheduler works on noisy / signal_scale and takes the noise estimate; both
+    are converted.
     """
     if len(timesteps) == 1:
         return _ddim_steps(alpha_bar, timesteps, 0.0)
-    first = _ddim_steps([*alpha_bar[: timesteps[0] + 1]], timesteps, 0.0)[:1]
+    first = _ddim_steps(alpha_bar, timesteps, 0.0)[:1]
     scheduler = _respaced(HeunDiscreteScheduler, alpha_bar, timesteps[1:], prediction_type="epsilon")
     sigmas = scheduler.sigmas.double()
     count = len(scheduler.timesteps)
@@ -276,7 +276,7 @@ def _local_form(timesteps: Sequence[int], states: Sequence[Tensor]) -> tuple[Ste
         oldest = max(0, index + 1 - HISTORY)
         assert rest[: 1 + oldest].abs().max() < 1e-4, "a scheduler looked further back than HISTORY"
         clean_weights = rest[1 + oldest : 2 + index].flip(0).tolist()
-        while len(clean_weights) > 1 and abs(clean_weights[-1]) < 1e-9:
+        while len(clean_weights) > 1 and abs(clean_weights[-1]) < 1e-7:
             clean_weights.pop()  # a step of lower order
         steps.append(Step(timestep, noisy_weight, tuple(clean_weights)))
     return tuple(steps)

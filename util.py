@@ -190,17 +190,16 @@ class Sample(NamedTuple):
 def degrade(high_res: Tensor, downscale_factor: float, upscale_function: UpscaleFunction) -> Sample:
     """Make the low-resolution image and everything derived from it.
 
-    Bicubic downscaling, rounded to uint8 as a stored low-resolution file is, then the upscale function.
+    Bicubic downscaling, rounded to uint8 after each pass as the published low-resolution files are, then the
+    upscale function.
 
     Args:
         high_res: (..., 3, H, W) uint8; H and W whole multiples of downscale_factor.
         downscale_factor: HR size over LR size.
         upscale_function: maps (..., 3, h, w) float in [-1, 1] and the factor to (..., 3, H, W).
     """
-    pixels = high_res.float()
-    low_pixels = resize(pixels, scale=1 / downscale_factor).round().clamp(0, 255)
-    low_res = to_model_range(low_pixels / 255)
-    original = to_model_range(pixels / 255)
+    low_res = to_model_range(resize(high_res, scale=1 / downscale_factor, rounding="uint8").float() / 255)
+    original = to_model_range(high_res.float() / 255)
     upscaled = upscale_function(low_res, downscale_factor).clamp(-1, 1)
     if upscaled.shape != original.shape:
         raise ValueError(

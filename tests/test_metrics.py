@@ -615,3 +615,11 @@ def test_samples_that_cannot_be_compared():
             uncertainty_correlation(samples, truth)
     with pytest.raises(ValueError, match=r"\(N, B, C, H, W\)"):
         uncertainty_correlation(truth, truth)
+
+
+def test_low_resolution_psnr_shrinks_with_the_border_the_input_was_made_with():
+    truth = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pixels = (truth * 255).round().to(torch.uint8)
+    low_res = resize(pixels, size=(8, 8), border="replicate", rounding="uint8") / 255
+    assert low_resolution_psnr(pixels / 255, low_res, "replicate").item() == math.inf
+    assert low_resolution_psnr(pixels / 255, low_res).item() < 60

@@ -19,10 +19,14 @@ ORDER = [
     "unet",
     "checkpoint",
     "training",
+    "schedules",
     "samplers",
-    "diffusion",
     "tiling",
+    "diffusion",
     "restoration",
+    "meter",
+    "report",
+    "evaluation",
 ]
 SCRIPTS = ["train_diffusion", "infer", "evaluate", "demo"]
 
