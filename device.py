@@ -43,19 +43,21 @@ def select_device(name: str = "auto") -> torch.device:
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
     """The dtype to autocast to, or None for float32 throughout.
 
-    "auto" takes bfloat16 where the hardware computes it natively; "bf16" insists on it.
+    "auto" takes bfloat16 on a GPU that computes it natively. On CPUs with AVX512_BF16 a training step of
+    this project's UNet took 1.36 times as long in bfloat16 as in float32, so there it is only used when
+    asked for; "bf16" insists on it.
 
     Raises:
         ValueError: bf16 was asked for and cannot be had, or the precision is unknown.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision must be auto, fp32 or bf16, not {precision!r}")
-    if precision == "fp32":
+    if precision == "fp32" or (precision == "auto" and device.type == "cpu"):
         return None
     if _has_bfloat16(device):
         return torch.bfloat16
     if precision == "bf16":
-        raise ValueError(f"bf16 is not available on {device.type} here; use --precision auto or fp32")
+        raise ValueError(f"bf16 is not available on {device.type} here; use auto or fp32")
     return None
 
 
