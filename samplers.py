@@ -34,11 +34,6 @@ DEFAULT_SCHEDULER: SchedulerName = "dpm++"
 HISTORY = 3  # the most clean estimates a step looks at: UniPC's corrector and predictor together
 NOISE_ROWS = 64  # rows of an image whose noise is drawn together
 
-# Noise levels sigma = noise_scale / signal_scale, for n steps, between which the log-SNR rises evenly: the
-# range that keeps the variance of Gaussian data best at each n, found by search (see log_snr_timesteps).
-_SIGMA_MAX_PER_STEP = 0.5
-_SIGMA_MIN_TIMES_STEPS = 0.2
-
 _Diffusers: TypeAlias = (
     DDIMScheduler | DPMSolverMultistepScheduler | HeunDiscreteScheduler | UniPCMultistepScheduler
 )
@@ -139,12 +134,10 @@ def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> li
 
 
 def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> list[int]:
-    """T - 1, then timesteps whose log-SNR is evenly spaced from sigma n / 2 to sigma 1 / (5 n).
+    """T - 1, then timesteps whose log-SNR is evenly spaced between two noise levels (see sigma_range).
 
-    Even steps in log-SNR are what exponential integrators assume (Lu et al. 2022, section 4). Above n / 2 one
-    step crosses all the noise there is: it loses (2 / n)^2 of the variance, less than shorter steps below
-    would. The range widens with n, so that nothing is lost in the limit. Timesteps are whole numbers: where
-    several would fall together, they take the nearest free ones.
+    Even steps in log-SNR are what exponential integrators assume (Lu et al. 2022, section 4). Timesteps are
+    whole numbers: where several would fall together, they take the nearest free ones.
 
     Raises:
         ValueError: the step count is not in [1, T].
@@ -153,15 +146,27 @@ def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> l
     _check_count(total, num_inference_steps)
     known = np.array(alpha_bar)
     log_sigma = 0.5 * np.log((1 - known) / known)  # rises with the timestep
-    highest = math.log(_SIGMA_MAX_PER_STEP * num_inference_steps)
-    lowest = math.log(_SIGMA_MIN_TIMES_STEPS / num_inference_steps)
-    levels = np.linspace(highest, lowest, num_inference_steps - 1)
+    highest, lowest = sigma_range(num_inference_steps)
+    levels = np.linspace(math.log(highest), math.log(lowest), num_inference_steps - 1)
     wanted = np.round(np.interp(levels, log_sigma, np.arange(total))).astype(int)
     timesteps = [total - 1]
     for index, timestep in enumerate(wanted.tolist(), start=1):
         still_to_come = num_inference_steps - 1 - index
         timesteps.append(max(min(timestep, timesteps[-1] - 1), still_to_come))
     return timesteps
+
+
+def sigma_range(num_inference_steps: int) -> tuple[float, float]:
+    """The largest and smallest noise_scale / signal_scale, after T - 1: 10 and 0.02 for 10 steps.
+
+    What lies beyond is crossed in one step and costs variance, (1 / 10)^2 and (0.02 / s)^2 of data of
+    deviation 1 and s; what lies between must be covered in short steps. Up to 10 steps the range therefore
+    grows with their number, as a search over Gaussians of deviation 0.1 to 1 found best. From 10 to 100 it
+    stays, so that a network's own errors at the noisiest levels do not make more steps noisier; above 100
+    it widens again, so that nothing is lost in the limit.
+    """
+    width = min(num_inference_steps, 10) * max(1.0, num_inference_steps / 100)
+    return width**2 / 10, 0.2 / width
 
 
 def _check_count(total: int, count: int) -> None:
@@ -238,7 +243,7 @@ def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> tuple[S
     """Heun's method, behind one DDIM step from T - 1.
 
     The trapezoidal rule weighs both ends of a step in sigma alike, but the cosine schedule begins at sigma
-    20000, and a step from there to 5 would magnify the second slope's error by 2000. The first step is
+    20000, and a step from there to 10 would magnify the second slope's error by 1000. The first step is
     Euler's instead. diffusers' scheduler works on noisy / signal_scale and takes the noise estimate; both
     are converted.
     """

@@ -1,0 +1,78 @@
+"""The whole way in a few minutes: draw images, train on them, restore held-out ones, look at the result.
+
+Prints every command it runs, as a person would type it; they work on your own folder of photos just as well.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import evaluate
+import infer
+import train_diffusion
+from bicubic import downscale_image
+from dead_leaves import draw_dead_leaves_folder
+from images import read_rgb, write_image
+
+OUTPUT = Path("demo_output")
+RECIPE = Path(__file__).parent / "recipes" / "demo.args"
+TRAINING_IMAGES, HELD_OUT_IMAGES = 60, 4
+IMAGE_SIZE, SCALE = 192, 4
+
+
+def draw_images() -> None:
+    """Training images, held-out images, and the held-out ones at a quarter of the size."""
+    draw_dead_leaves_folder(OUTPUT / "train", TRAINING_IMAGES, IMAGE_SIZE, seed=0)
+    held_out = draw_dead_leaves_folder(OUTPUT / "held_out", HELD_OUT_IMAGES, IMAGE_SIZE, seed=1)
+    (OUTPUT / "low_res").mkdir(exist_ok=True)
+    for path in held_out:
+        write_image(OUTPUT / "low_res" / path.name, downscale_image(read_rgb(path), SCALE))
+
+
+def run(script: str, main: Callable[[Sequence[str]], int], *flags: str | Path) -> None:
+    """Print a command, run it in this process, and stop the demo if it fails."""
+    arguments = [str(flag) for flag in flags]
+    print(f"\n$ python {script} {shlex.join(arguments)}\n", flush=True)
+    status = main(arguments)
+    if status != 0:
+        sys.exit(status)
+
+
+def best_checkpoint() -> Path:
+    """The best checkpoint of the newest run."""
+    return max((OUTPUT / "checkpoints").glob("*/*_best.pth"), key=lambda path: path.stat().st_mtime)
+
+
+def main() -> int:
+    """Run the demo; returns the exit status."""
+    started = time.perf_counter()
+    print(f"drawing {TRAINING_IMAGES + HELD_OUT_IMAGES} dead-leaves images of {IMAGE_SIZE}x{IMAGE_SIZE}")
+    draw_images()
+    places = ("--log_dir", OUTPUT / "logs", "--checkpoint_dir", OUTPUT / "checkpoints")
+    training = ("--image_folder", OUTPUT / "train", *places)
+    run("train_diffusion.py", train_diffusion.main, f"@{RECIPE.relative_to(Path.cwd())}", *training)
+    model = ("--weights_path", best_checkpoint())
+    results = (OUTPUT / "restored", "--compare", OUTPUT / "held_out", "--overwrite")
+    run("infer.py", infer.main, *model, "--input", OUTPUT / "low_res", "--output", *results)
+    run(
+        "evaluate.py",
+        evaluate.main,
+        *model,
+        "--data",
+        OUTPUT / "held_out",
+        "--scale",
+        "4",
+        "--steps",
+        "1",
+        "10",
+    )
+    print(f"\nside by side: {OUTPUT / 'restored'}")
+    print(f"{time.perf_counter() - started:.0f} seconds. Watch the training:")
+    print(f"  .venv/bin/tensorboard --logdir {OUTPUT / 'logs'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""Restore photos with a trained model: a file or a folder in, enlarged images out.
+
+python infer.py --weights_path model.safetensors photo.png
+python infer.py --weights_path model.pth --input photos --output out --mode fidelity
+python infer.py --weights_path model.pth --export model.safetensors
+"""
+
+import argparse
+import functools
+import glob
+import logging
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Never
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from bicubic import upscale_image
+from checkpoint import LoadedModel, export_safetensors, load_model, write_atomically
+from device import autocast_dtype, select_device
+from images import IMAGE_SUFFIXES, DecodedImage, Pixels, decode_image, list_images, read_rgb, write_image
+from restoration import DEFAULT_OVERLAP, PRESETS, ImageRestorer, Progress, Restoration, RestoreConfig
+from samplers import DEFAULT_SCHEDULER, SCHEDULERS
+
+# What one file of many may fail with while the others are done; anything else is a fault of the program.
+FILE_ERRORS = (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError)
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
+
+class Task(NamedTuple):
+    """One image to restore, and where its results go; None for what was not asked for."""
+
+    source: Path
+    target: Path
+    comparison: Path | None
+    truth: Path | None
+    uncertainty: Path | None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of the script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_file_flags(parser)
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--mode",
+        choices=list(PRESETS),
+        default="detail",
+        help="; ".join(f"{name}: {text}" for name, text in _preset_texts().items()),
+    )
+    sampling.add_argument("--steps", type=int, help="denoising steps, instead of the mode's")
+    sampling.add_argument("--num_images", type=int, help="samples to average, instead of the mode's")
+    sampling.add_argument("--scheduler", choices=SCHEDULERS, default=DEFAULT_SCHEDULER)
+    sampling.add_argument("--eta", type=float, default=0.0, help="fresh noise of ddim, 0 to 1")
+    sampling.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    sampling.add_argument(
+        "--self_ensemble", action="store_true", help="average over 8 flips and rotations, 8 times the work"
+    )
+    sampling.add_argument(
+        "--consistency",
+        action="store_true",
+        help="make the bicubic downscale of the result equal the input; for inputs that bicubic shrank",
+    )
+    computing = parser.add_argument_group("computing")
+    computing.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    computing.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto")
+    computing.add_argument(
+        "--tile", default="auto", help="side of the windows a large image is restored in; 0: in one piece"
+    )
+    computing.add_argument("--overlap", type=int, default=DEFAULT_OVERLAP, help="pixels windows share")
+    computing.add_argument("--batch_size", type=int, default=1, help="windows or samples computed together")
+    computing.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster after")
+    return parser
+
+
+def _add_file_flags(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("files")
+    files.add_argument("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
+    files.add_argument("--input", nargs="+", default=[], metavar="INPUT", help="the same")
+    files.add_argument("--weights_path", help="checkpoint (.pth) or exported model (.safetensors)")
+    files.add_argument(
+        "--output", default="./restored", help="folder, or for one image the name of the result"
+    )
+    files.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    files.add_argument(
+        "--compare",
+        nargs="?",
+        const="",
+        metavar="ORIGINAL",
+        help="also write input, bicubic, restored and, if given, the original side by side; ORIGINAL is an "
+        "image or a folder of images of the same names",
+    )
+    files.add_argument(
+        "--uncertainty",
+        metavar="MAP",
+        help="also write the standard deviation over the samples, as MAP.png and MAP.npy; for several "
+        "images MAP is a folder",
+    )
+    files.add_argument(
+        "--export", metavar="MODEL", help="write the model as MODEL.safetensors (half precision) and stop"
+    )
+
+
+def _preset_texts() -> dict[str, str]:
+    return {
+        name: f"{effort.steps} step{'s' if effort.steps > 1 else ''}"
+        + (f", mean of {effort.num_images}" if effort.num_images > 1 else "")
+        for name, effort in PRESETS.items()
+    }
+
+
+def make_config(args: argparse.Namespace) -> RestoreConfig:
+    """The flags as a RestoreConfig; ValueError for a wrong one."""
+    if args.tile != "auto" and not args.tile.isdecimal():
+        raise ValueError(f"--tile must be auto, 0 or a number of pixels, not {args.tile!r}")
+    config = RestoreConfig(
+        mode=args.mode,
+        steps=args.steps,
+        num_images=args.num_images,
+        scheduler=args.scheduler,
+        eta=args.eta,
+        seed=args.seed,
+        tile=None if args.tile == "auto" else int(args.tile),
+        overlap=args.overlap,
+        batch_size=args.batch_size,
+        consistency=args.consistency,
+        self_ensemble=args.self_ensemble,
+    )
+    if args.uncertainty is not None and config.effort.num_images < 2:
+        raise ValueError("--uncertainty measures how samples differ: give --num_images of at least 2")
+    return config
+
+
+# ------------------------------------------------------------------------------------------- names of files
+
+
+def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
+    """The images that were named, each with its path below the output folder.
+
+    Raises:
+        ValueError: a file or folder that does not exist, a folder without images, or nothing was named.
+    """
+    if not names:
+        raise ValueError("no input: name images or folders, for example: infer.py photo.png")
+    found: list[tuple[Path, Path]] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            if path.resolve() == output.resolve():
+                raise ValueError(f"--output {output} is the input folder: give another one")
+            inside = [one for one in list_images(path) if output.resolve() not in one.resolve().parents]
+            found += [(one, one.relative_to(path)) for one in inside]
+        elif path.is_file():
+            found.append((path, Path(path.name)))
+        else:
+            raise ValueError(f"{path}: no such file or folder")
+    return found
+
+
+def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
+    """Where everything goes: <name>_x<scale>.png, with the old suffix in it where two have one name.
+
+    Raises:
+        ValueError: as find_inputs, or a name is given where a folder is needed.
+    """
+    output = Path(args.output)
+    found = find_inputs([*args.inputs, *args.input], output)
+    named = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
+    if named and len(found) > 1:
+        raise ValueError(
+            f"--output {output} names one image, but there are {len(found)} inputs: give a folder"
+        )
+    together = Counter(relative.with_suffix("") for _, relative in found)
+    tasks = []
+    for source, relative in found:
+        stem = relative.stem if together[relative.with_suffix("")] == 1 else relative.name.replace(".", "_")
+        base = relative.with_name(f"{stem}_x{scale:g}")
+        target = output if named else output / base.with_name(base.name + ".png")
+        uncertainty = None
+        if args.uncertainty is not None:
+            single = Path(args.uncertainty).with_suffix("")
+            uncertainty = single if len(found) == 1 else Path(args.uncertainty) / base
+        comparison, truth = None, None
+        if args.compare is not None:
+            comparison = target.with_name(f"{target.stem}_compare.png")
+            truth = find_original(Path(args.compare), relative) if args.compare else None
+        tasks.append(Task(source, target, comparison, truth, uncertainty))
+    return tasks
+
+
+def find_original(named: Path, relative: Path) -> Path:
+    """The original of an image: the file that was named, or the one of the same name in that folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if named.is_file():
+        return named
+    matching = sorted((named / relative.parent).glob(f"{glob.escape(relative.stem)}.*"))
+    originals = [path for path in matching if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not originals:
+        raise ValueError(f"--compare {named}: no original of {relative} there; name an image or its folder")
+    return originals[0]
+
+
+# ---------------------------------------------------------------------------------------------- the pictures
+
+
+def comparison_picture(
+    source: Pixels, restored: Pixels, scale: float, truth: Pixels | None = None
+) -> npt.NDArray[np.uint8]:
+    """Panels (H', W', 3) side by side, labelled: input (nearest), bicubic, restored, and the original.
+
+    Args:
+        source: (h, w) or (h, w, 3), uint8 or uint16.
+        restored: (H, W) or (H, W, 3).
+        scale: H / h.
+        truth: (H, W, 3), cropped or padded with black to the size of the result.
+    """
+    height, width = restored.shape[:2]
+    rows = np.minimum((np.arange(height) / scale).astype(int), len(source) - 1)
+    columns = np.minimum((np.arange(width) / scale).astype(int), source.shape[1] - 1)
+    panels = {
+        "input": source[rows][:, columns],
+        "bicubic": upscale_image(source, scale),
+        "restored": restored,
+    }
+    if truth is not None:
+        panels["original"] = truth
+    gap, label = 8, 24
+    picture = Image.new("RGB", (len(panels) * (width + gap) - gap, height + label), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
+    for index, (name, pixels) in enumerate(panels.items()):
+        left = index * (width + gap)
+        draw.text((left + 4, 2), name, fill="black", font=font)
+        panel = Image.fromarray(_as_rgb8(pixels)).crop((0, 0, width, height))
+        picture.paste(panel, (left, label))
+    return np.asarray(picture)
+
+
+def _as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
+    """Pixels as (H, W, 3) uint8."""
+    narrow = pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257)
+    colour = narrow if narrow.ndim == 3 else np.stack([narrow] * 3, axis=-1)
+    return colour.astype(np.uint8)
+
+
+def write_uncertainty(path: Path, deviation: npt.NDArray[np.float32]) -> None:
+    """Write path.npy, and path.png in which white is the largest deviation."""
+    largest = max(float(deviation.max()), 1e-9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as stream:
+            np.save(stream, deviation)
+
+    write_atomically(path.with_name(path.name + ".npy"), save)
+    write_image(path.with_name(path.name + ".png"), np.round(deviation / largest * 255).astype(np.uint8))
+
+
+# --------------------------------------------------------------------------------------------------- the work
+
+
+def restore_file(task: Task, restorer: ImageRestorer, overwrite: bool, progress: Progress) -> str:
+    """Restore one file and write what belongs to it; returns what is to be said about it, if anything.
+
+    Raises: one of FILE_ERRORS; nothing is half-written then.
+    """
+    check_targets(task, overwrite)
+    source = decode_image(task.source)
+    truth = None if task.truth is None else read_rgb(task.truth)
+    task.target.parent.mkdir(parents=True, exist_ok=True)
+    check_format(task.target, source)
+    restoration = restorer.restore(source, deviation=task.uncertainty is not None, progress=progress)
+    write_results(task, source, restoration, float(restorer.scale), truth)
+    return f"first of {source.frames} frames" if source.frames > 1 else ""
+
+
+def write_results(
+    task: Task, source: DecodedImage, restoration: Restoration, scale: float, truth: Pixels | None
+) -> None:
+    """Write the side results, then the restored image: where that exists, all of them do."""
+    if task.comparison is not None:
+        picture = comparison_picture(source.pixels, restoration.pixels, scale, truth)
+        write_image(task.comparison, picture)
+    if task.uncertainty is not None and restoration.deviation is not None:
+        write_uncertainty(task.uncertainty, restoration.deviation)
+    restoration.save(task.target)
+
+
+def check_targets(task: Task, overwrite: bool) -> None:
+    """Refuse to replace a file unless told to, and the source itself in any case."""
+    targets = [task.target] if task.comparison is None else [task.target, task.comparison]
+    if task.uncertainty is not None:
+        name = task.uncertainty.name
+        targets += [task.uncertainty.with_name(name + suffix) for suffix in (".png", ".npy")]
+    for target in targets:
+        if target.exists() and target.samefile(task.source):
+            raise ValueError(f"{target}: is the input itself; give another --output")
+        if target.exists() and not overwrite:
+            raise ValueError(f"{target}: exists already; use --overwrite or another --output")
+
+
+def check_format(target: Path, source: DecodedImage) -> None:
+    """Write one pixel in the target's format: what it cannot hold is found before the work is done."""
+    alpha = None if source.alpha is None else source.alpha[:1, :1]
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / target.name
+        try:
+            Restoration(source.pixels[:1, :1], alpha, None, source.icc_profile, source.exif).save(probe)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(probe), str(target))) from error
+
+
+def restore_all(tasks: Sequence[Task], restorer: ImageRestorer, overwrite: bool) -> int:
+    """Restore every image; returns the exit status: 0, 1 where some failed, 2 where all did."""
+    failures: list[str] = []
+    for number, task in enumerate(tasks, start=1):
+        name = f"[{number}/{len(tasks)}] {task.source.name}"
+        try:
+            with tqdm(total=100, desc=name, bar_format=BAR) as bar:
+                remark = restore_file(task, restorer, overwrite, functools.partial(_show, bar))
+        except FILE_ERRORS as error:
+            failures.append(_one_line(error))
+            continue
+        print(f"{task.target}" + (f" ({remark})" if remark else ""), flush=True)
+    for failure in failures:
+        print(f"infer.py: error: {failure}", file=sys.stderr)
+    if not failures:
+        return 0
+    print(f"infer.py: {len(failures)} of {len(tasks)} images not restored", file=sys.stderr)
+    return 2 if len(failures) == len(tasks) else 1
+
+
+def _show(bar: "tqdm[Never]", share: float) -> None:
+    bar.update(round(100 * share) - bar.n)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def export(model: LoadedModel, target: Path, overwrite: bool) -> None:
+    """Write the model as .safetensors.
+
+    Raises:
+        ValueError: another suffix, or the file exists and may not be replaced.
+    """
+    if target.suffix != ".safetensors":
+        raise ValueError(f"--export {target}: the name must end in .safetensors")
+    if target.exists() and not overwrite:
+        raise ValueError(f"--export {target}: exists already; use --overwrite or another name")
+    export_safetensors(model, target)
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, restore, report; returns the exit status."""
+    config = make_config(args)
+    if args.weights_path is None:
+        raise ValueError(
+            "--weights_path is needed: a checkpoint (.pth) that train_diffusion.py wrote, or an export"
+        )
+    model = load_model(args.weights_path)
+    if args.export is not None:
+        export(model, Path(args.export), args.overwrite)
+        if not args.inputs and not args.input:
+            return 0
+    device = select_device(args.device)
+    precision = autocast_dtype(device, args.dtype)
+    restorer = ImageRestorer(model, config, device, precision)
+    tasks = plan_tasks(args, float(restorer.scale))
+    if args.compile:
+        restorer.unet.compile(dynamic=True)
+    return restore_all(tasks, restorer, args.overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    args = build_parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"infer.py: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("infer.py: stopped; finished images are whole, run again to do the others", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
