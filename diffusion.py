@@ -36,7 +36,7 @@ from training import (
     restore_state,
     train,
 )
-from unet import Condition
+from unet import Condition, UNetConfig
 from util import CropDataset, ImageDataset, Sample, UpscaleFunction, degrade
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
@@ -49,6 +49,7 @@ LOSS_BARS = 20
 class Restorer(Protocol):
     """What a generator needs of a network: prediction, condition, and the numbers it was trained with."""
 
+    config: UNetConfig
     residual_std: Tensor
     scale: Tensor
 
@@ -223,27 +224,15 @@ class DiffusionModel:
         Raises:
             CheckpointError, NonFiniteError: see training.train.
         """
-        restorer = cast(Restorer, model)
         state = new_state(model, config)
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
-        elif float(restorer.residual_std) == 0:
-            for network in (restorer, cast(Restorer, state.ema)):
-                network.residual_std.fill_(measure_residual_std(dataset))
+        elif float(network_of(model).residual_std) == 0:
+            residual_std = measure_residual_std(dataset)
+            for network in (network_of(model), network_of(state.ema)):
+                network.residual_std.fill_(residual_std)
                 network.scale.fill_(dataset.downscale_factor)
-        everything: dict[str, Plain] = {**(settings or {}), **config.to_dict(), **self.process.to_dict()}
-        run = Run(
-            checkpoint_dir,
-            log_dir,
-            f"diffusion_model_{self.mode}",
-            metadata={
-                "unet": model.config.to_dict(),  # type: ignore[union-attr, operator]
-                "process": self.process.to_dict(),
-                "training": config.to_dict(),
-                "settings": settings or {},
-            },
-            description={"configuration": _as_table(everything)},
-        )
+        run = self._run(network_of(model), config, settings or {}, checkpoint_dir, log_dir)
         received = train(
             state,
             self.restoration_loss(dataset.downscale_factor, dataset.upscale_function),
@@ -256,6 +245,24 @@ class DiffusionModel:
             progress=progress,
         )
         return run, received
+
+    def _run(
+        self,
+        model: Restorer,
+        config: TrainingConfig,
+        settings: dict[str, Plain],
+        checkpoint_dir: Path,
+        log_dir: Path,
+    ) -> Run:
+        """Where the run writes, and what its checkpoints hold besides the state of the loop."""
+        metadata = {
+            "unet": model.config.to_dict(),
+            "process": self.process.to_dict(),
+            "training": config.to_dict(),
+            "settings": settings,
+        }
+        everything = {**settings, **config.to_dict(), **self.process.to_dict()}
+        return Run(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", metadata, everything)
 
     def restoration_loss(
         self, downscale_factor: float, upscale_function: UpscaleFunction
@@ -621,9 +628,3 @@ def comparison_grid(samples: Sample, restored: Tensor) -> Tensor:
     rows = torch.stack(columns, dim=1).flatten(0, 1).cpu()
     grid: Tensor = make_grid(rows, nrow=len(columns), padding=4)
     return grid
-
-
-def _as_table(values: dict[str, Plain]) -> str:
-    """A Markdown table of names and values."""
-    rows = [f"| {name} | {value} |" for name, value in values.items()]
-    return "\n".join(["| setting | value |", "|---|---|", *rows])

@@ -23,8 +23,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from bicubic import upscale_image
-from checkpoint import LoadedModel, export_safetensors, load_model, write_atomically
+from checkpoint import LoadedModel, export_safetensors, load_model
 from device import autocast_dtype, select_device
+from files import write_atomically
 from images import IMAGE_SUFFIXES, DecodedImage, Pixels, decode_image, list_images, read_rgb, write_image
 from restoration import DEFAULT_OVERLAP, PRESETS, ImageRestorer, Progress, Restoration, RestoreConfig
 from samplers import DEFAULT_SCHEDULER, SCHEDULERS

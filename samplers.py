@@ -16,17 +16,19 @@ Shape legend: B images, C channels, H x W pixels, T timesteps, n steps.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
-from diffusers.schedulers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    HeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
+
+if TYPE_CHECKING:  # seconds to import: only what samples an image pays for it
+    from diffusers.schedulers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        HeunDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
 
 SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "heun"]
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
@@ -35,7 +37,7 @@ HISTORY = 3  # the most clean estimates a step looks at: UniPC's corrector and p
 NOISE_ROWS = 64  # rows of an image whose noise is drawn together
 
 _Diffusers: TypeAlias = (
-    DDIMScheduler | DPMSolverMultistepScheduler | HeunDiscreteScheduler | UniPCMultistepScheduler
+    "DDIMScheduler | DPMSolverMultistepScheduler | HeunDiscreteScheduler | UniPCMultistepScheduler"
 )
 
 
@@ -185,6 +187,8 @@ def _steps(name: SchedulerName, alpha_bar: tuple[float, ...], count: int, eta: f
     timesteps = log_snr_timesteps(alpha_bar, count)
     if name == "heun":
         return _heun_steps(alpha_bar, timesteps)
+    from diffusers.schedulers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
     chosen = DPMSolverMultistepScheduler if name == "dpm++" else UniPCMultistepScheduler
     scheduler = _respaced(chosen, alpha_bar, timesteps, solver_order=2, prediction_type="sample")
     noisy, states = _unit(1 + count, 0), []
@@ -229,6 +233,8 @@ def _unit(length: int, index: int) -> Tensor:
 
 def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float) -> tuple[Step, ...]:
     """DDIM on any falling list of timesteps; eta = 1 is DDPM (Song et al. 2021a, section 4.1)."""
+    from diffusers.schedulers import DDIMScheduler
+
     scheduler = _respaced(DDIMScheduler, alpha_bar, timesteps, prediction_type="sample", clip_sample=False)
     noisy, clean, noise = torch.eye(3, dtype=torch.float64)
     steps = []
@@ -247,6 +253,8 @@ def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> tuple[S
     Euler's instead. diffusers' scheduler works on noisy / signal_scale and takes the noise estimate; both
     are converted.
     """
+    from diffusers.schedulers import HeunDiscreteScheduler
+
     if len(timesteps) == 1:
         return _ddim_steps(alpha_bar, timesteps, 0.0)
     first = _ddim_steps(alpha_bar, timesteps, 0.0)[:1]

@@ -25,6 +25,7 @@ from device import autocast_dtype
 from diffusion import DiffusionModel, Schedule
 from images import list_images
 from processes import Processes, started_processes
+from scan import default_memory
 from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import ImageDataset
@@ -163,6 +164,7 @@ def make_datasets(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]
             augment=args.augment,
             seed=args.seed,
             reader=reader,
+            memory=default_memory(),
         )
 
     everything = dataset(list_images(args.image_folder), True)

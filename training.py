@@ -385,14 +385,14 @@ class Run:
         checkpoint_dir, log_dir: of this run alone.
         name: checkpoints are `{name}_best.pth` and `{name}_last.pth`.
         metadata: further checkpoint entries, for instance how to rebuild the network.
-        description: name -> text for TensorBoard's text page.
+        settings: hyper-parameters, for TensorBoard's text page and its table of runs.
     """
 
     checkpoint_dir: Path
     log_dir: Path
     name: str
     metadata: dict[str, object]
-    description: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Plain] = field(default_factory=dict)
 
     @property
     def best(self) -> Path:
@@ -517,7 +517,15 @@ def train(
                 keeper.validate(validate)
             if received is not None or _due(state.step, config.save_every, config.max_steps):
                 keeper.save_last()
+            if state.step == config.max_steps:
+                keeper.finish(report)
     return received
+
+
+def _as_table(values: dict[str, Plain]) -> str:
+    """A Markdown table of names and values."""
+    rows = [f"| {name} | {value} |" for name, value in values.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 
 class _Watched(Dataset[Tensor]):
@@ -683,8 +691,7 @@ class _Keeper:
         if processes.writes:
             purge = state.step + 1 if state.step else None  # what a killed run logged beyond its checkpoint
             self.writer = SummaryWriter(str(run.log_dir), purge_step=purge)
-            for name, text in run.description.items():
-                self.writer.add_text(name, text)
+            self.writer.add_text("configuration", _as_table(run.settings))
         self._losses: list[float] = []
         self._samples = 0
         self._since = time.perf_counter()
@@ -733,6 +740,17 @@ class _Keeper:
             if self.processes.writes:
                 self.run.save(self.run.best, self.state)
         self._since += time.perf_counter() - started  # no training: not part of images per second
+
+    def finish(self, report: StepReport) -> None:
+        """Enter the run, its settings and what came of it into TensorBoard's table of hyper-parameters."""
+        if self.writer is None:
+            return
+        settings = {
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in self.run.settings.items()
+        }
+        found = {"final/best_psnr": self.state.best_psnr, "final/loss": report.loss}
+        self.writer.add_hparams(settings, found, run_name=".", global_step=self.state.step)
 
     def save_last(self) -> None:
         """Write the newest checkpoint."""

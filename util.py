@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bicubic import resize, upscale_image
-from images import UnreadableImageError, image_size, list_images, read_rgb, to_model_range
+from images import UnreadableImageError, list_images, read_rgb, to_model_range
+from scan import image_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,7 @@ class ImageDataset(Dataset[Sample]):
         augment: "none", "flip" (left-right) or "dihedral" (all 8 flips and rotations).
         seed: of crops and flips.
         reader: path -> (H, W, 3) uint8, for instance a cache around `images.read_rgb`.
+        memory: folder to remember the sizes of the images in, see scan.image_sizes.
 
     Raises:
         ValueError: a missing or empty folder, a crop that is no multiple of the factor, or no usable image.
@@ -255,6 +257,7 @@ class ImageDataset(Dataset[Sample]):
         augment: Augmentation = "flip",
         seed: int = 0,
         reader: Callable[[Path], npt.NDArray[np.uint8]] = read_rgb,
+        memory: Path | None = None,
     ) -> None:
         check_crop_size(img_size, downscale_factor)
         if augment not in ("none", "flip", "dihedral"):
@@ -267,7 +270,7 @@ class ImageDataset(Dataset[Sample]):
         self.seed = seed
         self.reader = reader
         found = list_images(images) if isinstance(images, str | Path) else list(images)
-        self.paths, self.left_out = _usable(found, img_size)
+        self.paths, self.left_out = _usable(found, img_size, memory)
         if not self.paths:
             where = images if isinstance(images, str | Path) else f"{len(found)} files"
             raise ValueError(
@@ -342,18 +345,15 @@ class CropDataset(Dataset[Tensor]):
         return int(self.images.failed.sum())
 
 
-def _usable(paths: Sequence[Path], img_size: int) -> tuple[list[Path], dict[Path, str]]:
+def _usable(paths: Sequence[Path], img_size: int, memory: Path | None) -> tuple[list[Path], dict[Path, str]]:
     """Split into images at least img_size on both sides, by their headers, and the others with the reason."""
     usable: list[Path] = []
     left_out: dict[Path, str] = {}
-    for path in paths:
-        try:
-            height, width = image_size(path)
-        except UnreadableImageError as error:
-            left_out[path] = str(error)
-            continue
-        if min(height, width) < img_size:
-            left_out[path] = f"{width}x{height} is smaller than the crop of {img_size}"
+    for path, size in zip(paths, image_sizes(paths, memory), strict=True):
+        if isinstance(size, UnreadableImageError):
+            left_out[path] = str(size)
+        elif min(size) < img_size:
+            left_out[path] = f"{size[1]}x{size[0]} is smaller than the crop of {img_size}"
         else:
             usable.append(path)
     for path, reason in left_out.items():

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread (bit-exact results need a fixed number), small images, tiny networks."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from device import cpu_bfloat16_works
 from images import write_image
 
 torch.set_num_threads(1)
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test-cache-")  # for child processes, too
 cpu_bfloat16_works()  # before anything is computed: it may have to hold oneDNN back, see device.py
 
 

@@ -325,6 +325,11 @@ def test_tensorboard_shows_what_a_person_looks_for(trained):
     assert [event.step for event in events.Scalars("validation/psnr")] == [80, 160, 240]
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses[-1] < losses[0]
+    assert "configuration/text_summary" in events.Tags()["tensors"]
+    assert [event.value for event in events.Scalars("final/best_psnr")] == pytest.approx(
+        [load_checkpoint(trained[0].last)["best_psnr"]]
+    )
+    assert len(events.Histograms("validation/loss_by_timestep")) == 3
 
 
 def test_the_loss_is_shown_by_timestep(trained, photo_folder):
