@@ -51,7 +51,7 @@ def gaussian_moments(steps, deviation, alpha_bar=ALPHA_BAR):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_mean_and_variance_of_a_gaussian_converge(name):
     for deviation in DEVIATIONS:
-        counts = (5, 10, 30, 300, T)
+        counts = (10, 30, 100, 300, T)
         moments = [gaussian_moments(build_scheduler(name, ALPHA_BAR).steps(n), deviation) for n in counts]
         assert all(abs(mean - MEAN) < 1e-4 for mean, _ in moments)
         errors = [abs(variance - 1) for _, variance in moments]
@@ -174,7 +174,7 @@ def test_log_snr_is_evenly_spaced():
     timesteps = log_snr_timesteps(ALPHA_BAR.tolist(), 10)
     sigma = ((1 - ALPHA_BAR) / ALPHA_BAR).sqrt()[timesteps]
     assert timesteps[0] == T - 1
-    assert float(sigma[1]) == pytest.approx(10, rel=0.05)
+    assert float(sigma[1]) == pytest.approx(8, rel=0.05)
     assert float(sigma[-1]) == pytest.approx(0.02, rel=0.1)
     gaps = sigma[1:].log().diff()
     assert float(gaps.max() - gaps.min()) < 0.1 * float(gaps.abs().mean())
