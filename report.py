@@ -200,9 +200,10 @@ def perception_distortion_figure(report: Report) -> "Figure":
     for curve in _curves(report.rows):
         points = [(row.psnr, getattr(row, name)) for row in curve.rows]
         axes.plot(*zip(*points, strict=True), curve.style, color=curve.colour, label=curve.label)
-        for row, point in zip(curve.rows, points, strict=True):
+        for index, (row, point) in enumerate(zip(curve.rows, points, strict=True)):
             text = "" if row.steps is None else f"{row.steps} step{'s' if row.steps > 1 else ''}"
-            label = axes.annotate(text, point, (0, 8), textcoords="offset points", ha="center", fontsize=9)
+            place = (0, 8 if index % 2 else -16)  # neighbours of nearly the same value stay legible
+            label = axes.annotate(text, point, place, textcoords="offset points", ha="center", fontsize=9)
             label.set(color=curve.colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     channel = "luma" if str(report.protocol["metrics"]).startswith("luma") else "RGB"
     axes.set(title=report.title, xlabel=f"PSNR on {channel} in dB (more is closer to the truth)")
