@@ -336,6 +336,7 @@ class ResidualGenerator:
         predict_mode: mode of the training.
         precision: dtype to autocast the network to, None for float32.
         scheduler: how to step from one noise level to the next, see samplers.Sampler.
+        schedule: noise schedule of the training.
     """
 
     def __init__(
@@ -347,12 +348,13 @@ class ResidualGenerator:
         predict_mode: Mode = "v_prediction",
         precision: torch.dtype | None = None,
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
+        schedule: Schedule = "cosine",
     ) -> None:
         self.img_channels = img_channels
         self.img_size = img_size
         self.device = torch.device(device)
         self.precision = precision
-        self.diffusion = DiffusionModel(num_train_timesteps, device, predict_mode)
+        self.diffusion = DiffusionModel(num_train_timesteps, device, predict_mode, schedule)
         self.scheduler = build_scheduler(scheduler, self.diffusion.alpha_bar)
 
     @classmethod
@@ -370,6 +372,7 @@ class ResidualGenerator:
             predict_mode=process.mode,
             precision=precision,
             scheduler=scheduler,
+            schedule=process.schedule,
         )
 
     def generate_images(
@@ -398,13 +401,11 @@ class ResidualGenerator:
         Raises:
             ValueError: a wrong shape or range, an untrained network, or a step count outside [1, T].
         """
-        low_res, upscaled = self._inputs(model, low_resolution_image)
-        seed = torch.seed() % 2**62 if seed is None else seed
-        restored = [
-            self.restore(model, low_res, upscaled, num_inference_steps, seed, sample=index, eta=eta)
-            for index in range(num_images)
-        ]
-        return torch.stack(restored, dim=1).flatten(0, 1)
+        residuals = self.generate_residuals(
+            model, low_resolution_image, num_images, num_inference_steps, seed=seed, eta=eta
+        )
+        _, upscaled = self._inputs(model, low_resolution_image)
+        return to_unit_range((upscaled.repeat_interleave(num_images, dim=0) + residuals).clamp(-1, 1))
 
     def generate_residuals(
         self,

@@ -34,6 +34,9 @@ SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "heun"]
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
 DEFAULT_SCHEDULER: SchedulerName = "dpm++"
 HISTORY = 3  # the most clean estimates a step looks at: UniPC's corrector and predictor together
+# A schedule may end in no signal at all (Lin et al. 2024), where log-SNR is infinite. This much, a signal of
+# 3e-5, stands in for it: the solvers stay finite, and no image can tell.
+LEAST_ALPHA_BAR = 1e-9
 NOISE_ROWS = 64  # rows of an image whose noise is drawn together
 
 _Diffusers: TypeAlias = (
@@ -91,7 +94,7 @@ class Sampler:
         if name not in SCHEDULERS:
             raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, not {name!r}")
         self.name = name
-        self._alpha_bar: tuple[float, ...] = tuple(alpha_bar.tolist())
+        self._alpha_bar: tuple[float, ...] = tuple(alpha_bar.clamp(min=LEAST_ALPHA_BAR).tolist())
 
     def steps(self, count: int, eta: float = 0.0) -> tuple[Step, ...]:
         """The evaluations that `count` steps take: as many, but 2 count - 2 for "heun" from 2 steps on.

@@ -159,6 +159,11 @@ class BatchPlan:
     seed: int
     world: int = 1
 
+    @classmethod
+    def of(cls, config: TrainingConfig, length: int, world: int = 1) -> "BatchPlan":
+        """The plan of a configuration."""
+        return cls(length, config.batch_size, config.accumulation_steps, config.seed, world)
+
     @property
     def group_size(self) -> int:
         """Samples per optimiser step, except for the last step of an epoch."""
@@ -492,20 +497,17 @@ def train(
         CheckpointError: a checkpoint could not be written.
     """
     processes = processes or Processes(next(state.model.parameters()).device)
-    batch_size, accumulation = config.batch_size, config.accumulation_steps
-    plan = BatchPlan(len(dataset), batch_size, accumulation, config.seed, processes.world)
+    plan = BatchPlan.of(config, len(dataset), processes.world)
     batches = _Batches(dataset, plan, config, state.step, processes)
     signals = SignalCatcher()
     stepper = _Stepper(state, loss, config, processes, precision, signals)
     keeper = _Keeper(state, dataset, run, config, processes)
-    bar = tqdm(
-        total=config.max_steps,
-        initial=state.step,
-        unit="step",
-        disable=not (progress and processes.writes),
-        dynamic_ncols=True,
-    )
-    with signals, bar, keeper:
+    hidden = not (progress and processes.writes)
+    with (
+        signals,
+        keeper,
+        tqdm(None, "train", config.max_steps, initial=state.step, unit="step", disable=hidden) as bar,
+    ):
         received = None
         while state.step < config.max_steps and received is None:
             report = stepper.step(plan.share(state.step, processes.rank), batches)

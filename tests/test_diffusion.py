@@ -8,6 +8,7 @@ import torch
 import metrics
 from checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from diffusion import DiffusionModel, ResidualGenerator, comparison_grid, measure_residual_std
+from samplers import SCHEDULERS
 from schedules import (
     ProcessConfig,
     cosine_alpha_bar,
@@ -131,8 +132,11 @@ def test_an_impossible_gamma_is_refused():
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "sigmoid", "zero_terminal_snr"])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_process_can_be_sampled(schedule, mode):
-    generator = ResidualGenerator.of(ProcessConfig(50, mode, schedule), "cpu")
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_process_can_be_sampled(schedule, mode, scheduler):
+    process = ProcessConfig(50, mode, schedule)
+    generator = ResidualGenerator.of(process, "cpu", None, scheduler)
+    assert generator.diffusion.process == process
     images = generator.generate_images(tiny_unet(), fixed(1, 3, 8, 8).clamp(-1, 1), 1, 4, seed=0)
     assert torch.isfinite(images).all()
 
