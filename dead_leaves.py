@@ -91,10 +91,12 @@ def draw_dead_leaves_folder(
     count: int,
     size: tuple[int, int] | int,
     seed: int,
+    *,
+    min_radius: float = 1.5,
 ) -> list[Path]:
     """Fill a folder with ``0000.png``, ``0001.png``, ... and return their paths in order.
 
-    Image i depends on (seed, i, size) only, never on ``count``. A file states in a PNG text field what it was
+    Image i depends on (seed, i, size, min_radius) only, never on ``count``. A file states in a PNG text field what it was
     drawn from: one drawn from the same is kept, one drawn from something else is redrawn. A file appears
     whole or not at all, so several processes may fill one folder.
 
@@ -103,6 +105,7 @@ def draw_dead_leaves_folder(
         count: number of images, at least 1.
         size: (height, width) in pixels, or one number for a square.
         seed: non-negative.
+        min_radius: of the smallest leaves, in pixels; larger is calmer.
 
     Raises:
         ValueError: an argument out of range, or a file in the way that was not drawn here.
@@ -116,10 +119,11 @@ def draw_dead_leaves_folder(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:04d}.png" for index in range(count)]
     for index, path in enumerate(paths):
-        recipe = f"version {_RECIPE_VERSION}, seed {seed}, index {index}, size {height}x{width}"
+        drawn_from = f"seed {seed}, index {index}, size {height}x{width}, radius {min_radius:g}"
+        recipe = f"version {_RECIPE_VERSION}, {drawn_from}"
         if path.exists() and _read_recipe(path) == recipe:
             continue
-        image = dead_leaves((height, width), np.random.default_rng([seed, index]))
+        image = dead_leaves((height, width), np.random.default_rng([seed, index]), min_radius=min_radius)
         _write_png(path, image, recipe)
     return paths
 

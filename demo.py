@@ -20,12 +20,15 @@ OUTPUT = Path("demo_output")
 RECIPE = Path(__file__).parent / "recipes" / "demo.args"
 TRAINING_IMAGES, HELD_OUT_IMAGES = 60, 4
 IMAGE_SIZE, SCALE = 192, 4
+MIN_RADIUS = 5.0  # leaves that a quarter of the size still shows
 
 
 def draw_images() -> None:
     """Training images, held-out images, and the held-out ones at a quarter of the size."""
-    draw_dead_leaves_folder(OUTPUT / "train", TRAINING_IMAGES, IMAGE_SIZE, seed=0)
-    held_out = draw_dead_leaves_folder(OUTPUT / "held_out", HELD_OUT_IMAGES, IMAGE_SIZE, seed=1)
+    draw_dead_leaves_folder(OUTPUT / "train", TRAINING_IMAGES, IMAGE_SIZE, 0, min_radius=MIN_RADIUS)
+    held_out = draw_dead_leaves_folder(
+        OUTPUT / "held_out", HELD_OUT_IMAGES, IMAGE_SIZE, 1, min_radius=MIN_RADIUS
+    )
     (OUTPUT / "low_res").mkdir(exist_ok=True)
     for path in held_out:
         write_image(OUTPUT / "low_res" / path.name, downscale_image(read_rgb(path), SCALE))
@@ -54,7 +57,7 @@ def main() -> int:
     training = ("--image_folder", OUTPUT / "train", *places)
     run("train_diffusion.py", train_diffusion.main, f"@{RECIPE.relative_to(Path.cwd())}", *training)
     model = ("--weights_path", best_checkpoint())
-    results = (OUTPUT / "restored", "--compare", OUTPUT / "held_out", "--overwrite")
+    results = (OUTPUT / "restored", "--mode", "fidelity", "--compare", OUTPUT / "held_out", "--overwrite")
     run("infer.py", infer.main, *model, "--input", OUTPUT / "low_res", "--output", *results)
     run(
         "evaluate.py",
