@@ -96,9 +96,9 @@ def draw_dead_leaves_folder(
 ) -> list[Path]:
     """Fill a folder with ``0000.png``, ``0001.png``, ... and return their paths in order.
 
-    Image i depends on (seed, i, size, min_radius) only, never on ``count``. A file states in a PNG text field what it was
-    drawn from: one drawn from the same is kept, one drawn from something else is redrawn. A file appears
-    whole or not at all, so several processes may fill one folder.
+    Image i depends on (seed, i, size, min_radius) only, never on ``count``. A file states in a PNG text field
+    what it was drawn from: one drawn from the same is kept, one drawn from something else is redrawn. A file
+    appears whole or not at all, so several processes may fill one folder.
 
     Args:
         folder: created if missing.

@@ -17,7 +17,7 @@ from dead_leaves import draw_dead_leaves_folder
 from images import read_rgb, write_image
 
 OUTPUT = Path("demo_output")
-RECIPE = Path(__file__).parent / "recipes" / "demo.args"
+RECIPE = Path("recipes/demo.args")
 TRAINING_IMAGES, HELD_OUT_IMAGES = 60, 4
 IMAGE_SIZE, SCALE = 192, 4
 MIN_RADIUS = 5.0  # leaves that a quarter of the size still shows
@@ -34,7 +34,7 @@ def draw_images() -> None:
         write_image(OUTPUT / "low_res" / path.name, downscale_image(read_rgb(path), SCALE))
 
 
-def run(script: str, main: Callable[[Sequence[str]], int], *flags: str | Path) -> None:
+def run(script: str, main: Callable[[Sequence[str]], int], *flags: str | int | Path) -> None:
     """Print a command, run it in this process, and stop the demo if it fails."""
     arguments = [str(flag) for flag in flags]
     print(f"\n$ python {script} {shlex.join(arguments)}\n", flush=True)
@@ -55,22 +55,12 @@ def main() -> int:
     draw_images()
     places = ("--log_dir", OUTPUT / "logs", "--checkpoint_dir", OUTPUT / "checkpoints")
     training = ("--image_folder", OUTPUT / "train", *places)
-    run("train_diffusion.py", train_diffusion.main, f"@{RECIPE.relative_to(Path.cwd())}", *training)
+    run("train_diffusion.py", train_diffusion.main, f"@{RECIPE}", *training)
     model = ("--weights_path", best_checkpoint())
     results = (OUTPUT / "restored", "--mode", "fidelity", "--compare", OUTPUT / "held_out", "--overwrite")
     run("infer.py", infer.main, *model, "--input", OUTPUT / "low_res", "--output", *results)
-    run(
-        "evaluate.py",
-        evaluate.main,
-        *model,
-        "--data",
-        OUTPUT / "held_out",
-        "--scale",
-        "4",
-        "--steps",
-        "1",
-        "10",
-    )
+    data = ("--data", OUTPUT / "held_out", "--scale", SCALE, "--steps", 1, 10, "--no_lpips")
+    run("evaluate.py", evaluate.main, *model, *data)
     print(f"\nside by side: {OUTPUT / 'restored'}")
     print(f"{time.perf_counter() - started:.0f} seconds. Watch the training:")
     print(f"  .venv/bin/tensorboard --logdir {OUTPUT / 'logs'}")
