@@ -13,6 +13,7 @@ from files import write_atomically
 from images import UnreadableImageError, image_size
 
 MANY = 2000  # from this many files on, reading their headers shows its progress
+CHUNK = 500  # files handed to the threads at a time: the bar moves with the reading
 THREADS = 16  # reading headers mostly waits, most of all on a network drive
 
 Size = tuple[int, int]
@@ -34,12 +35,13 @@ def image_sizes(paths: Sequence[Path], memory: Path | None = None) -> list[Size 
         _recall(known.get(str(path)), stamp) for path, stamp in zip(resolved, stamps, strict=True)
     ]
     unread = [number for number, size in enumerate(sizes) if size is None]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(_read, [paths[number] for number in unread])
-        hidden = len(unread) < MANY
-        bar = tqdm(found, "reading image sizes", len(unread), unit="file", disable=hidden, dynamic_ncols=True)
-        for number, size in zip(unread, bar, strict=True):
-            sizes[number] = size
+    hidden = len(unread) < MANY
+    with ThreadPoolExecutor(THREADS) as pool, tqdm(None, "image sizes", len(unread), disable=hidden) as bar:
+        for start in range(0, len(unread), CHUNK):
+            numbers = unread[start : start + CHUNK]
+            for number, size in zip(numbers, pool.map(_read, [paths[n] for n in numbers]), strict=True):
+                sizes[number] = size
+            bar.update(len(numbers))
     complete = [size for size in sizes if size is not None]
     assert len(complete) == len(paths)
     if index is not None and unread:
