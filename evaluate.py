@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         _write_text(path, make(report))
     if args.plot is not None:
         figure = perception_distortion_figure(report)
-        write_atomically(args.plot, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+        write_atomically(args.plot, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
