@@ -401,10 +401,8 @@ class ResidualGenerator:
         Raises:
             ValueError: a wrong shape or range, an untrained network, or a step count outside [1, T].
         """
-        residuals = self.generate_residuals(
-            model, low_resolution_image, num_images, num_inference_steps, seed=seed, eta=eta
-        )
-        _, upscaled = self._inputs(model, low_resolution_image)
+        low_res, upscaled = self._inputs(model, low_resolution_image)
+        residuals = self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
         return to_unit_range((upscaled.repeat_interleave(num_images, dim=0) + residuals).clamp(-1, 1))
 
     def generate_residuals(
@@ -419,9 +417,22 @@ class ResidualGenerator:
     ) -> Tensor:
         """As generate_images, but what is to be added to the upscaled image: in [-2, 2]."""
         low_res, upscaled = self._inputs(model, low_resolution_image)
+        return self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
+
+    def _residuals(
+        self,
+        model: Restorer,
+        low_res: Tensor,
+        upscaled: Tensor,
+        num_images: int,
+        steps: int,
+        seed: int | None,
+        eta: float,
+    ) -> Tensor:
+        """(B * num_images, C, H, W) residuals in [-2, 2], those of one image next to each other."""
         seed = torch.seed() % 2**62 if seed is None else seed
         residuals = [
-            self._residual(model, low_res, upscaled, num_inference_steps, seed, sample=index, eta=eta)
+            self._residual(model, low_res, upscaled, steps, seed, sample=index, eta=eta)
             for index in range(num_images)
         ]
         return torch.stack(residuals, dim=1).flatten(0, 1)
