@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,25 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     if precision == "bf16":
         raise ValueError(f"bf16 is not available on {device.type} here; use auto or fp32")
     return None
+
+
+def compile_network(network: nn.Module, device: torch.device) -> bool:
+    """Compile a network in place with torch.compile, once for each shape it meets.
+
+    Compiling takes a minute or more on a CPU. Where there is no working compiler a warning says so, and the
+    network stays as it is.
+
+    Returns:
+        Whether it will be compiled.
+    """
+    try:
+        torch.compile(torch.square)(torch.ones(16, device=device))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        logger.warning("torch.compile does not work here, going on without it: %s", reason)
+        return False
+    network.compile(dynamic=False)
+    return True
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -226,7 +226,9 @@ class WindowTransformer(nn.Module):
         batch, _, height, width = x.shape
         rows, top, bottom = self._partition(height)
         columns, left, right = self._partition(width)
-        padded = F.pad(x, (left, right, top, bottom), mode="replicate")
+        padded = x
+        if top or bottom or left or right:  # never on a crop that one window covers
+            padded = F.pad(x, (left, right, top, bottom), mode="replicate")
         grid_y, grid_x = padded.shape[2] // rows, padded.shape[3] // columns
         windows = padded.unflatten(3, (grid_x, columns)).unflatten(2, (grid_y, rows))
         tokens = windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)  # (B grid, rows columns, D)

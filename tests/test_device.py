@@ -1,13 +1,19 @@
 """Tests of device.py: names, and a probe that survives what would kill the process."""
 
+import copy
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import device
-from device import autocast_dtype, cpu_bfloat16_works, select_device
+from device import autocast_dtype, compile_network, cpu_bfloat16_works, select_device
+from tests.networks import tiny_unet
+from unet import Condition
 
 
 def test_auto_takes_something_that_computes():
@@ -73,3 +79,38 @@ def test_tiles_that_fail_are_switched_off_and_tried_again(monkeypatch):
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     assert not cpu_bfloat16_works.__wrapped__()
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
+
+
+def test_a_compiled_network_has_the_gradients_of_the_eager_one():
+    """torch.compile once gave silently wrong gradients on CPUs, at an identical loss."""
+    eager = tiny_unet(conditioning="both", context_blocks=1)
+    compiled = copy.deepcopy(eager)
+    if not compile_network(compiled, torch.device("cpu")):
+        pytest.skip("this machine has no compiler that torch.compile can use")
+    generator = torch.Generator().manual_seed(0)
+    noisy, upscaled = torch.randn(2, 2, 3, 16, 16, generator=generator)
+    condition = Condition(upscaled, upscaled[..., ::2, ::2])
+    for network in (eager, compiled):
+        network(noisy, torch.tensor([3, 900]), condition).square().mean().backward()
+    assert compiled._compiled_call_impl is not None
+    for (name, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        difference = (one.grad - other.grad).norm() / one.grad.norm()
+        assert difference < 1e-4, f"gradient of {name}"
+
+
+def test_a_missing_compiler_is_said_and_not_fatal():
+    program = (
+        "import logging, torch; from device import compile_network; logging.basicConfig()\n"
+        "network = torch.nn.Linear(2, 2)\n"
+        "print(compile_network(network, torch.device('cpu')), network(torch.ones(1, 2)).shape)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "False torch.Size([1, 2])"
+    assert "going on without it" in result.stderr
