@@ -22,8 +22,8 @@ import metrics
 from checkpoint import CheckpointError, Plain, StateDict, load_checkpoint, load_model, load_weights
 from images import to_unit_range
 from processes import Processes
-from samplers import DEFAULT_SCHEDULER, HISTORY, SchedulerName, build_scheduler, draw_noise
-from schedules import Mode, ProcessConfig, Schedule, alpha_bar_of
+from samplers import DEFAULT_SCHEDULER, HISTORY, SchedulerName, Step, build_scheduler, draw_noise
+from schedules import Mode, ProcessConfig, Schedule, TimestepDensity, alpha_bar_of, timestep_quantile
 from tiling import Scale, Window
 from training import (
     NonFiniteError,
@@ -74,10 +74,16 @@ class DiffusionModel:
     Args:
         timesteps: T.
         device: where the schedule lives.
-        mode: "v_prediction" (Salimans & Ho 2022, appendix D), "noise" (Ho et al. 2020, Eq. 14) or "clean".
+        mode: "v_prediction" (Salimans & Ho 2022, appendix D), "noise" (Ho et al. 2020, Eq. 14) or "clean"; or
+            "regression", the baseline without diffusion: the network sees zeros in place of noise at
+            t = T - 1, and its absolute error is the loss.
         schedule: how alpha_bar falls, see alpha_bar_of.
         min_snr_gamma: weigh the losses by min(SNR, gamma) in terms of the clean estimate (Hang et al. 2023,
             Eq. 8), None leaves the loss of each mode as it is.
+        timestep_density: which timesteps are trained most, see schedules.timestep_quantile.
+
+    Raises:
+        ValueError: a value that is not among these.
     """
 
     def __init__(
@@ -87,11 +93,14 @@ class DiffusionModel:
         mode: Mode = "v_prediction",
         schedule: Schedule = "cosine",
         min_snr_gamma: float | None = None,
+        timestep_density: TimestepDensity = "uniform",
     ) -> None:
+        timestep_quantile(torch.full((1,), 0.5), timestep_density)  # refuses one that is not known
         if min_snr_gamma is not None and not 0 < min_snr_gamma < math.inf:
             raise ValueError(f"min_snr_gamma must be a positive number, not {min_snr_gamma}")
         self.process = ProcessConfig(timesteps, mode, schedule)
         self.min_snr_gamma = min_snr_gamma
+        self.timestep_density: TimestepDensity = timestep_density
         self.device = torch.device(device)
         self.timesteps = timesteps
         self.mode: Mode = mode
@@ -113,7 +122,7 @@ class DiffusionModel:
         """What the prediction is compared with, (B, C, H, W): v, the noise, or the clean residual."""
         if self.mode == "noise":
             return noise
-        if self.mode == "clean":
+        if self.mode in ("clean", "regression"):
             return clean
         signal_scale, noise_scale = self.scales(t)
         return signal_scale * noise - noise_scale * clean
@@ -127,7 +136,7 @@ class DiffusionModel:
 
     def clean_estimate(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """The clean residual that the network's output stands for, (B, C, H, W)."""
-        if self.mode == "clean":
+        if self.mode in ("clean", "regression"):
             return output
         signal_scale, noise_scale = self.scales(t)
         return signal_scale * noisy - noise_scale * output
@@ -135,7 +144,7 @@ class DiffusionModel:
     def noise_estimate(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """The noise that the network's output stands for, (B, C, H, W)."""
         signal_scale, noise_scale = self.scales(t)
-        if self.mode == "clean":
+        if self.mode in ("clean", "regression"):
             return (noisy - signal_scale * output) / noise_scale
         return noise_scale * noisy + signal_scale * output
 
@@ -144,8 +153,8 @@ class DiffusionModel:
     ) -> Tensor:
         """The mean squared error of the prediction at one random timestep per sample.
 
-        The timesteps of a batch are spread evenly over [0, T) from one random start (Kingma et al. 2021,
-        appendix I.1): each is uniform, and their mean varies far less.
+        The timesteps of a batch are spread evenly over their density from one random start (Kingma et al.
+        2021, appendix I.1): each has that density, and their mean varies far less.
 
         Args:
             denoiser: (noisy, t, context) -> (B, C, H, W).
@@ -157,9 +166,14 @@ class DiffusionModel:
             (B,) losses in float32.
         """
         batch = clean.shape[0]
+        if self.mode == "regression":
+            last = torch.full((batch,), self.timesteps - 1, device=clean.device)
+            output = denoiser(torch.zeros_like(clean), last, context).float()
+            return (output - clean).abs().flatten(1).mean(1)
         start = torch.rand(1, generator=generator, device=clean.device)
         spread = torch.arange(batch, device=clean.device) / batch
-        t = ((start + spread) % 1 * self.timesteps).long().clamp(max=self.timesteps - 1)
+        share = timestep_quantile((start + spread) % 1, self.timestep_density)
+        t = (share * self.timesteps).long().clamp(max=self.timesteps - 1)
         return self.loss_at(t, denoiser, clean, context, generator) * self.loss_weight(t)
 
     def loss_weight(self, t: Tensor) -> Tensor:
@@ -227,11 +241,12 @@ class DiffusionModel:
         state = new_state(model, config)
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
-        elif float(network_of(model).residual_std) == 0:
-            residual_std = measure_residual_std(dataset)
+        else:
+            residual_std = float(network_of(model).residual_std) or measure_residual_std(dataset)
+            scale = float(network_of(model).scale) or dataset.downscale_factor
             for network in (network_of(model), network_of(state.ema)):
                 network.residual_std.fill_(residual_std)
-                network.scale.fill_(dataset.downscale_factor)
+                network.scale.fill_(scale)
         run = self._run(network_of(model), config, settings or {}, checkpoint_dir, log_dir)
         received = train(
             state,
@@ -452,6 +467,19 @@ class ResidualGenerator:
         residual = self._residual(model, low_res, upscaled, steps, seed, sample=sample, eta=eta)
         return to_unit_range((upscaled + residual).clamp(-1, 1))
 
+    def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
+        """The steps of the sampler.
+
+        Raises:
+            ValueError: a number of steps that the scheduler or the model cannot take.
+        """
+        if self.diffusion.mode == "regression" and steps != 1:
+            raise ValueError(
+                f"this is a regression model, which restores in one step, not in {steps}: "
+                "give --steps 1 or --mode fidelity"
+            )
+        return self.scheduler.steps(steps, eta)
+
     def encode(self, model: Restorer, condition: Condition) -> object:
         """The condition as `estimate` takes it, encoded once and in this generator's precision."""
         with self.autocast():
@@ -473,6 +501,8 @@ class ResidualGenerator:
             (B, C, H, W), clipped so that upscaled + residual lies in [-1, 1].
         """
         t = torch.full((len(noisy),), timestep, device=noisy.device)
+        if self.diffusion.mode == "regression":
+            noisy = torch.zeros_like(noisy)
         with self.autocast():
             output = model(noisy, t, context).float()
         clean = self.diffusion.clean_estimate(output, noisy, t)
@@ -509,7 +539,7 @@ class ResidualGenerator:
         residual_std = float(model.residual_std)
         if residual_std <= 0:
             raise ValueError("this network has no residual_std: load trained weights into it first")
-        plan = self.scheduler.steps(steps, eta)
+        plan = self.plan(steps, eta)
         channels, height, width = upscaled.shape[1:]
         streams = [noise_stream(seed, sample) for _ in upscaled]
         context = self.encode(model, Condition(upscaled, low_res))
@@ -563,14 +593,13 @@ class _Validator:
         psnr, ssim, bicubic, count = self.processes.sum(sums).tolist()
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
         scalars = {"psnr": psnr / count, "ssim": ssim / count, "psnr_over_bicubic": (psnr - bicubic) / count}
-        steps = min(10, self.diffusion.timesteps)
-        images = {
-            "low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, 1)),
-            "low_bicubic_sample_original": comparison_grid(first, self._restore(model, first, steps)),
-        }
-        return Validation(
-            psnr / count, scalars, images, {"loss_by_timestep": self._loss_by_timestep(model, first)}
-        )
+        images = {"low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, 1))}
+        if self.diffusion.mode == "regression":
+            return Validation(psnr / count, scalars, images)
+        sample = self._restore(model, first, min(10, self.diffusion.timesteps))
+        images["low_bicubic_sample_original"] = comparison_grid(first, sample)
+        curves = {"loss_by_timestep": self._loss_by_timestep(model, first)}
+        return Validation(psnr / count, scalars, images, curves)
 
     def _restore(self, model: Restorer, batch: Sample, steps: int) -> Tensor:
         restored = self.generator.restore(model, batch.low_res, batch.upscaled, steps, VALIDATION_SEED)

@@ -276,7 +276,7 @@ class Model:
         if channels != 3:
             raise ValueError(f"{self.file_name} restores images of {channels} channels: give a model of RGB")
         for steps in settings.steps:
-            self.generator.scheduler.steps(steps)
+            self.generator.plan(steps)
 
     def restore(self, low_res: Tensor, size: tuple[int, int], steps: int, seed: int, sample: int) -> Tensor:
         """Restore (C, h, w) uint8 to (C, H, W) in [0, 1], on the generator's device."""

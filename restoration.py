@@ -243,7 +243,7 @@ class ImageRestorer:
         self.device = device
         process = ProcessConfig.from_dict(model.process)
         self.generator = ResidualGenerator.of(process, device, precision, config.scheduler)
-        self.plan = self.generator.scheduler.steps(config.effort.steps, config.eta)
+        self.plan = self.generator.plan(config.effort.steps, config.eta)
         self.residual_std, factor = float(self.unet.residual_std), float(self.unet.scale)
         if self.residual_std <= 0 or factor <= 0:
             raise ValueError("this network was never trained: it knows no scale; give a trained checkpoint")
@@ -310,7 +310,7 @@ class ImageRestorer:
         """(h, w) to (H, W): the posterior mean, because a mask has edges and no texture to invent."""
         if alpha.min() == alpha.max():
             return np.full(self.scale.high_size(*alpha.shape), alpha.flat[0], alpha.dtype)
-        plan = self.generator.scheduler.steps(1)
+        plan = self.generator.plan(1)
         canvas = _Canvas(self, _as_input(alpha), plan, _silent)
         mean, _ = canvas.restore(1, deviation=False)
         return _to_pixels(mean, canvas.size, grey=True, dtype=alpha.dtype)

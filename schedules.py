@@ -11,8 +11,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Mode = Literal["v_prediction", "noise", "clean"]
+Mode = Literal["v_prediction", "noise", "clean", "regression"]
 Schedule = Literal["cosine", "linear", "sigmoid", "zero_terminal_snr"]
+TimestepDensity = Literal["uniform", "logit_normal", "high_noise"]
+HIGH_NOISE_SHIFT = 3.0
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class ProcessConfig:
 
     Attributes:
         timesteps: T.
-        mode: what the network is compared with: "v_prediction", "noise" or "clean".
+        mode: what the network is compared with: "v_prediction", "noise" or "clean"; or "regression", which is
+            no diffusion: from an input without noise to the clean residual, by its absolute error.
         schedule: how alpha_bar falls, see alpha_bar_of.
     """
 
@@ -32,8 +35,8 @@ class ProcessConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.timesteps <= 100_000:
             raise ValueError(f"timesteps must be between 1 and 100000, not {self.timesteps}")
-        if self.mode not in ("v_prediction", "noise", "clean"):
-            raise ValueError(f"mode must be v_prediction, noise or clean, not {self.mode!r}")
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {get_args(Mode)}, not {self.mode!r}")
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be one of {get_args(Schedule)}, not {self.schedule!r}")
 
@@ -109,3 +112,27 @@ def alpha_bar_of(process: ProcessConfig) -> Tensor:
         "zero_terminal_snr": zero_terminal_alpha_bar,
     }
     return schedules[process.schedule](process.timesteps)
+
+
+def timestep_quantile(share: Tensor, density: TimestepDensity) -> Tensor:
+    """The timestep below which a share of the training samples lies: uniform shares become timesteps.
+
+    Args:
+        share: (B,) in [0, 1).
+        density: "uniform"; "logit_normal", whose logit is a standard normal variable and which favours the
+            middle (Esser et al. 2024, section 3.1); or "high_noise", uniform timesteps shifted towards the
+            noisiest by 3 (the same, Eq. 23).
+
+    Returns:
+        (B,) in [0, 1], as a fraction of T.
+
+    Raises:
+        ValueError: there is no such density.
+    """
+    if density == "uniform":
+        return share
+    if density == "logit_normal":
+        return torch.sigmoid(torch.special.ndtri(share))
+    if density == "high_noise":
+        return HIGH_NOISE_SHIFT * share / (1 + (HIGH_NOISE_SHIFT - 1) * share)
+    raise ValueError(f"timestep_density must be one of {get_args(TimestepDensity)}, not {density!r}")

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import logging
+import math
 import shlex
 import sys
 import time
@@ -21,11 +22,12 @@ import torch
 
 from cache import CachedReader
 from checkpoint import CheckpointError, Plain, load_checkpoint, load_model, load_weights
-from device import autocast_dtype
-from diffusion import DiffusionModel, Schedule
+from device import autocast_dtype, compile_network
+from diffusion import DiffusionModel
 from images import list_images
 from processes import Processes, started_processes
 from scan import default_memory
+from schedules import Mode, Schedule, TimestepDensity
 from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import ImageDataset
@@ -33,7 +35,8 @@ from util import ImageDataset
 # A resumed run must go on as it began: these come from its checkpoint, and a flag may only repeat them.
 FIXED = (
     "img_size downscale_factor batch_size accumulation_steps learning_rate weight_decay ema_decay "
-    "max_grad_norm optimizer seed augment timesteps diffusion_mode schedule min_snr_gamma unet_base_dim "
+    "max_grad_norm optimizer seed augment timesteps diffusion_mode schedule min_snr_gamma timestep_density "
+    "final_learning_rate residual_std unet_base_dim "
     "unet_dim_mults context_dim patch_size blocks_per_level context_blocks conditioning norm attention_window"
 ).split()
 NOT_GIVEN = object()
@@ -75,8 +78,16 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--timesteps", type=int, default=1000, help="noise levels of the diffusion process")
-    model.add_argument("--diffusion_mode", choices=["v_prediction", "noise", "clean"], default="v_prediction")
+    model.add_argument(
+        "--diffusion_mode",
+        choices=get_args(Mode),
+        default="v_prediction",
+        help="what is predicted; regression is the baseline without diffusion",
+    )
     model.add_argument("--schedule", choices=get_args(Schedule), default="cosine", help="how noise grows")
+    model.add_argument(
+        "--residual_std", type=float, help="what residuals are divided by; without it, measured"
+    )
     model.add_argument("--unet_base_dim", type=int, default=32, help="width of the first level")
     model.add_argument(
         "--unet_dim_mults", type=int, nargs="+", default=[1, 2, 4], help="widths of the levels"
@@ -102,6 +113,9 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--batch_size", type=int, default=32)
     training.add_argument("--accumulation_steps", type=int, default=64, help="batches per optimiser step")
     training.add_argument("--learning_rate", type=float, default=2e-5)
+    training.add_argument(
+        "--final_learning_rate", type=float, default=0.01, help="end of the cosine as a share; 1: constant"
+    )
     training.add_argument("--warmup_steps", type=int, help="without it, 5%% of the run, at most 500")
     training.add_argument("--weight_decay", type=float, default=0.01)
     training.add_argument("--ema_decay", type=float, default=0.999)
@@ -110,7 +124,14 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--optimizer", choices=["auto", "adamw8bit", "adamw"], default="auto", help="auto: 8-bit on CUDA"
     )
     training.add_argument("--min_snr_gamma", type=float, help="weigh the loss (Hang et al. 2023); 5 is usual")
+    training.add_argument(
+        "--timestep_density",
+        choices=get_args(TimestepDensity),
+        default="uniform",
+        help="noise levels trained most",
+    )
     training.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    training.add_argument("--compile", action="store_true", help="torch.compile the network: a slow start")
     training.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--validate_every", type=int, help="steps; without it, 20 times in the run")
@@ -139,9 +160,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     if not isinstance(stored, dict):
         raise CheckpointError(f"{args.weights_path} holds no training settings: it cannot be resumed")
     for name in FIXED:
-        if name in given and given[name] not in (stored[name], "auto"):
+        former = stored.get(name, parser.get_default(name))
+        if name in given and given[name] not in (former, "auto"):
             raise ValueError(
-                f"--{name} is {given[name]}, but {args.weights_path} was trained with {stored[name]}: "
+                f"--{name} is {given[name]}, but {args.weights_path} was trained with {former}: "
                 f"leave the flag out, or start a new run with --init_weights"
             )
     kept = {name: value for name, value in stored.items() if name in vars(args)}
@@ -215,6 +237,10 @@ def make_model(args: argparse.Namespace, device: torch.device) -> UNet:
     model = UNet.from_config(config)
     if args.init_weights is not None:
         load_weights(model, load_model(args.init_weights).unet.state_dict(), args.init_weights)
+    if args.residual_std is not None:
+        if not 0 < args.residual_std < math.inf:
+            raise ValueError(f"--residual_std must be a positive number, not {args.residual_std}")
+        model.residual_std.fill_(args.residual_std)
     return model.to(memory_format=torch.channels_last).to(device)
 
 
@@ -257,10 +283,14 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
     precision = autocast_dtype(device, args.precision)
     training, validation = make_datasets(args)
     config = make_config(args, len(training), processes)
-    diffusion = DiffusionModel(args.timesteps, device, args.diffusion_mode, args.schedule, args.min_snr_gamma)
+    diffusion = DiffusionModel(
+        args.timesteps, device, args.diffusion_mode, args.schedule, args.min_snr_gamma, args.timestep_density
+    )
     model = make_model(args, device)
     checkpoint_dir, log_dir = run_files(args)
     say(describe_model(model, args, device))
+    if args.compile:
+        compile_network(model, device)
     say(f"device {device}, {'bf16 autocast' if precision else 'fp32'}, {processes.world} process(es)")
     if config.optimizer == "adamw":
         say("optimizer: torch's fused AdamW (8-bit AdamW, the default on CUDA, is --optimizer adamw8bit)")

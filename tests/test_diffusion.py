@@ -14,6 +14,7 @@ from schedules import (
     cosine_alpha_bar,
     linear_alpha_bar,
     sigmoid_alpha_bar,
+    timestep_quantile,
     zero_terminal_alpha_bar,
 )
 from tests.networks import tiny_unet
@@ -22,6 +23,7 @@ from unet import UNet
 from util import ImageDataset, Sample
 
 MODES = ["v_prediction", "noise", "clean"]
+DENSITIES = ["uniform", "logit_normal", "high_noise"]
 
 
 def fixed(*shape, seed=0):
@@ -227,6 +229,42 @@ def test_timesteps_cover_the_range_evenly():
     assert spread.max() <= 8  # 50 timesteps over 8 samples: neighbours are 6 or 7 apart, wrapped once
 
 
+@pytest.mark.parametrize("density", DENSITIES)
+def test_timesteps_have_their_density(density):
+    """The share of samples below a timestep, against the closed form of each distribution function."""
+    below = {
+        "uniform": lambda u: u,
+        "logit_normal": lambda u: 0.5 * (1 + math.erf(math.log(u / (1 - u)) / math.sqrt(2))),
+        "high_noise": lambda u: u / (3 - 2 * u),
+    }[density]
+    seen = []
+
+    def remember(noisy, t, context):
+        seen.append(t)
+        return noisy
+
+    diffusion = DiffusionModel(timestep_density=density)
+    for seed in range(20):
+        diffusion.loss(remember, torch.zeros(200, 1, 1, 1), None, torch.Generator().manual_seed(seed))
+    t = torch.cat(seen)
+    assert int(t.min()) >= 0
+    assert int(t.max()) < 1000
+    for edge in (0.05, 0.3, 0.5, 0.8, 0.95):
+        assert float((t < 1000 * edge).float().mean()) == pytest.approx(below(edge), abs=0.01)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_the_ends_of_every_density_are_timesteps(density):
+    shares = torch.tensor([0.0, 1 - 2**-24])
+    assert (timestep_quantile(shares, density) >= 0).all()
+    assert (timestep_quantile(shares, density) <= 1).all()
+
+
+def test_an_unknown_density_is_refused():
+    with pytest.raises(ValueError, match=r"timestep_density must be one of .* not 'square'"):
+        DiffusionModel(timestep_density="square")
+
+
 def test_the_loss_is_a_function_of_the_generator():
     diffusion, clean = DiffusionModel(), fixed(4, 3, 8, 8)
     losses = [
@@ -289,6 +327,31 @@ def test_every_mode_restores_as_well_as_v_prediction(trained, photo_folder, tmp_
     theirs = restored_psnr(trained[0].last, "v_prediction", photo_folder, 50)
     assert theirs > 20
     assert ours > theirs - 3
+
+
+def test_a_regression_model_restores_in_one_step_and_without_noise(photo_folder, tmp_path):
+    run, _, unet, dataset, _ = train_small(photo_folder, tmp_path, "regression")
+    validation = ImageDataset(photo_folder, 32, 2, train=False)
+    result = DiffusionModel(mode="regression").validator(validation)(load_model(run.best).unet)
+    assert result.scalars["psnr_over_bicubic"] > 0.3
+    assert result.curves == {}
+    generator, low_res = ResidualGenerator(predict_mode="regression"), dataset[0].low_res[None]
+    images = [generator.generate_images(unet, low_res, 1, 1, seed=seed) for seed in (0, 1)]
+    assert torch.equal(*images)
+    with pytest.raises(ValueError, match="restores in one step, not in 10"):
+        generator.generate_images(unet, low_res, 1, 10)
+
+
+def test_the_regression_loss_is_the_absolute_error():
+    clean = fixed(2, 3, 4, 4)
+
+    def denoiser(noisy, t, context):
+        assert not noisy.any()
+        assert t.tolist() == [999, 999]
+        return torch.full_like(noisy, 0.5)
+
+    losses = DiffusionModel(mode="regression").loss(denoiser, clean, None)
+    torch.testing.assert_close(losses, (clean - 0.5).abs().mean(dim=(1, 2, 3)))
 
 
 def test_training_beats_bicubic(trained, photo_folder):

@@ -247,6 +247,23 @@ def test_a_resumed_run_takes_its_flags_from_the_checkpoint(finished):
     assert args.max_steps is None
 
 
+def test_the_measured_residual_std_can_be_overruled(photo_folder, tmp_path):
+    assert main(flags(photo_folder, tmp_path, "--max_steps", "1", "--residual_std", "1")) == 0
+    unet = load_model(newest(tmp_path)).unet
+    assert float(unet.residual_std) == 1
+    assert float(unet.scale) == 2
+
+
+def test_a_checkpoint_from_before_a_flag_existed_had_its_default(finished, tmp_path):
+    content = load_checkpoint(newest(finished[0]))
+    del content["settings"]["timestep_density"]
+    save_checkpoint(tmp_path / "old_last.pth", content)
+    path = ["--weights_path", str(tmp_path / "old_last.pth")]
+    assert parse([*path, "--timestep_density", "uniform"])[1].timestep_density == "uniform"
+    with pytest.raises(ValueError, match=r"timestep_density is high_noise, but .* trained with uniform"):
+        parse([*path, "--timestep_density", "high_noise"])
+
+
 def test_a_new_run_may_start_from_trained_weights(finished, photo_folder, tmp_path):
     start = newest(finished[0])
     more = ["--init_weights", str(start), "--max_steps", "1", "--learning_rate", "1e-12"]
@@ -269,6 +286,7 @@ def test_a_new_run_may_start_from_trained_weights(finished, photo_folder, tmp_pa
         (["--val_fraction", "2"], "val_fraction"),
         (["--val_folder", "/nowhere"], "/nowhere"),
         (["--learning_rate", "-1"], "learning_rate"),
+        (["--residual_std", "0"], "residual_std"),
         (["--unet_base_dim", "7"], "base_dim"),
         (["--timesteps", "0"], "timesteps"),
         (["--max_steps", "0"], "max_steps"),
