@@ -217,6 +217,7 @@ class DiffusionModel:
         precision: torch.dtype | None = None,
         settings: dict[str, Plain] | None = None,
         progress: bool = True,
+        profile: bool = False,
     ) -> tuple[Run, int | None]:
         """Train a network to restore; see training.train for what the loop does.
 
@@ -231,6 +232,7 @@ class DiffusionModel:
             processes: this process among those of the run.
             precision: dtype to autocast to.
             settings: further plain values to keep in the checkpoint and show in TensorBoard.
+            progress, profile: see training.train.
 
         Returns:
             The run's files, and None or the signal that ended it early.
@@ -258,6 +260,7 @@ class DiffusionModel:
             precision=precision,
             validate=self.validator(validation, precision, processes),
             progress=progress,
+            profile=profile,
         )
         return run, received
 

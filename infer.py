@@ -81,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     computing.add_argument("--overlap", type=int, default=DEFAULT_OVERLAP, help="pixels windows share")
     computing.add_argument("--batch_size", type=int, default=1, help="windows or samples computed together")
     computing.add_argument(
-        "--compile", action="store_true", help="torch.compile: a minute per new size of image, no gain on CPUs"
+        "--compile",
+        action="store_true",
+        help="torch.compile: a minute per new size of image, no gain on CPUs",
     )
     return parser
 

@@ -132,6 +132,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     training.add_argument("--compile", action="store_true", help="torch.compile the network: a slow start")
+    training.add_argument("--profile", action="store_true", help="write a trace of 5 steps into the logs")
     training.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--validate_every", type=int, help="steps; without it, 20 times in the run")
@@ -312,6 +313,7 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
         processes=processes,
         precision=precision,
         settings=cast(dict[str, Plain], vars(args)),
+        profile=args.profile,
     )
     if run.best.exists():
         say(f"best:   {run.best}")

@@ -375,7 +375,13 @@ class Validation(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """One optimiser step: the mean loss of its samples, the norm of its gradient, the signal that came."""
+    """One optimiser step.
+
+    Attributes:
+        loss: the mean over its samples.
+        grad_norm: of the gradient, before clipping.
+        signal: the number of the signal that came, or None.
+    """
 
     loss: float
     grad_norm: float
@@ -473,6 +479,7 @@ def train(
     precision: torch.dtype | None = None,
     validate: Callable[[nn.Module], Validation] | None = None,
     progress: bool = True,
+    profile: bool = False,
 ) -> int | None:
     """Train from state.step to config.max_steps.
 
@@ -486,6 +493,7 @@ def train(
         precision: dtype to autocast the loss to, None for float32.
         validate: called with the averaged network, in every process.
         progress: show a progress bar.
+        profile: write a trace of five steps into the log folder, for TensorBoard's profiler or Perfetto.
 
     Returns:
         None when training is complete, or the number of the signal that ended it early. Either way the last
@@ -501,17 +509,21 @@ def train(
     batches = _Batches(dataset, plan, config, state.step, processes)
     signals = SignalCatcher()
     stepper = _Stepper(state, loss, config, processes, precision, signals)
-    keeper = _Keeper(state, dataset, run, config, processes)
+    keeper = _Keeper(state, dataset, run, config, processes, batches)
+    profiler = _profiler(run.log_dir, processes.device) if profile and processes.writes else None
     hidden = not (progress and processes.writes)
     with (
         signals,
         keeper,
+        profiler or contextlib.nullcontext(),
         tqdm(None, "train", config.max_steps, initial=state.step, unit="step", disable=hidden) as bar,
     ):
         received = None
         while state.step < config.max_steps and received is None:
             report = stepper.step(plan.share(state.step, processes.rank), batches)
             received = report.signal
+            if profiler is not None:
+                profiler.step()
             bar.update()
             bar.set_postfix(loss=f"{report.loss:.4f}", best=f"{state.best_psnr:.2f} dB", refresh=False)
             keeper.after_step(report, plan)
@@ -522,6 +534,17 @@ def train(
             if state.step == config.max_steps:
                 keeper.finish(report)
     return received
+
+
+def _profiler(log_dir: Path, device: torch.device) -> torch.profiler.profile:
+    """Records steps 6 to 10: by then every shape has been met and memory is allocated."""
+    kinds = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(
+        activities=[kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU],
+        schedule=torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(log_dir)),
+        record_shapes=True,
+    )
 
 
 def _as_table(values: dict[str, Plain]) -> str:
@@ -566,9 +589,11 @@ class _Batches:
             worker_init_fn=_ignore_interrupts,
         )
         self.iterator = iter(loader)
+        self.seconds_waited = 0.0
 
     def next(self) -> Tensor:
         """The samples of the next micro-batch."""
+        started = time.perf_counter()
         try:
             batch: Tensor = next(self.iterator)
         except RuntimeError as error:
@@ -578,6 +603,7 @@ class _Batches:
             raise WorkerError(
                 f"a process that reads images died while reading {reading} ({error})"
             ) from error
+        self.seconds_waited += time.perf_counter() - started
         return batch
 
     def names(self, micro_batch: MicroBatch) -> str:
@@ -682,9 +708,16 @@ class _Keeper:
     """Writes what outlives the run: TensorBoard events and checkpoints. Only rank 0 writes."""
 
     def __init__(
-        self, state: TrainState, dataset: Samples, run: Run, config: TrainingConfig, processes: Processes
+        self,
+        state: TrainState,
+        dataset: Samples,
+        run: Run,
+        config: TrainingConfig,
+        processes: Processes,
+        batches: _Batches,
     ) -> None:
         self.state = state
+        self.batches = batches
         self.dataset = dataset
         self.run = run
         self.config = config
@@ -719,12 +752,14 @@ class _Keeper:
             "train/learning_rate": learning_rate_at(self.state.step - 1, self.config),
             "train/gradient_norm": report.grad_norm,
             "train/images_per_second": self._samples / (now - self._since),
+            "train/share_waiting_for_data": self.batches.seconds_waited / (now - self._since),
             "train/skipped_steps": float(self.state.skipped),
             "train/unreadable_files": float(self.dataset.failures()),
         }
         self._write_scalars(scalars)
         self._losses.clear()
         self._samples, self._since = 0, now
+        self.batches.seconds_waited = 0.0
 
     def validate(self, validate: Callable[[nn.Module], Validation]) -> None:
         """Measure the averaged network; keep it if it is the best so far."""

@@ -384,6 +384,8 @@ def test_tensorboard_shows_what_a_person_looks_for(trained):
     events = EventAccumulator(str(trained[4] / "logs"), {"histograms": 0}).Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_second"} <= scalars
+    waited = [event.value for event in events.Scalars("train/share_waiting_for_data")]
+    assert all(0 < share < 1 for share in waited)
     assert {"validation/psnr", "validation/ssim"} <= scalars
     assert set(events.Tags()["images"]) == {
         "validation/low_bicubic_mean_original",

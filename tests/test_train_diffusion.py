@@ -247,6 +247,13 @@ def test_a_resumed_run_takes_its_flags_from_the_checkpoint(finished):
     assert args.max_steps is None
 
 
+def test_a_profile_is_written_beside_the_curves(photo_folder, tmp_path):
+    assert main(flags(photo_folder, tmp_path, "--max_steps", "11", "--profile")) == 0
+    trace = next((tmp_path / "logs").glob("*/*.pt.trace.json")).read_text()
+    assert "aten::mkldnn_convolution" in trace or "aten::convolution" in trace
+    assert trace.count('"ProfilerStep#') == 5
+
+
 def test_the_measured_residual_std_can_be_overruled(photo_folder, tmp_path):
     assert main(flags(photo_folder, tmp_path, "--max_steps", "1", "--residual_std", "1")) == 0
     unet = load_model(newest(tmp_path)).unet
