@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench results clean
 
 demo: $(VENV)/installed
 	$(BIN)/python demo.py
@@ -14,6 +14,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m bench
+
+results: $(VENV)/installed
+	$(BIN)/python -m bench.released
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
@@ -27,6 +33,10 @@ $(VENV)/installed: requirements.txt | $(VENV)/bin/python
 $(VENV)/installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-bench: bench/requirements.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -r bench/requirements.txt
+	touch $@
 
 clean:
 	rm -rf demo_output .mypy_cache .ruff_cache .pytest_cache

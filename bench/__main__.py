@@ -1,0 +1,174 @@
+"""Everything that bench/RESULTS.md holds, measured in one run: `make bench`.
+
+Networks are timed in turns, after a warm-up; the median and the range are given. Photos come from the folder
+that SR_DATA names; without it the rows that need photos say so.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import data, networks
+from bench.contenders import OURS, RECIPE, contenders
+from bench.tables import table
+from bench.timing import Timing, in_turns
+from device import select_device
+from evaluation import Settings, read_image_set
+from files import write_atomically
+from unet import parameter_count
+
+RESULTS = Path("bench/RESULTS.md")
+PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "Pillow", "opencv-python-headless", "numpy")
+
+
+def machine(device: torch.device) -> list[str]:
+    """The machine in words, the versions and the commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{torch.get_num_threads()} CPU cores ({kind})"
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ", no GPU"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return [
+        f"- {cpu}{gpu}; Python {platform.python_version()}",
+        f"- {versions}",
+        f"- commit {commit.stdout.strip()}",
+    ]
+
+
+def ratios(timings: Mapping[str, Timing], ours: str = OURS) -> dict[str, str]:
+    """How many times longer each takes than ours, by the medians."""
+    return {name: f"{timing.median / timings[ours].median:.1f}" for name, timing in timings.items()}
+
+
+def speed_of_training(device: torch.device, rounds: int) -> list[str]:
+    """Images per second of an optimiser step."""
+    lines = ["## Training, x4: images per second", ""]
+    for size, batch in ((128, 4), (256, 1)) if device.type == "cpu" else ((128, 128), (256, 32)):
+        models = contenders(device)
+        works = {name: networks.training_step(one, batch, size, device) for name, one in models.items()}
+        timings = in_turns(works, rounds, device)
+        rows = [
+            [name, f"{parameter_count(models[name]) / 1e6:.2f}", timing.rate(batch), ratios(timings)[name]]
+            for name, timing in timings.items()
+        ]
+        lines += [f"Crops of {size}², batch {batch}, {rounds} rounds.", ""]
+        lines += table(["network", "M parameters", "images/s (range)", "time over ours"], rows)
+    return lines
+
+
+def speed_of_restoring(device: torch.device, rounds: int) -> list[str]:
+    """One denoising step on a 1024² image; ten of them are a restoration."""
+    models = {name: one.eval() for name, one in contenders(device).items()}
+    works = {name: networks.denoising_step(one, 1024, device) for name, one in models.items()}
+    timings = in_turns(works, rounds, device, warm_up=int(device.type == "cuda"))
+    rows = [[name, timing.seconds(10), ratios(timings)[name]] for name, timing in timings.items()]
+    return [
+        "## Restoring one 1024² image in 10 steps: seconds",
+        "",
+        f"Ten times the median of {rounds} denoising steps; the condition is encoded before, once per image.",
+        "",
+        *table(["network", "seconds (range)", "time over ours"], rows),
+    ]
+
+
+def quality(device: torch.device, seconds: float, photos: Path) -> list[str]:
+    """PSNR after equal training time."""
+    images = read_image_set(photos / "test" / "Set5", Settings(networks.SCALE))
+    found = networks.qualities(contenders(device), seconds, photos / "train", images, device)
+    rows = [[name, str(each.steps), f"{each.psnr:.2f}"] for name, each in found.items()]
+    return [
+        f"## Set5 x4 in one step after {seconds:.0f} seconds of training: dB on luma",
+        "",
+        f"The same loop, loss, data and settings for every network (batch {networks.QUALITY_BATCH} of "
+        f"{networks.QUALITY_CROP}² crops, learning rate {networks.LEARNING_RATE:g}); bicubic reads 28.43.",
+        "",
+        *table(["network", "steps", "PSNR"], rows),
+    ]
+
+
+def floor(device: torch.device) -> list[str]:
+    """How far an optimiser step is from what the machine's matrix products allow."""
+    batch, size = (16, 64) if device.type == "cpu" else (128, 128)
+    ceiling = networks.matrix_product_rate(device, 2048 if device.type == "cpu" else 8192)
+    rows = []
+    for name, network in contenders(device).items():
+        step = networks.training_step(network, batch, size, device)
+        operations = networks.floating_point_operations(step)
+        timing = in_turns({name: step}, 5, device)[name]
+        achieved = operations / timing.median
+        share = f"{100 * achieved / ceiling:.0f} %"
+        rows.append([name, f"{operations / batch / 1e9:.2f}", f"{achieved / 1e9:.0f}", share])
+    return [
+        "## The floor by arithmetic",
+        "",
+        f"One optimiser step on {batch} crops of {size}²; "
+        f"a matrix product reaches {ceiling / 1e9:.0f} GFLOP/s here.",
+        "",
+        *table(["network", "GFLOP per crop", "GFLOP/s", "of the matrix product"], rows),
+    ]
+
+
+def reading(photos: Path | None, device: torch.device) -> list[str]:
+    """Resizing, crops, and waiting for data."""
+    lines = ["## Resizing uint8 RGB, bicubic: milliseconds", ""]
+    for name, timings in data.resizing().items():
+        ours = next(iter(timings))
+        rows = [[one, timing.seconds(1000), ratios(timings, ours)[one]] for one, timing in timings.items()]
+        lines += table([name, "ms (range)", "time over ours"], rows)
+    crops = data.crops_per_second()
+    times = crops["decoded each time"].median / crops["cached"].median
+    lines += ["## Reading 256² crops from 2040x1356 PNGs: crops per second", ""]
+    lines += table(
+        ["reader", "crops/s (range)"], [[name, one.rate(data.PHOTOS)] for name, one in crops.items()]
+    )
+    lines += [f"The cache of decoded images (`--cache_gb` bounds it) reads {times:.0f} times as fast.", ""]
+    if photos is not None:
+        network = contenders(device)[OURS]
+        share = data.share_waiting_for_data(network, photos / "train", device)
+        lines += [f"Two workers keep training waiting for data {100 * share:.2f} % of the time.", ""]
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=120, help="training time of each network")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    device = select_device(args.device)
+    photos = Path(os.environ["SR_DATA"]) if "SR_DATA" in os.environ else None
+    lines = ["# Measured side by side", "", *machine(device), f"- our network: `{RECIPE}`", ""]
+    lines += speed_of_training(device, args.rounds)
+    lines += speed_of_restoring(device, args.rounds)
+    lines += floor(device)
+    lines += reading(photos, device)
+    if photos is not None:
+        lines += quality(device, args.seconds, photos)
+    else:
+        lines += ["Quality was not measured: SR_DATA does not name a folder with test/Set5 and train.", ""]
+    lines += [f"`make bench` took {(time.perf_counter() - started) / 60:.1f} minutes."]
+    text = "\n".join(lines) + "\n"
+    print(text)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(args.out, write)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The networks that are compared: this project's, and those that people would use instead.
+
+Every peer is built as its documentation shows, for six input channels (the noisy residual and the upscaled
+image) and three output channels, with a number of parameters within 20 % of ours. All of them are trained and
+sampled by the same code, so that only the network differs.
+
+Shape legend: B batch, H x W pixels.
+"""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from device import compile_network
+from train_diffusion import build_parser, make_model
+from unet import Condition, UNetConfig
+
+RECIPE = Path("recipes/x4.args")
+OURS = "this project"
+TOKENS, TOKEN_WIDTH = 16, 64
+
+
+class Peer(nn.Module):
+    """Another library's UNet behind this project's interface, see diffusion.Restorer.
+
+    Args:
+        network: (B, 6, H, W), (B,) timesteps -> (B, 3, H, W).
+    """
+
+    residual_std: Tensor
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, call: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.call = call
+        self.config = UNetConfig()  # of no meaning here: a checkpoint wants one
+        self.register_buffer("residual_std", torch.zeros(()))
+        self.register_buffer("scale", torch.zeros(()))
+
+    def encode_context(self, condition: Condition) -> Tensor:
+        """The upscaled image: nothing that a peer computes of it outlives a step."""
+        assert condition.upscaled is not None
+        return condition.upscaled
+
+    def forward(self, noisy: Tensor, t: Tensor, context: Tensor | Condition) -> Tensor:
+        """(B, 3, H, W), (B,), the encoded or the raw condition -> (B, 3, H, W)."""
+        upscaled = self.encode_context(context) if isinstance(context, Condition) else context
+        return self.call(self.network, torch.cat([noisy, upscaled], dim=1), t)
+
+
+def _denoising_diffusion_pytorch() -> nn.Module:
+    from denoising_diffusion_pytorch import Unet
+
+    network = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3)
+    return Peer(network, lambda net, x, t: net(x, t))
+
+
+def _unet_2d_model() -> nn.Module:
+    from diffusers import UNet2DModel
+
+    network = UNet2DModel(
+        in_channels=6,
+        out_channels=3,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+    return Peer(network, lambda net, x, t: net(x, t).sample)
+
+
+def _unet_2d_condition_model() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    network = UNet2DConditionModel(
+        in_channels=6,
+        out_channels=3,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TOKEN_WIDTH,
+        norm_num_groups=8,
+    )
+
+    def call(net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        tokens = x.new_zeros(len(x), TOKENS, TOKEN_WIDTH)
+        output: Tensor = net(x, t, encoder_hidden_states=tokens).sample
+        return output
+
+    return Peer(network, call)
+
+
+def our_network(device: torch.device) -> nn.Module:
+    """The network of the recipe."""
+    args = build_parser().parse_args(shlex.split(RECIPE.read_text(), comments=True))
+    return make_model(args, device)
+
+
+def contenders(device: torch.device, compiled: bool = False) -> dict[str, nn.Module]:
+    """Every network, untrained, on its device."""
+    torch.manual_seed(0)
+    networks = {
+        OURS: our_network(device),
+        "denoising-diffusion-pytorch Unet": _denoising_diffusion_pytorch().to(device),
+        "diffusers UNet2DModel": _unet_2d_model().to(device),
+        "diffusers UNet2DConditionModel": _unet_2d_condition_model().to(device),
+    }
+    if compiled:
+        compile_network(networks[OURS], device)
+    return networks

@@ -1,0 +1,154 @@
+"""Training steps, denoising steps and quality after equal training time, of each network.
+
+Shape legend: B batch, H x W pixels, T timesteps.
+"""
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import metrics
+from bench.timing import Timing, in_turns
+from bicubic import upscale_image
+from checkpoint import load_checkpoint, load_weights
+from diffusion import DiffusionModel, ResidualGenerator, Restorer
+from evaluation import ImageSet
+from images import to_model_range
+from training import TrainingConfig
+from unet import Condition
+from util import ImageDataset
+
+SCALE = 4
+TIMESTEP = 500
+QUALITY_BATCH, QUALITY_CROP = 16, 64
+LEARNING_RATE = 1e-3
+
+
+class Quality(NamedTuple):
+    """What a network restores after a given time of training.
+
+    Attributes:
+        steps: optimiser steps that fitted into the time.
+        psnr: mean luma PSNR in dB over the images, restored in one step.
+    """
+
+    steps: int
+    psnr: float
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 on a GPU, float32 on a CPU: what `--precision auto` chooses."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def training_step(network: nn.Module, batch: int, size: int, device: torch.device) -> Callable[[], None]:
+    """One optimiser step on (B, 3, size, size): degrade, diffuse, predict, backward, clip, AdamW."""
+    cast(Restorer, network).residual_std.fill_(0.1)
+    loss = DiffusionModel(device=device).restoration_loss(SCALE, upscale_image)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
+    crops = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    generator = torch.Generator(device)
+
+    def step() -> None:
+        with autocast(device):
+            losses = loss(network, crops, generator)
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def denoising_step(network: nn.Module, size: int, device: torch.device) -> Callable[[], None]:
+    """One evaluation on one image (1, 3, size, size) whose condition is encoded already."""
+    noisy = torch.randn(1, 3, size, size, device=device)
+    t = torch.full((1,), TIMESTEP, device=device)
+    restorer = cast(Restorer, network)
+    with torch.inference_mode(), autocast(device):
+        low_res = torch.zeros(1, 3, size // SCALE, size // SCALE, device=device)
+        context = restorer.encode_context(Condition(noisy, low_res))
+
+    def step() -> None:
+        with torch.inference_mode(), autocast(device):
+            restorer(noisy, t, context)
+
+    return step
+
+
+def floating_point_operations(work: Callable[[], None]) -> int:
+    """Floating-point operations of a piece of work in its convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def matrix_product_rate(device: torch.device, side: int) -> float:
+    """Floating-point operations per second of a large square matrix product: what there is to be had."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    timing = in_turns({"product": lambda: matrix @ matrix}, rounds=7, device=device)["product"]
+    return 2 * side**3 / timing.low
+
+
+def train_for(
+    seconds: float, network: nn.Module, step: Timing, photos: Path, device: torch.device
+) -> tuple[nn.Module, int]:
+    """Train with the project's own loop for as many steps as fit into the time; the averaged network."""
+    steps = max(2, round(seconds / step.median))
+    config = TrainingConfig(
+        max_steps=steps,
+        batch_size=QUALITY_BATCH,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=steps // 10,
+        ema_decay=0.99,
+        validate_every=steps,
+        save_every=steps,
+    )
+    network.residual_std.zero_()
+    training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
+    validation = ImageDataset(training.paths[:1], QUALITY_CROP, SCALE, train=False)
+    diffusion = DiffusionModel(device=device, timestep_density="high_noise")
+    precision = torch.bfloat16 if device.type == "cuda" else None
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "logs"}
+        run, _ = diffusion.train(network, training, validation, config, precision=precision, **places)
+        averaged = load_checkpoint(run.last, device)["ema"]
+    load_weights(network, cast(dict[str, torch.Tensor], averaged), "the run that just ended")
+    return network.eval(), steps
+
+
+def one_step_psnr(network: nn.Module, images: ImageSet, device: torch.device) -> float:
+    """Mean luma PSNR in dB of every image restored in one step."""
+    generator = ResidualGenerator(device=device)
+    protocol = metrics.Protocol(crop=SCALE)
+    values = []
+    for picture in images.pictures:
+        low_res = to_model_range(picture.low_res[None].float() / 255)
+        restored = generator.generate_images(cast(Restorer, network), low_res, 1, 1, seed=0).cpu()
+        truth = picture.truth[None].float() / 255
+        values.append(float(metrics.psnr(metrics.round_to_uint8(restored), truth, protocol)))
+    return sum(values) / len(values)
+
+
+def qualities(
+    networks: Mapping[str, nn.Module], seconds: float, photos: Path, images: ImageSet, device: torch.device
+) -> dict[str, Quality]:
+    """Train every network for the same time from nothing, and measure."""
+    works = {
+        name: training_step(copy.deepcopy(network), QUALITY_BATCH, QUALITY_CROP, device)
+        for name, network in networks.items()
+    }
+    timings = in_turns(works, rounds=3, device=device)
+    found = {}
+    for name, network in networks.items():
+        trained, steps = train_for(seconds, network, timings[name], photos, device)
+        found[name] = Quality(steps, one_step_psnr(trained, images, device))
+    return found

@@ -1,0 +1,50 @@
+"""Timing of contenders side by side: in turns, so that a slow minute of the machine hits all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Seconds of one piece of work.
+
+    Attributes:
+        median: over the rounds.
+        low, high: the fastest and the slowest round.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    def rate(self, amount: float) -> str:
+        """An amount of work per second: the median, then the range."""
+        return f"{amount / self.median:.3g} ({amount / self.high:.3g} to {amount / self.low:.3g})"
+
+    def seconds(self, factor: float = 1.0) -> str:
+        """Seconds, times a factor: the median, then the range."""
+        return f"{factor * self.median:.3g} ({factor * self.low:.3g} to {factor * self.high:.3g})"
+
+
+def in_turns(
+    works: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
+) -> dict[str, Timing]:
+    """Do every piece of work once per round, and time it; the first rounds warm up and do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(warm_up + rounds):
+        for name, work in works.items():
+            _finish(device)
+            started = time.perf_counter()
+            work()
+            _finish(device)
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: Timing(statistics.median(each), min(each), max(each)) for name, each in seconds.items()}
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
