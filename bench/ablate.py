@@ -2,7 +2,7 @@
 
 python -m bench.ablate --photos $SR_DATA/train/BSDS500            # all rows, one after the other
 python -m bench.ablate --photos $SR_DATA/train/BSDS500 --rows base patch_2
-python -m bench.ablate --table                                    # the Markdown of what has been measured
+python -m bench.ablate                                            # the table of what has been measured
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.tables import table
 from images import list_images
 
 RECIPE = "recipes/ablation.args"
@@ -42,10 +43,7 @@ ROWS: dict[str, str] = {
     "crop_32": "--img_size 32 --batch_size 64",
     "crop_128": "--img_size 128 --batch_size 4",
 }
-COLUMNS = (
-    "| change to the recipe | M parameters | seconds | PSNR, 1 step | PSNR, 10 steps | HF energy, 10 steps | "
-    "SWD, 10 steps |\n|---|---:|---:|---:|---:|---:|---:|\n"
-)
+HEADINGS = ("change to the recipe", "seconds", "PSNR, 1 step", "PSNR, 10 steps", "HF energy", "SWD")
 
 
 def split(photos: Path, out: Path) -> tuple[Path, Path]:
@@ -76,6 +74,24 @@ def measure(name: str, out: Path, train: Path, held_out: Path) -> None:
     (out / f"{name}.json").write_text(json.dumps({"seconds": seconds, "report": rows}))
 
 
+def as_table(out: Path) -> list[str]:
+    """The Markdown of every row that has been measured."""
+    rows = []
+    for name, flags in ROWS.items():
+        path = out / f"{name}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        by_steps = {row["steps"]: row for row in found["report"]["rows"]}
+        sample = by_steps.get(10)
+        ten = ["", "", ""]
+        if sample is not None:
+            ten = [f"{sample['psnr']:.2f}", f"{sample['hf_energy']:.2f}", f"{sample['swd']:.0f}"]
+        label = f"`{flags}`" if flags else "(the recipe)"
+        rows.append([label, f"{found['seconds']:.0f}", f"{by_steps[1]['psnr']:.2f}", *ten])
+    return table(HEADINGS, rows)
+
+
 def _run(*command: str) -> None:
     print("$ python", shlex.join(command), flush=True)
     subprocess.run([sys.executable, *command], check=True)
@@ -84,13 +100,15 @@ def _run(*command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
-    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--photos", type=Path, help="a folder of photos; without it, nothing is trained")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--out", type=Path, default=Path("out/ablation"))
     args = parser.parse_args(argv)
-    train, held_out = split(args.photos, args.out)
-    for name in args.rows:
-        measure(name, args.out, train, held_out)
+    if args.photos is not None:
+        train, held_out = split(args.photos, args.out)
+        for name in args.rows:
+            measure(name, args.out, train, held_out)
+    print("\n".join(as_table(args.out)))
     return 0
 
 

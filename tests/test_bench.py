@@ -1,0 +1,128 @@
+"""Tests of bench/: that what is timed is what is said, without the packages it compares with."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bench import ablate
+from bench.contenders import OURS, Peer, our_network
+from bench.data import resizers
+from bench.levers import steps
+from bench.networks import denoising_step, floating_point_operations, one_step_psnr, training_step
+from bench.tables import table
+from bench.timing import Timing, in_turns
+from bicubic import downscale_image
+from dead_leaves import dead_leaves
+from diffusion import DiffusionModel
+from evaluation import ImageSet, Picture
+from tests.networks import tiny_unet
+from train_diffusion import parse
+
+CPU = torch.device("cpu")
+
+
+def test_contenders_take_turns_and_the_warm_up_does_not_count():
+    done = []
+    works = {name: lambda name=name: done.append(name) for name in "ab"}
+    timings = in_turns(works, rounds=2, device=CPU, warm_up=1)
+    assert "".join(done) == "ababab"
+    assert set(timings) == {"a", "b"}
+    assert timings["a"].low <= timings["a"].median <= timings["a"].high
+
+
+def test_rates_are_of_the_median_and_from_slow_to_fast():
+    timing = Timing(2.0, 1.0, 4.0)
+    assert timing.rate(8) == "4 (2 to 8)"
+    assert timing.seconds(10) == "20 (10 to 40)"
+
+
+def test_a_table_is_markdown():
+    assert table(["a", "b"], [["x", "1"]]) == ["| a | b |", "| --- | ---: |", "| x | 1 |", ""]
+
+
+def test_operations_are_counted_as_arithmetic_says():
+    convolution, image = nn.Conv2d(3, 8, 3, padding=1), torch.ones(1, 3, 16, 16)
+    with torch.no_grad():
+        assert floating_point_operations(lambda: convolution(image)) == 2 * 8 * 3 * 9 * 16 * 16
+
+
+def test_a_training_step_trains():
+    network = tiny_unet(scale=4.0)
+    before = network.out.weight.detach().clone()
+    training_step(network, 2, 16, CPU)()
+    assert not torch.equal(network.out.weight, before)
+    assert network.out.weight.grad is None
+
+
+def test_a_peer_sees_the_upscaled_image_and_can_be_trained_and_measured():
+    seen = []
+
+    def call(network, x, t):
+        seen.append(x.shape)
+        return network(x)
+
+    peer = Peer(nn.Conv2d(6, 3, 3, padding=1), call)
+    training_step(peer, 2, 16, CPU)()
+    denoising_step(peer, 16, CPU)()
+    assert seen == [(2, 6, 16, 16), (1, 6, 16, 16)]
+    pixels = torch.from_numpy(dead_leaves((32, 32), np.random.default_rng(0)).transpose(2, 0, 1).copy())
+    low_res = torch.from_numpy(downscale_image(pixels.permute(1, 2, 0).numpy(), 4)).permute(2, 0, 1)
+    peer.scale.fill_(4)
+    for parameter in peer.parameters():
+        parameter.data.zero_()  # a silent network: the residual is 0, and the result is bicubic
+    found = one_step_psnr(peer, ImageSet("one", [Picture("a", pixels, low_res)], ""), CPU)
+    assert 10 < found < 40
+
+
+def test_every_resizer_makes_the_size_it_is_asked_for():
+    image = dead_leaves((32, 32), np.random.default_rng(0))
+    for side in (8, 64):
+        for resize in resizers(image, side).values():
+            assert resize().shape == (side, side, 3)
+
+
+def test_our_network_is_the_recipe_s():
+    config = our_network(CPU).config
+    assert (config.patch_size, config.base_dim, config.conditioning) == (4, 64, "concat")
+
+
+def test_every_lever_can_be_pulled():
+    works = steps(CPU, compiled=False)
+    assert {OURS, "group normalisation", "patch 1 (base 16, 1 2 4 8)"} <= set(works)
+
+
+@pytest.mark.parametrize("name", list(ablate.ROWS))
+def test_every_ablation_is_understood(name):
+
+    changed = parse([f"@{ablate.RECIPE}", *shlex.split(ablate.ROWS[name])])[1]
+    base = parse([f"@{ablate.RECIPE}"])[1]
+    assert (changed == base) == (name == "base")
+    assert changed.max_steps == base.max_steps
+    assert changed.batch_size * changed.img_size**2 == base.batch_size * base.img_size**2
+    DiffusionModel(mode=changed.diffusion_mode, timestep_density=changed.timestep_density)
+
+
+def test_photos_are_split_once_and_for_all(photo_folder, tmp_path):
+    train, held_out = ablate.split(photo_folder, tmp_path)
+    first = {folder: sorted(path.name for path in folder.iterdir()) for folder in (train, held_out)}
+    assert len(first[train]) == 5
+    assert len(first[held_out]) == 1
+    ablate.split(photo_folder, tmp_path)
+    assert {folder: sorted(path.name for path in folder.iterdir()) for folder in (train, held_out)} == first
+
+
+def test_the_ablation_table_is_made_of_what_was_measured(tmp_path):
+    rows = [
+        {"method": "bicubic", "steps": None, "psnr": 27.0, "hf_energy": 0.01, "swd": 200.0},
+        {"method": "model", "steps": 1, "psnr": 27.5, "hf_energy": 0.02, "swd": 180.0},
+        {"method": "model", "steps": 10, "psnr": 24.0, "hf_energy": 0.9, "swd": 130.0},
+    ]
+    for name in ("high_noise", "base"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"seconds": 99.6, "report": {"rows": rows}}))
+    lines = ablate.as_table(tmp_path)
+    assert lines[2].startswith("| (the recipe) | 100 | 27.50 | 24.00 | 0.90 | 130 |")
+    assert lines[3].startswith("| `--timestep_density high_noise` |")
