@@ -16,7 +16,7 @@ import torch
 from bicubic import Border
 from device import Precision, autocast_dtype, select_device
 from evaluation import Settings, evaluate, load_trained, read_image_set
-from files import write_atomically
+from files import write_atomically, write_text_atomically
 from report import Report, perception_distortion_figure
 from samplers import DEFAULT_SCHEDULER, SchedulerName
 
@@ -82,13 +82,6 @@ def check_targets(targets: Sequence[Path]) -> None:
             raise ValueError(f"{target} cannot be written, because of {existing}; give another place")
 
 
-def _write_text(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
-
-
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table, and write the files."""
     texts = {"json": Report.to_json, "csv": Report.to_csv, "markdown": Report.to_markdown}
@@ -116,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     report = evaluate(images, settings, model, device=device, progress=True)
     print(report.to_markdown(), end="", flush=True)
     for path, make in wanted:
-        _write_text(path, make(report))
+        write_text_atomically(path, make(report))
     if args.plot is not None:
         figure = perception_distortion_figure(report)
         write_atomically(args.plot, lambda temporary: figure.savefig(temporary, format="png", dpi=150))

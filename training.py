@@ -510,41 +510,38 @@ def train(
     signals = SignalCatcher()
     stepper = _Stepper(state, loss, config, processes, precision, signals)
     keeper = _Keeper(state, dataset, run, config, processes, batches)
-    profiler = _profiler(run.log_dir, processes.device) if profile and processes.writes else None
     hidden = not (progress and processes.writes)
     with (
         signals,
         keeper,
-        profiler or contextlib.nullcontext(),
+        _profiled(profile and processes.writes, run.log_dir, processes.device) as count_for_profile,
         tqdm(None, "train", config.max_steps, initial=state.step, unit="step", disable=hidden) as bar,
     ):
         received = None
         while state.step < config.max_steps and received is None:
             report = stepper.step(plan.share(state.step, processes.rank), batches)
             received = report.signal
-            if profiler is not None:
-                profiler.step()
+            count_for_profile()
             bar.update()
             bar.set_postfix(loss=f"{report.loss:.4f}", best=f"{state.best_psnr:.2f} dB", refresh=False)
-            keeper.after_step(report, plan)
-            if validate is not None and _due(state.step, config.validate_every, config.max_steps):
-                keeper.validate(validate)
-            if received is not None or _due(state.step, config.save_every, config.max_steps):
-                keeper.save_last()
-            if state.step == config.max_steps:
-                keeper.finish(report)
+            keeper.after_step(report, plan, validate)
     return received
 
 
-def _profiler(log_dir: Path, device: torch.device) -> torch.profiler.profile:
-    """Records steps 6 to 10: by then every shape has been met and memory is allocated."""
+@contextlib.contextmanager
+def _profiled(wanted: bool, log_dir: Path, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Records steps 6 to 10, when memory is allocated already; gives what is to be called after each step."""
+    if not wanted:
+        yield lambda: None
+        return
     kinds = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(
+    with torch.profiler.profile(
         activities=[kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU],
         schedule=torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1),
         on_trace_ready=torch.profiler.tensorboard_trace_handler(str(log_dir)),
         record_shapes=True,
-    )
+    ) as profile:
+        yield profile.step
 
 
 def _as_table(values: dict[str, Plain]) -> str:
@@ -740,7 +737,20 @@ class _Keeper:
         if self.writer is not None:
             self.writer.close()
 
-    def after_step(self, report: StepReport, plan: BatchPlan) -> None:
+    def after_step(
+        self, report: StepReport, plan: BatchPlan, validate: Callable[[nn.Module], Validation] | None
+    ) -> None:
+        """Log, validate and save what is due after a step."""
+        step, config = self.state.step, self.config
+        self._log(report, plan)
+        if validate is not None and _due(step, config.validate_every, config.max_steps):
+            self._validate(validate)
+        if report.signal is not None or _due(step, config.save_every, config.max_steps):
+            self._save_last()
+        if step == config.max_steps:
+            self._finish(report)
+
+    def _log(self, report: StepReport, plan: BatchPlan) -> None:
         """Collect a step; write the means every log_every steps."""
         self._losses.append(report.loss)
         self._samples += sum(len(part) for part in plan.micro_batches(self.state.step - 1))
@@ -761,7 +771,7 @@ class _Keeper:
         self._samples, self._since = 0, now
         self.batches.seconds_waited = 0.0
 
-    def validate(self, validate: Callable[[nn.Module], Validation]) -> None:
+    def _validate(self, validate: Callable[[nn.Module], Validation]) -> None:
         """Measure the averaged network; keep it if it is the best so far."""
         started = time.perf_counter()
         result = validate(self.state.ema)
@@ -778,7 +788,7 @@ class _Keeper:
                 self.run.save(self.run.best, self.state)
         self._since += time.perf_counter() - started  # no training: not part of images per second
 
-    def finish(self, report: StepReport) -> None:
+    def _finish(self, report: StepReport) -> None:
         """Enter the run, its settings and what came of it into TensorBoard's table of hyper-parameters."""
         if self.writer is None:
             return
@@ -789,7 +799,7 @@ class _Keeper:
         found = {"final/best_psnr": self.state.best_psnr, "final/loss": report.loss}
         self.writer.add_hparams(settings, found, run_name=".", global_step=self.state.step)
 
-    def save_last(self) -> None:
+    def _save_last(self) -> None:
         """Write the newest checkpoint."""
         if self.processes.writes:
             self.run.save_last(self.state, self.config.keep_checkpoints)

@@ -22,7 +22,7 @@ from bench.tables import table
 from bench.timing import Timing, in_turns
 from device import select_device
 from evaluation import Settings, read_image_set
-from files import write_atomically
+from files import write_text_atomically
 from unet import parameter_count
 
 RESULTS = Path("bench/RESULTS.md")
@@ -162,11 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines += [f"`make bench` took {(time.perf_counter() - started) / 60:.1f} minutes."]
     text = "\n".join(lines) + "\n"
     print(text)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(args.out, write)
+    write_text_atomically(args.out, text)
     return 0
 
 

@@ -17,7 +17,7 @@ from bench.tables import table
 from checkpoint import load_model, released_model
 from device import select_device
 from evaluation import ImageSet, Settings, evaluate, load_trained, read_image_set
-from files import write_atomically
+from files import write_text_atomically
 from images import pixels_to_unit
 from report import Row
 from restoration import ImageRestorer, RestoreConfig
@@ -83,11 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += measure(scale, name, weights, Path(os.environ["SR_DATA"]), device)
     text = "\n".join(lines)
     print(text)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(args.out, write)
+    write_text_atomically(args.out, text)
     return 0
 
 
