@@ -55,7 +55,7 @@ class Peer(nn.Module):
 def _denoising_diffusion_pytorch() -> nn.Module:
     from denoising_diffusion_pytorch import Unet
 
-    network = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3)
+    network = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3, flash_attn=True)
     return Peer(network, lambda net, x, t: net(x, t))
 
 
