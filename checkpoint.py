@@ -28,6 +28,7 @@ FORMAT = 1
 Plain = int | float | str | bool | None | list[int] | list[float] | list[str]
 StateDict = dict[str, Tensor]
 NOT_A_CHECKPOINT = "is not a checkpoint of this project"
+RELEASED = Path(__file__).parent / "weights"
 
 
 class CheckpointError(ValueError):
@@ -151,6 +152,22 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> LoadedMo
     load_weights(unet, weights, path)
     unet.to(memory_format=torch.channels_last).to(torch.device(device)).eval().requires_grad_(False)
     return LoadedModel(unet, process, step)
+
+
+def released_model(scale: float = 4) -> Path:
+    """The path of the weights that come with the project, for one enlargement.
+
+    Raises:
+        CheckpointError: there are none for this enlargement; the message names those there are.
+    """
+    path = RELEASED / f"x{scale:g}.safetensors"
+    if not path.is_file():
+        there = ", ".join(sorted(found.stem for found in RELEASED.glob("*.safetensors"))) or "none"
+        raise CheckpointError(
+            f"no weights for x{scale:g} come with the project (there are: {there}); train your own "
+            "with train_diffusion.py and give their --weights_path"
+        )
+    return path
 
 
 def export_safetensors(model: LoadedModel, path: str | Path) -> None:

@@ -13,6 +13,7 @@ import evaluate
 import infer
 import train_diffusion
 from bicubic import downscale_image
+from checkpoint import released_model
 from dead_leaves import draw_dead_leaves_folder
 from images import read_rgb, write_image
 
@@ -61,6 +62,10 @@ def main() -> int:
     run("infer.py", infer.main, *model, "--input", OUTPUT / "low_res", "--output", *results)
     data = ("--data", OUTPUT / "held_out", "--scale", SCALE, "--steps", 1, 10, "--no_lpips")
     run("evaluate.py", evaluate.main, *model, *data)
+    print("\nThe same with the weights that come with the project, which have learnt from photos:")
+    released = (OUTPUT / "restored_released", "--mode", "fidelity", "--overwrite")
+    run("infer.py", infer.main, "--input", OUTPUT / "low_res", "--output", *released)
+    run("evaluate.py", evaluate.main, "--weights_path", released_model(SCALE), *data)
     print(f"\nside by side: {OUTPUT / 'restored'}")
     print(f"{time.perf_counter() - started:.0f} seconds. Watch the training:")
     print(f"  .venv/bin/tensorboard --logdir {OUTPUT / 'logs'}")

@@ -1,6 +1,6 @@
 """Restore photos with a trained model: a file or a folder in, enlarged images out.
 
-python infer.py --weights_path model.safetensors photo.png
+python infer.py photo.png
 python infer.py --weights_path model.pth --input photos --output out --mode fidelity
 python infer.py --weights_path model.pth --export model.safetensors
 """
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from bicubic import upscale_image
-from checkpoint import LoadedModel, export_safetensors, load_model
+from checkpoint import LoadedModel, export_safetensors, load_model, released_model
 from device import autocast_dtype, compile_network, select_device
 from files import write_atomically
 from images import IMAGE_SUFFIXES, DecodedImage, Pixels, decode_image, list_images, read_rgb, write_image
@@ -56,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--mode",
         choices=list(PRESETS),
-        default="detail",
-        help="; ".join(f"{name}: {text}" for name, text in _preset_texts().items()),
+        help="; ".join(f"{name}: {text}" for name, text in _preset_texts().items())
+        + "; without it, detail where --num_images asks for samples, else fidelity",
     )
     sampling.add_argument("--steps", type=int, help="denoising steps, instead of the mode's")
     sampling.add_argument("--num_images", type=int, help="samples to average, instead of the mode's")
@@ -92,7 +92,10 @@ def _add_file_flags(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
     files.add_argument("--input", nargs="+", default=[], metavar="INPUT", help="the same")
-    files.add_argument("--weights_path", help="checkpoint (.pth) or exported model (.safetensors)")
+    files.add_argument(
+        "--weights_path", help="checkpoint (.pth) or model (.safetensors); without it, the project's own"
+    )
+    files.add_argument("--scale", type=float, help="which of the project's own models: 4 or 2; without it, 4")
     files.add_argument(
         "--output", default="./restored", help="folder, or for one image the name of the result"
     )
@@ -242,6 +245,11 @@ def comparison_picture(
     }
     if truth is not None:
         panels["original"] = truth
+    return labelled_row(panels, height, width)
+
+
+def labelled_row(panels: dict[str, Pixels], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """A picture (height + 24, W', 3) of labelled panels, each cropped or padded with black to one size."""
     gap, label = 8, 24
     picture = Image.new("RGB", (len(panels) * (width + gap) - gap, height + label), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
@@ -372,11 +380,7 @@ def export(model: LoadedModel, target: Path, overwrite: bool) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, restore, report; returns the exit status."""
     config = make_config(args)
-    if args.weights_path is None:
-        raise ValueError(
-            "--weights_path is needed: a checkpoint (.pth) that train_diffusion.py wrote, or an export"
-        )
-    model = load_model(args.weights_path)
+    model = load_model(args.weights_path or released_model(args.scale or 4))
     if args.export is not None:
         export(model, Path(args.export), args.overwrite)
         if not args.inputs and not args.input:
@@ -384,7 +388,10 @@ def run(args: argparse.Namespace) -> int:
     device = select_device(args.device)
     precision = autocast_dtype(device, args.dtype)
     restorer = ImageRestorer(model, config, device, precision)
-    tasks = plan_tasks(args, float(restorer.scale))
+    scale = float(restorer.scale)
+    if args.scale not in (None, scale):
+        raise ValueError(f"--scale {args.scale:g}, but {args.weights_path} enlarges by {scale:g}")
+    tasks = plan_tasks(args, scale)
     if args.compile:
         compile_network(restorer.unet, device)
     return restore_all(tasks, restorer, args.overwrite)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from checkpoint import LoadedModel, load_model
+from checkpoint import LoadedModel, load_model, released_model
 from device import autocast_dtype, select_device
 from diffusion import ResidualGenerator, noise_stream
 from images import (
@@ -78,7 +78,8 @@ class RestoreConfig:
     """How to restore.
 
     Attributes:
-        mode: "fidelity", "balanced" or "detail", see PRESETS.
+        mode: "fidelity", "balanced" or "detail", see PRESETS; None is "detail" where num_images asks for
+            samples, and "fidelity" otherwise.
         steps: denoising steps, 1 to T; None for those of the mode.
         num_images: samples to average; None for those of the mode.
         scheduler: see samplers.Sampler.
@@ -91,7 +92,7 @@ class RestoreConfig:
         self_ensemble: average each estimate over the eight flips and rotations of the image.
     """
 
-    mode: Preset = "detail"
+    mode: Preset | None = None
     steps: int | None = None
     num_images: int | None = None
     scheduler: SchedulerName = DEFAULT_SCHEDULER
@@ -104,7 +105,7 @@ class RestoreConfig:
     self_ensemble: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in PRESETS:
+        if self.mode is not None and self.mode not in PRESETS:
             raise ValueError(f"mode must be one of {', '.join(PRESETS)}, not {self.mode!r}")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, not {self.scheduler!r}")
@@ -126,7 +127,7 @@ class RestoreConfig:
     @property
     def effort(self) -> Effort:
         """Steps and samples, the mode's unless they were given."""
-        preset = PRESETS[self.mode]
+        preset = PRESETS[self.mode or ("fidelity" if self.num_images is None else "detail")]
         return Effort(self.steps or preset.steps, self.num_images or preset.num_images)
 
 
@@ -155,7 +156,7 @@ class Restoration:
 
 def restore(
     image: str | Path | Pixels | DecodedImage,
-    model: str | Path | LoadedModel,
+    model: str | Path | LoadedModel | None = None,
     config: RestoreConfig | None = None,
     *,
     device: str = "auto",
@@ -165,7 +166,7 @@ def restore(
 
     Args:
         image: the path of a file; pixels (H, W) or (H, W, 3) of uint8 or uint16; or a decoded file.
-        model: a checkpoint or exported model, or its path.
+        model: a checkpoint or exported model, or its path; None is the x4 model that comes with the project.
         config: how; RestoreConfig() if left out.
         device, precision: see device.select_device and device.autocast_dtype.
 
@@ -174,7 +175,7 @@ def restore(
     """
     chosen = select_device(device)
     dtype = autocast_dtype(chosen, precision)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model or released_model())
     return ImageRestorer(loaded, config or RestoreConfig(), chosen, dtype).restore(image)
 
 

@@ -249,7 +249,7 @@ def test_every_wrong_value_is_one_line_that_names_it(weights, picture, tmp_path,
     (tmp_path / "broken.pth").write_bytes(b"nothing of ours")
     model = ("--weights_path", weights)
     for arguments, message in [
-        ((photo,), "--weights_path is needed"),
+        ((photo, "--scale", "3"), "no weights for x3 come with the project"),
         (("--weights_path", tmp_path / "no.pth", photo), "no.pth"),
         (("--weights_path", tmp_path / "broken.pth", photo), "broken.pth is not a checkpoint"),
         (model, "no input"),

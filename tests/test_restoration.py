@@ -322,6 +322,7 @@ def test_consistency_makes_the_downscaled_result_equal_the_input(factor, picture
 def test_presets_are_overridden_by_what_is_given():
     assert RestoreConfig(mode="fidelity").effort == PRESETS["fidelity"] == (1, 1)
     assert RestoreConfig(mode="balanced", steps=3).effort == (3, PRESETS["balanced"].num_images)
+    assert RestoreConfig().effort == PRESETS["fidelity"]
     assert RestoreConfig(num_images=7).effort == (PRESETS["detail"].steps, 7)
 
 
