@@ -52,23 +52,24 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.memory == "process":
             _restart_process_peak()
-        self._finish()
+        wait_for(self.device)
         start = time.perf_counter()
         result = work()
-        self._finish()
+        wait_for(self.device)
         return result, Cost(time.perf_counter() - start, self._peak())
-
-    def _finish(self) -> None:
-        """Wait for what was handed to the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
 
     def _peak(self) -> int | None:
         if self.memory == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         return _process_peak() if self.memory == "process" else None
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait for what was handed to the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _restart_process_peak() -> bool:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from meter import wait_for
+
 
 class Timing(NamedTuple):
     """Seconds of one piece of work.
@@ -36,15 +38,10 @@ def in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(warm_up + rounds):
         for name, work in works.items():
-            _finish(device)
+            wait_for(device)
             started = time.perf_counter()
             work()
-            _finish(device)
+            wait_for(device)
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
     return {name: Timing(statistics.median(each), min(each), max(each)) for name, each in seconds.items()}
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
