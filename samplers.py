@@ -162,17 +162,18 @@ def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> l
 
 
 def sigma_range(num_inference_steps: int) -> tuple[float, float]:
-    """The largest and smallest noise_scale / signal_scale, after T - 1: 8 and 0.02 for 10 steps.
+    """The largest and smallest noise_scale / signal_scale, after T - 1: 12 and 0.02 for 10 steps.
 
-    What lies beyond is crossed in one step and costs variance, (1 / 8)^2 and (0.02 / s)^2 of data of
-    deviation 1 and s; what lies between must be covered in short steps. Up to 10 steps the range therefore
-    grows with their number, as a search over Gaussians of deviation 0.1 to 1 found best. From 10 to 100 it
-    stays: the largest level alone decides how much of a network's own error at the noisiest levels gets into
+    What lies beyond is crossed in one step and costs variance, (s / 12)^2 and (0.02 / s)^2 of data of
+    deviation s; what lies between must be covered in short steps. Up to 10 steps the range therefore grows
+    with their number, as a search over Gaussians of deviation 0.1 to 2 found best: residuals have unit
+    variance as a whole, but an edge is many pixels that move together, and deviates by more. From 10 to 100
+    it stays: the largest level decides how much of a network's own error at the noisiest levels gets into
     the image, and a level that grew with the steps would make more steps noisier. Above 100 it widens again,
     so that nothing is lost in the limit.
     """
     width = min(num_inference_steps, 10) * max(1.0, num_inference_steps / 100)
-    return 0.08 * width**2, 0.2 / width
+    return 0.12 * width**2, 0.2 / width
 
 
 def _check_count(total: int, count: int) -> None:

