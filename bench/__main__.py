@@ -1,5 +1,9 @@
 """Everything that bench/RESULTS.md holds, measured in one run: `make bench`.
 
+python -m bench --only quality --networks "diffusers UNet2DModel" --seconds 1500 --out longer.md
+
+measures a part of it, here what one peer reaches in 25 minutes.
+
 Networks are timed in turns, after a warm-up; the median and the range are given. Photos come from the folder
 that SR_DATA names; without it the rows that need photos say so.
 """
@@ -11,13 +15,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from bench import data, networks
-from bench.contenders import OURS, RECIPE, contenders
+from bench.contenders import NAMES, OURS, RECIPE, contenders
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from device import select_device
@@ -26,6 +30,7 @@ from files import write_text_atomically
 from unet import parameter_count
 
 RESULTS = Path("bench/RESULTS.md")
+SECTIONS = ("training", "restoring", "floor", "reading", "quality")
 PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "Pillow", "opencv-python-headless", "numpy")
 
 
@@ -85,12 +90,15 @@ def speed_of_restoring(device: torch.device, rounds: int) -> list[str]:
     ]
 
 
-def quality(device: torch.device, seconds: float, photos: Path | None) -> list[str]:
-    """PSNR after equal training time."""
+def quality(
+    device: torch.device, seconds: float, photos: Path | None, names: Sequence[str] | None = None
+) -> list[str]:
+    """PSNR after equal training time, of all networks or of the named ones."""
     if photos is None:
         return ["Quality was not measured: SR_DATA does not name a folder with test/Set5 and train.", ""]
     images = read_image_set(photos / "test" / "Set5", Settings(networks.SCALE))
-    found = networks.qualities(contenders(device), seconds, photos / "train", images, device)
+    models = {name: one for name, one in contenders(device).items() if names is None or name in names}
+    found = networks.qualities(models, seconds, photos / "train", images, device)
     rows = [[name, str(each.steps), f"{each.psnr:.2f}"] for name, each in found.items()]
     return [
         f"## Set5 x4 in one step after {seconds:.0f} seconds of training: dB on luma",
@@ -145,31 +153,37 @@ def reading(photos: Path | None, device: torch.device) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60, help="training time of each network")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--networks", nargs="+", choices=NAMES, help="train only these for `quality`")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = build_parser().parse_args(argv)
     started = time.perf_counter()
     device = select_device(args.device)
     photos = Path(os.environ["SR_DATA"]) if "SR_DATA" in os.environ else None
-    sections = [
-        lambda: ["# Measured side by side", "", *machine(device), f"- our network: `{RECIPE}`", ""],
-        lambda: speed_of_training(device, args.rounds),
-        lambda: speed_of_restoring(device, args.rounds),
-        lambda: floor(device),
-        lambda: reading(photos, device),
-        lambda: quality(device, args.seconds, photos),
-        lambda: [f"`make bench` took {(time.perf_counter() - started) / 60:.1f} minutes."],
-    ]
-    text = ""
-    for section in sections:
-        found = "\n".join(section()) + "\n"
+    sections: dict[str, Callable[[], list[str]]] = {
+        "training": lambda: speed_of_training(device, args.rounds),
+        "restoring": lambda: speed_of_restoring(device, args.rounds),
+        "floor": lambda: floor(device),
+        "reading": lambda: reading(photos, device),
+        "quality": lambda: quality(device, args.seconds, photos, args.networks),
+    }
+    text = "\n".join(["# Measured side by side", "", *machine(device), f"- our network: `{RECIPE}`", "", ""])
+    for name in args.only:
+        found = "\n".join(sections[name]()) + "\n"
         print(found, flush=True)
         text += found
+    text += f"This took {(time.perf_counter() - started) / 60:.1f} minutes.\n"
     write_text_atomically(args.out, text)
     return 0
 

@@ -94,6 +94,14 @@ def _unet_2d_condition_model() -> nn.Module:
     return Peer(network, call)
 
 
+PEERS: dict[str, Callable[[], nn.Module]] = {
+    "denoising-diffusion-pytorch Unet": _denoising_diffusion_pytorch,
+    "diffusers UNet2DModel": _unet_2d_model,
+    "diffusers UNet2DConditionModel": _unet_2d_condition_model,
+}
+NAMES = (OURS, *PEERS)
+
+
 def our_network(device: torch.device) -> nn.Module:
     """The network of the recipe."""
     args = build_parser().parse_args(shlex.split(RECIPE.read_text(), comments=True))
@@ -103,12 +111,7 @@ def our_network(device: torch.device) -> nn.Module:
 def contenders(device: torch.device, compiled: bool = False) -> dict[str, nn.Module]:
     """Every network, untrained, on its device."""
     torch.manual_seed(0)
-    networks = {
-        OURS: our_network(device),
-        "denoising-diffusion-pytorch Unet": _denoising_diffusion_pytorch().to(device),
-        "diffusers UNet2DModel": _unet_2d_model().to(device),
-        "diffusers UNet2DConditionModel": _unet_2d_condition_model().to(device),
-    }
+    networks = {OURS: our_network(device)} | {name: build().to(device) for name, build in PEERS.items()}
     if compiled:
         compile_network(networks[OURS], device)
     return networks
