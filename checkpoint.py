@@ -162,7 +162,7 @@ def released_model(scale: float = 4) -> Path:
     """
     path = RELEASED / f"x{scale:g}.safetensors"
     if not path.is_file():
-        there = ", ".join(sorted(found.stem for found in RELEASED.glob("*.safetensors"))) or "none"
+        there = ", ".join(sorted(found.stem for found in RELEASED.glob("x*.safetensors"))) or "none"
         raise CheckpointError(
             f"no weights for x{scale:g} come with the project (there are: {there}); train your own "
             "with train_diffusion.py and give their --weights_path"

@@ -1,7 +1,7 @@
 """Train a diffusion super-resolution model on a folder of images.
 
 python train_diffusion.py --image_folder photos
-python train_diffusion.py @recipes/x4_cpu.args --image_folder photos
+python train_diffusion.py @recipes/x4.args --image_folder photos
 python train_diffusion.py --weights_path checkpoints/<run>/diffusion_model_v_prediction_last.pth
 """
 

@@ -34,6 +34,7 @@ ROWS: dict[str, str] = {
     "regression": "--diffusion_mode regression",
     "logit_normal": "--timestep_density logit_normal",
     "high_noise": "--timestep_density high_noise",
+    "clean_high_noise": "--diffusion_mode clean --timestep_density high_noise",
     "min_snr_5": "--min_snr_gamma 5",
     "no_ema": "--ema_decay 0",
     "ema_0.95": "--ema_decay 0.95",

@@ -10,7 +10,7 @@ import torch
 import infer
 import metrics
 from bicubic import downscale_image, upscale_image
-from checkpoint import CheckpointError, load_model, released_model
+from checkpoint import RELEASED, CheckpointError, load_model, released_model
 from dead_leaves import dead_leaves
 from evaluation import Settings, evaluate, load_trained, read_image_set
 from images import decode_image, pixels_to_unit, write_image
@@ -37,6 +37,16 @@ def test_an_enlargement_that_is_not_there_is_named():
         released_model(3)
 
 
+def test_the_baseline_is_the_same_network_without_diffusion():
+    path = RELEASED / "regression_x4.safetensors"
+    assert path.stat().st_size < 10_000_000
+    card = released_model(4).with_suffix(".md").read_text()
+    assert hashlib.sha256(path.read_bytes()).hexdigest()[:12] in card
+    ours, baseline = load_model(released_model(4)), load_model(path)
+    assert baseline.unet.config == ours.unet.config
+    assert (baseline.process["mode"], ours.process["mode"]) == ("regression", "clean")
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_an_image_nobody_trained_on_gets_better(scale):
     """Drawn images, not photos: nothing like them was trained on."""
@@ -58,6 +68,17 @@ def test_one_step_reaches_the_bar(sr_data, scale, name):
     report = evaluate(images, settings, load_trained(released_model(scale), CPU))
     assert report.rows[1].psnr >= BARS[scale, name]
     assert report.rows[1].lr_psnr >= 45
+
+
+def test_ten_steps_are_a_sample_with_the_texture_of_the_originals(sr_data):
+    """A perfect sample has twice the squared error of the posterior mean: 3.01 dB less."""
+    settings = Settings(4, steps=(1, 10), lpips=False)
+    images = read_image_set(sr_data / "test" / "Set5", settings, limit=None)
+    bicubic, mean, sample = evaluate(images, settings, load_trained(released_model(4), CPU)).rows
+    assert 0.85 < sample.hf_energy < 1.15
+    assert mean.psnr - 3.01 < sample.psnr < mean.psnr
+    assert sample.swd < mean.swd < bicubic.swd
+    assert sample.lr_psnr >= 45
 
 
 def test_infer_needs_nothing_but_a_photo(tmp_path, capsys):
