@@ -1,7 +1,7 @@
 """The results of the released weights, from the weights themselves: `make results` writes weights/RESULTS.md.
 
-Beside the diffusion models, x4 has a row of the same network trained without diffusion (L1 regression, for
-the steps of the diffusion model's first phase): what diffusion costs in PSNR, and what it buys.
+Beside the diffusion models, x4 has a row of the same network trained without diffusion (L1 regression, on the
+same budget): what diffusion costs in PSNR, and what it buys.
 
 Photos come from the folder that SR_DATA names, with test/Set5 and test/BSD100 in it.
 """
