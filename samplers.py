@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # seconds to import: only what samples an image pays for it
 
 SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "heun"]
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
-DEFAULT_SCHEDULER: SchedulerName = "dpm++"
+DEFAULT_SCHEDULER: SchedulerName = "unipc"
 HISTORY = 3  # the most clean estimates a step looks at: UniPC's corrector and predictor together
 # A schedule may end in no signal at all (Lin et al. 2024), where log-SNR is infinite. This much, a signal of
 # 3e-5, stands in for it: the solvers stay finite, and no image can tell.
@@ -162,18 +162,19 @@ def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> l
 
 
 def sigma_range(num_inference_steps: int) -> tuple[float, float]:
-    """The largest and smallest noise_scale / signal_scale, after T - 1: 12 and 0.02 for 10 steps.
+    """The largest and smallest noise_scale / signal_scale, after T - 1: 14 and 0.05 for 10 steps.
 
-    What lies beyond is crossed in one step and costs variance, (s / 12)^2 and (0.02 / s)^2 of data of
-    deviation s; what lies between must be covered in short steps. Up to 10 steps the range therefore grows
-    with their number, as a search over Gaussians of deviation 0.1 to 2 found best: residuals have unit
-    variance as a whole, but an edge is many pixels that move together, and deviates by more. From 10 to 100
-    it stays: the largest level decides how much of a network's own error at the noisiest levels gets into
-    the image, and a level that grew with the steps would make more steps noisier. Above 100 it widens again,
-    so that nothing is lost in the limit.
+    What lies beyond is crossed in one step and costs variance, (s / 14)^2 and (0.05 / s)^2 of data of
+    deviation s; what lies between must be covered in short steps. Up to 10 steps the largest level therefore
+    grows with their number, as a search over Gaussians of deviation 0.2 to 2 found best up to 6 steps, and
+    the smallest stays: of an x4 residual it is less than a grey level. At 10 steps Gaussians would start at 4
+    to 6, but photos gain texture from more; recipes/ABLATIONS.md has how much. From 10 to 100 only the
+    smallest falls: a largest level that grew with the steps would make more steps noisier, as it decides how
+    much of the network's own error at the noisiest levels gets into the image. Above 100 both widen, so that
+    nothing is lost in the limit.
     """
     width = min(num_inference_steps, 10) * max(1.0, num_inference_steps / 100)
-    return 0.12 * width**2, 0.2 / width
+    return 0.14 * width**2, 0.5 / max(10, num_inference_steps)
 
 
 def _check_count(total: int, count: int) -> None:

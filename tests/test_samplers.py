@@ -56,21 +56,22 @@ def test_mean_and_variance_of_a_gaussian_converge(name):
         assert all(abs(mean - MEAN) < 1e-4 for mean, _ in moments)
         errors = [abs(variance - 1) for _, variance in moments]
         assert errors[-1] < (0.05 if name == "ddpm" else 0.02)
-        assert errors[3] < errors[1] < max(errors[0], 0.07)  # small errors may change sign on the way
+        assert errors[3] < errors[1] + 1e-3  # small errors may change sign on the way
+        assert errors[1] < max(errors[0], 0.07)
         assert errors[4] <= errors[3] + 1e-3
         if name not in ("ddim", "ddpm"):  # second order: soon there
             assert max(errors[2:]) < 0.04
 
 
 def test_the_default_keeps_the_variance_within_5_percent_at_10_steps_and_ddim_does_not():
-    kept = {
-        name: [gaussian_moments(build_scheduler(name, ALPHA_BAR).steps(10), s)[1] for s in (*DEVIATIONS, 2.0)]
-        for name in SCHEDULERS
-    }
-    assert max(abs(variance - 1) for variance in kept[DEFAULT_SCHEDULER]) < 0.05
-    assert max(abs(variance - 1) for variance in kept["unipc"]) < 0.07
-    assert max(abs(variance - 1) for variance in kept["heun"]) < 0.21
-    assert kept["ddim"][:4] == pytest.approx([0.24, 0.49, 0.69, 0.78], abs=0.01)
+    def kept(name):
+        steps = build_scheduler(name, ALPHA_BAR).steps(10)
+        return [gaussian_moments(steps, deviation)[1] for deviation in (0.2, 0.4, 1, 2, 4)]
+
+    assert kept(DEFAULT_SCHEDULER) == pytest.approx([1] * 5, abs=0.05)
+    assert kept("dpm++") == pytest.approx([1] * 5, abs=0.07)
+    assert kept("heun") == pytest.approx([1] * 5, abs=0.16)
+    assert kept("ddim") == pytest.approx([0.49, 0.69, 0.78, 0.73, 0.59], abs=0.01)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -174,8 +175,8 @@ def test_log_snr_is_evenly_spaced():
     timesteps = log_snr_timesteps(ALPHA_BAR.tolist(), 10)
     sigma = ((1 - ALPHA_BAR) / ALPHA_BAR).sqrt()[timesteps]
     assert timesteps[0] == T - 1
-    assert float(sigma[1]) == pytest.approx(12, rel=0.05)
-    assert float(sigma[-1]) == pytest.approx(0.02, rel=0.1)
+    assert float(sigma[1]) == pytest.approx(14, rel=0.05)
+    assert float(sigma[-1]) == pytest.approx(0.05, rel=0.1)
     gaps = sigma[1:].log().diff()
     assert float(gaps.max() - gaps.min()) < 0.1 * float(gaps.abs().mean())
 

@@ -1,0 +1,96 @@
+"""How well the spectrum of a low-resolution photo tells its fine detail, within a set of photos and across.
+
+Windows of bicubic enlargements give the power of five bands below the Nyquist frequency of the low
+resolution; a quadratic fit turns their logarithms into that of the power of the original at 0.35 to 0.9 of
+Nyquist, the band of metrics.high_frequency_energy. Fitted to one set and applied to another, it shows how
+much more or less detail the other has behind the same low resolution.
+
+    python -m bench.detail
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import metrics
+from bench.tables import table
+from bicubic import upscale_image
+from images import image_size, list_images, read_rgb, to_unit_range
+from util import degrade
+
+SCALE, WINDOW = 4, 64
+BANDS = ((0.02, 0.05), (0.05, 0.09), (0.09, 0.14), (0.14, 0.19), (0.19, 0.25))
+DETAIL = (0.35, 0.9)
+LEAST_POWER = 1e-7  # of a band, on values in [0, 1]: below it a window is flat
+
+
+def photos(folder: Path) -> list[Path]:
+    """Those that have a window."""
+    return [path for path in list_images(folder) if min(image_size(path)) >= WINDOW + SCALE]
+
+
+def spectra(path: Path) -> tuple[Tensor, Tensor]:
+    """The overlapping windows of a photo: log power of BANDS enlarged, and of DETAIL: (N, 5), (N,)."""
+    photo = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
+    height, width = (side // SCALE * SCALE for side in photo.shape[-2:])
+    sample = degrade(photo[None, :, :height, :width], SCALE, upscale_image)
+    return log_power(sample.upscaled, *BANDS), log_power(sample.original, DETAIL)[:, 0]
+
+
+def log_power(image: Tensor, *bands: tuple[float, float]) -> Tensor:
+    """Of each window's luma within bands of radial frequencies: (1, 3, H, W) in [-1, 1] to (N, bands)."""
+    luma = metrics.to_luma(to_unit_range(image))[0, 0]
+    windows = luma.unfold(0, WINDOW, WINDOW // 2).unfold(1, WINDOW, WINDOW // 2).flatten(0, 1)
+    windows = windows - windows.mean(dim=(1, 2), keepdim=True)
+    taper = torch.hann_window(WINDOW)
+    spectrum = torch.fft.fft2(windows * torch.outer(taper, taper), norm="forward").abs().square()
+    frequency = torch.fft.fftfreq(WINDOW, d=0.5)
+    radius = torch.hypot(frequency[:, None], frequency)
+    powers = [spectrum[:, (radius >= low) & (radius < high)].sum(dim=1) for low, high in bands]
+    return torch.stack(powers, dim=1).double().add(LEAST_POWER).log()
+
+
+def quadratic(features: Tensor) -> Tensor:
+    """(N, F) -> 1, the features and their products (N, 1 + F + F (F + 1) / 2)."""
+    pairs = torch.combinations(torch.arange(features.shape[1]), with_replacement=True)
+    products = features[:, pairs[:, 0]] * features[:, pairs[:, 1]]
+    return torch.cat([torch.ones_like(features[:, :1]), features, products], dim=1)
+
+
+def fit(paths: list[Path]) -> Tensor:
+    """Least squares of the log power of the detail: the coefficients of `quadratic`."""
+    known = [spectra(path) for path in paths]
+    features, detail = (torch.cat(column) for column in zip(*known, strict=True))
+    return torch.linalg.lstsq(quadratic(features), detail[:, None]).solution[:, 0]
+
+
+def expected_over_true(paths: list[Path], coefficients: Tensor) -> float:
+    """What a fit expects in each window over what is there: geometric mean over windows, then over photos."""
+    errors = []
+    for path in paths:
+        features, detail = spectra(path)
+        errors.append((quadratic(features) @ coefficients - detail).mean())
+    return metrics.geometric_mean(torch.stack(errors).exp())
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    if "SR_DATA" not in os.environ:
+        print("SR_DATA must name a folder with train/BSDS500, train/T91 and test/Set5", file=sys.stderr)
+        return 2
+    data = Path(os.environ["SR_DATA"])
+    bsds, t91, set5 = (photos(data / name) for name in ("train/BSDS500", "train/T91", "test/Set5"))
+    sets = {"BSDS500": bsds[1::2], "T91": t91[1::2], "Set5": set5}
+    rows = []
+    for name, known in (("BSDS500", bsds[::2]), ("T91", t91[::2])):
+        coefficients = fit(known)
+        rows.append([name, *(f"{expected_over_true(one, coefficients):.2f}" for one in sets.values())])
+    print("\n".join(table(["fitted to half of", *sets], rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
