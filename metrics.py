@@ -33,7 +33,7 @@ _SSIM_WINDOW = 11
 _SSIM_SIGMA = 1.5
 _PATCH = 7  # side of the patches that the sliced Wasserstein distance compares
 _DIRECTIONS_AT_ONCE = 128  # bounds the memory of the sort
-_BAND = (0.35, 0.9)  # fractions of the Nyquist frequency
+DETAIL_BAND = (0.35, 0.9)  # fractions of the Nyquist frequency
 _SMALLEST_SPECTRUM = 16
 _FLAT_POWER = 1e-10  # a hundred times below one uint8 step, squared
 _SMALLEST_LPIPS = 32
@@ -263,19 +263,27 @@ def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
         raise ValueError(
             f"{height}x{width} is too small for a spectrum; give {_SMALLEST_SPECTRUM} pixels or more"
         )
-    energy, reference = _band_energy(restored), _band_energy(truth)
+    energy, reference = band_energy(restored), band_energy(truth)
     return torch.where(reference > _FLAT_POWER, energy / reference, torch.nan)
 
 
-def _band_energy(image: Tensor) -> Tensor:
-    """Mean power per pixel of the windowed luma within the band: (B, C, H, W) to (B,)."""
+def band_energy(image: Tensor, band: tuple[float, float] = DETAIL_BAND) -> Tensor:
+    """Mean power per pixel of the luma within a band of radial frequencies, behind a Hann window.
+
+    Args:
+        image: (B, C, H, W) in [0, 1].
+        band: lowest and highest frequency; 1 is Nyquist.
+
+    Returns:
+        (B,), float64.
+    """
     luma = to_luma(_to_float64(image))[:, 0]  #                                     (B, H, W)
     luma = luma - luma.mean(dim=(-2, -1), keepdim=True)
     height, width = luma.shape[-2:]
     window = torch.outer(_hann(height), _hann(width)).to(luma)
     radius = torch.hypot(_frequencies(height)[:, None], _frequencies(width)[None, :]).to(luma)
     power = torch.fft.fft2(luma * window, norm="forward").abs().square()
-    return power[:, (radius >= _BAND[0]) & (radius <= _BAND[1])].sum(dim=-1)
+    return power[:, (radius >= band[0]) & (radius <= band[1])].sum(dim=-1)
 
 
 def _hann(length: int) -> Tensor:

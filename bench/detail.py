@@ -2,7 +2,7 @@
 
 Windows of bicubic enlargements give the power of five bands below the Nyquist frequency of the low
 resolution; a quadratic fit turns their logarithms into that of the power of the original at 0.35 to 0.9 of
-Nyquist, the band of metrics.high_frequency_energy. Fitted to one set and applied to another, it shows how
+Nyquist, as metrics.high_frequency_energy sees it. Fitted to one set and applied to another, it shows how
 much more or less detail the other has behind the same low resolution.
 
     python -m bench.detail
@@ -23,7 +23,6 @@ from util import degrade
 
 SCALE, WINDOW = 4, 64
 BANDS = ((0.02, 0.05), (0.05, 0.09), (0.09, 0.14), (0.14, 0.19), (0.19, 0.25))
-DETAIL = (0.35, 0.9)
 LEAST_POWER = 1e-7  # of a band, on values in [0, 1]: below it a window is flat
 
 
@@ -33,24 +32,19 @@ def photos(folder: Path) -> list[Path]:
 
 
 def spectra(path: Path) -> tuple[Tensor, Tensor]:
-    """The overlapping windows of a photo: log power of BANDS enlarged, and of DETAIL: (N, 5), (N,)."""
+    """Log power of the windows of a photo: (N, 5) enlarged, in BANDS; (N,) of the original's detail."""
     photo = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
     height, width = (side // SCALE * SCALE for side in photo.shape[-2:])
     sample = degrade(photo[None, :, :height, :width], SCALE, upscale_image)
-    return log_power(sample.upscaled, *BANDS), log_power(sample.original, DETAIL)[:, 0]
+    enlarged, original = windows(sample.upscaled), windows(sample.original)
+    coarse = torch.stack([metrics.band_energy(enlarged, band) for band in BANDS], dim=1)
+    return (coarse + LEAST_POWER).log(), (metrics.band_energy(original) + LEAST_POWER).log()
 
 
-def log_power(image: Tensor, *bands: tuple[float, float]) -> Tensor:
-    """Of each window's luma within bands of radial frequencies: (1, 3, H, W) in [-1, 1] to (N, bands)."""
-    luma = metrics.to_luma(to_unit_range(image))[0, 0]
-    windows = luma.unfold(0, WINDOW, WINDOW // 2).unfold(1, WINDOW, WINDOW // 2).flatten(0, 1)
-    windows = windows - windows.mean(dim=(1, 2), keepdim=True)
-    taper = torch.hann_window(WINDOW)
-    spectrum = torch.fft.fft2(windows * torch.outer(taper, taper), norm="forward").abs().square()
-    frequency = torch.fft.fftfreq(WINDOW, d=0.5)
-    radius = torch.hypot(frequency[:, None], frequency)
-    powers = [spectrum[:, (radius >= low) & (radius < high)].sum(dim=1) for low, high in bands]
-    return torch.stack(powers, dim=1).double().add(LEAST_POWER).log()
+def windows(image: Tensor) -> Tensor:
+    """(1, 3, H, W) in [-1, 1] to (N, 3, WINDOW, WINDOW) in [0, 1]."""
+    cut = to_unit_range(image)[0].unfold(1, WINDOW, WINDOW // 2).unfold(2, WINDOW, WINDOW // 2)
+    return cut.flatten(1, 2).transpose(0, 1)
 
 
 def quadratic(features: Tensor) -> Tensor:
