@@ -11,6 +11,7 @@ much more or less detail the other has behind the same low resolution.
 import os
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from util import degrade
 SCALE, WINDOW = 4, 64
 BANDS = ((0.02, 0.05), (0.05, 0.09), (0.09, 0.14), (0.14, 0.19), (0.19, 0.25))
 LEAST_POWER = 1e-7  # of a band, on values in [0, 1]: below it a window is flat
+Spectra: TypeAlias = tuple[Tensor, Tensor]
 
 
 def photos(folder: Path) -> list[Path]:
@@ -31,7 +33,7 @@ def photos(folder: Path) -> list[Path]:
     return [path for path in list_images(folder) if min(image_size(path)) >= WINDOW + SCALE]
 
 
-def spectra(path: Path) -> tuple[Tensor, Tensor]:
+def spectra(path: Path) -> Spectra:
     """Log power of the windows of a photo: (N, 5) enlarged, in BANDS; (N,) of the original's detail."""
     photo = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
     height, width = (side // SCALE * SCALE for side in photo.shape[-2:])
@@ -54,19 +56,15 @@ def quadratic(features: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(features[:, :1]), features, products], dim=1)
 
 
-def fit(paths: list[Path]) -> Tensor:
+def fit(known: list[Spectra]) -> Tensor:
     """Least squares of the log power of the detail: the coefficients of `quadratic`."""
-    known = [spectra(path) for path in paths]
     features, detail = (torch.cat(column) for column in zip(*known, strict=True))
     return torch.linalg.lstsq(quadratic(features), detail[:, None]).solution[:, 0]
 
 
-def expected_over_true(paths: list[Path], coefficients: Tensor) -> float:
+def expected_over_true(known: list[Spectra], coefficients: Tensor) -> float:
     """What a fit expects in each window over what is there: geometric mean over windows, then over photos."""
-    errors = []
-    for path in paths:
-        features, detail = spectra(path)
-        errors.append((quadratic(features) @ coefficients - detail).mean())
+    errors = [(quadratic(features) @ coefficients - detail).mean() for features, detail in known]
     return metrics.geometric_mean(torch.stack(errors).exp())
 
 
@@ -76,7 +74,10 @@ def main() -> int:
         print("SR_DATA must name a folder with train/BSDS500, train/T91 and test/Set5", file=sys.stderr)
         return 2
     data = Path(os.environ["SR_DATA"])
-    bsds, t91, set5 = (photos(data / name) for name in ("train/BSDS500", "train/T91", "test/Set5"))
+    bsds, t91, set5 = (
+        [spectra(path) for path in photos(data / name)]
+        for name in ("train/BSDS500", "train/T91", "test/Set5")
+    )
     sets = {"BSDS500": bsds[1::2], "T91": t91[1::2], "Set5": set5}
     rows = []
     for name, known in (("BSDS500", bsds[::2]), ("T91", t91[::2])):
