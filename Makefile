@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint bench results clean
 
 demo: $(VENV)/installed
-	$(BIN)/python demo.py
+	$(BIN)/python -m examples.demo
 
 test: lint
 	$(BIN)/python -m pytest

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from images import Pixels, read_rgb
+from imaging.files import Pixels, read_rgb
 
 Border: TypeAlias = Literal["mirror", "replicate"]
 Rounding: TypeAlias = Literal["none", "uint8"]

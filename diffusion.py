@@ -18,15 +18,13 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-import metrics
-from checkpoint import CheckpointError, Plain, StateDict, load_checkpoint, load_model, load_weights
-from images import to_unit_range
-from processes import Processes
+from bicubic import upscale_image
+from engine.checkpoint import CheckpointError, Plain, StateDict, load_checkpoint, load_model, load_weights
+from engine.processes import Processes
+from imaging.files import to_unit_range
 from samplers import DEFAULT_SCHEDULER, HISTORY, SchedulerName, Step, build_scheduler, draw_noise
 from schedules import Mode, ProcessConfig, Schedule, TimestepDensity, alpha_bar_of, timestep_quantile
-from tiling import Scale, Window
 from training import (
-    NonFiniteError,
     Run,
     TrainingConfig,
     TrainState,
@@ -37,13 +35,9 @@ from training import (
     train,
 )
 from unet import Condition, UNetConfig
-from util import CropDataset, ImageDataset, Sample, UpscaleFunction, degrade
+from util import CropDataset, ImageDataset, UpscaleFunction, degrade
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
-VALIDATION_SEED = 0
-VALIDATION_BATCH = 8
-GRID_IMAGES = 4
-LOSS_BARS = 20
 
 
 class Restorer(Protocol):
@@ -207,9 +201,9 @@ class DiffusionModel:
         self,
         model: nn.Module,
         dataset: ImageDataset,
-        validation: ImageDataset,
         config: TrainingConfig,
         *,
+        validate: Callable[[nn.Module], Validation] | None = None,
         checkpoint_dir: Path,
         log_dir: Path,
         resume: Path | None = None,
@@ -224,8 +218,10 @@ class DiffusionModel:
         Args:
             model: a Restorer on this model's device, for instance unet.UNet. Its scale and residual_std are
                 set from the dataset unless it already has them.
-            dataset, validation: what to learn from; what to choose the best checkpoint by.
+            dataset: what to learn from.
             config: how to train.
+            validate: measures the averaged network, to choose the best checkpoint by; see
+                evaluation.validation.Validator.
             checkpoint_dir: receives `diffusion_model_{mode}_best.pth` and `..._last.pth`.
             log_dir: receives the TensorBoard events.
             resume: a checkpoint to continue from.
@@ -258,7 +254,7 @@ class DiffusionModel:
             run,
             processes=processes,
             precision=precision,
-            validate=self.validator(validation, precision, processes),
+            validate=validate,
             progress=progress,
             profile=profile,
         )
@@ -294,20 +290,6 @@ class DiffusionModel:
             return self.loss(model, clean, Condition(sample.upscaled, sample.low_res), generator)
 
         return loss
-
-    def validator(
-        self,
-        dataset: ImageDataset,
-        precision: torch.dtype | None = None,
-        processes: Processes | None = None,
-    ) -> Callable[[nn.Module], Validation]:
-        """A function that restores the dataset's images with a network, and measures.
-
-        PSNR and SSIM are those of one step, the posterior mean, on luma; pictures are shown of one step and
-        of ten; the loss is shown by timestep. The noise is the same at every call. Every process takes its
-        share of the images.
-        """
-        return _Validator(self, dataset, precision, processes or Processes(self.device))
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
         """Copy the averaged weights of a checkpoint or an exported model into a network.
@@ -521,10 +503,8 @@ class ResidualGenerator:
         if low_res.min() < -1.001 or low_res.max() > 1.001:
             raise ValueError("the low-resolution image must be in [-1, 1]: images.to_model_range maps [0, 1]")
         low_res = low_res.to(self.device, torch.float32)
-        scale = Scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
-        size = scale.high_size(low_res.shape[-2], low_res.shape[-1])
-        upscaled = scale.upscale(low_res, Window(0, size[0], 0, size[1]))
-        return low_res, upscaled.clamp(-1, 1)
+        scale = float(model.scale) or self.img_size / max(low_res.shape[-2:])
+        return low_res, upscale_image(low_res, scale).clamp(-1, 1)
 
     @torch.inference_mode()
     def _residual(
@@ -566,78 +546,6 @@ def noise_stream(seed: int, sample: int) -> torch.Generator:
     return torch.Generator().manual_seed(noise_seed(seed, sample, 0))
 
 
-class _Validator:
-    """Restores a fixed set of images with the averaged network; see DiffusionModel.validator."""
-
-    def __init__(
-        self,
-        diffusion: DiffusionModel,
-        dataset: ImageDataset,
-        precision: torch.dtype | None,
-        processes: Processes,
-    ) -> None:
-        self.diffusion = diffusion
-        self.processes = processes
-        self.generator = ResidualGenerator.of(diffusion.process, processes.device, precision)
-        self.protocol = metrics.Protocol(crop=round(dataset.downscale_factor))
-        crops = torch.stack([dataset.crop(index) for index in range(len(dataset))])
-        self.batches = [
-            degrade(part.to(processes.device), dataset.downscale_factor, dataset.upscale_function)
-            for part in crops.split(VALIDATION_BATCH)
-        ]
-
-    def __call__(self, network: nn.Module) -> Validation:
-        """Restore, measure, and draw."""
-        model = cast(Restorer, network)
-        mine = self.batches[self.processes.rank :: self.processes.world]
-        sums = torch.zeros(4, dtype=torch.float64, device=self.processes.device)
-        for batch in mine:
-            sums += self._measure(batch, self._restore(model, batch, 1))
-        psnr, ssim, bicubic, count = self.processes.sum(sums).tolist()
-        first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
-        scalars = {"psnr": psnr / count, "ssim": ssim / count, "psnr_over_bicubic": (psnr - bicubic) / count}
-        images = {"low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, 1))}
-        if self.diffusion.mode == "regression":
-            return Validation(psnr / count, scalars, images)
-        sample = self._restore(model, first, min(10, self.diffusion.timesteps))
-        images["low_bicubic_sample_original"] = comparison_grid(first, sample)
-        curves = {"loss_by_timestep": self._loss_by_timestep(model, first)}
-        return Validation(psnr / count, scalars, images, curves)
-
-    def _restore(self, model: Restorer, batch: Sample, steps: int) -> Tensor:
-        restored = self.generator.restore(model, batch.low_res, batch.upscaled, steps, VALIDATION_SEED)
-        if not torch.isfinite(restored).all():
-            raise NonFiniteError("the averaged weights are no longer finite: lower --learning_rate")
-        return restored
-
-    def _measure(self, batch: Sample, restored: Tensor) -> Tensor:
-        """Sums over a batch: PSNR, SSIM, PSNR of bicubic, and the number of images."""
-        truth = to_unit_range(batch.original)
-        upscaled = to_unit_range(batch.upscaled)
-        values = [
-            metrics.psnr(restored, truth, self.protocol),
-            metrics.ssim(restored, truth, self.protocol),
-            metrics.psnr(upscaled, truth, self.protocol),
-            torch.ones(len(truth), device=truth.device),
-        ]
-        return torch.stack([value.double().sum() for value in values])
-
-    @torch.inference_mode()
-    def _loss_by_timestep(self, model: Restorer, batch: Sample) -> tuple[list[float], list[float]]:
-        """Right edges of even stretches of timesteps, and the unweighted loss in the middle of each."""
-        clean = batch.residual / float(model.residual_std)
-        context = model.encode_context(Condition(batch.upscaled, batch.low_res))
-        bars = min(LOSS_BARS, self.diffusion.timesteps)
-        edges = [self.diffusion.timesteps * (bar + 1) / bars for bar in range(bars)]
-        heights = []
-        for edge in edges:
-            middle = int(edge - self.diffusion.timesteps / bars / 2)
-            t = torch.full((len(clean),), middle, device=clean.device)
-            generator = torch.Generator(clean.device).manual_seed(VALIDATION_SEED)
-            heights.append(float(self.diffusion.loss_at(t, model, clean, context, generator).mean()))
-        return edges, heights
-
-
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
     """Root mean square of the residuals in [-2, 2] of up to `samples` training crops.
 
@@ -655,20 +563,3 @@ def network_of(model: nn.Module) -> Restorer:
     """The network inside a wrapper of DistributedDataParallel or torch.compile, or the network itself."""
     inner = getattr(model, "module", getattr(model, "_orig_mod", model))
     return cast(Restorer, inner)
-
-
-def comparison_grid(samples: Sample, restored: Tensor) -> Tensor:
-    """A (3, H', W') picture in [0, 1], a row per image: low (nearest) | bicubic | restored | original."""
-    from torchvision.utils import make_grid
-
-    count, size = len(restored), samples.original.shape[-2:]
-    low = torch.nn.functional.interpolate(to_unit_range(samples.low_res[:count]), size=size, mode="nearest")
-    columns = [
-        low,
-        to_unit_range(samples.upscaled[:count]),
-        restored,
-        to_unit_range(samples.original[:count]),
-    ]
-    rows = torch.stack(columns, dim=1).flatten(0, 1).cpu()
-    grid: Tensor = make_grid(rows, nrow=len(columns), padding=4)
-    return grid

@@ -14,10 +14,10 @@ from typing import get_args
 import torch
 
 from bicubic import Border
-from device import Precision, autocast_dtype, select_device
-from evaluation import Settings, evaluate, load_trained, read_image_set
-from files import write_atomically, write_text_atomically
-from report import Report, perception_distortion_figure
+from engine.device import Precision, autocast_dtype, select_device
+from evaluation.evaluation import Settings, evaluate, load_trained, read_image_set
+from evaluation.report import Report, perception_distortion_figure
+from imaging.atomic import write_atomically, write_text_atomically
 from samplers import DEFAULT_SCHEDULER, SchedulerName
 
 

@@ -23,11 +23,19 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from bicubic import upscale_image
-from checkpoint import LoadedModel, export_safetensors, load_model, released_model
-from device import autocast_dtype, compile_network, select_device
-from files import write_atomically
-from images import IMAGE_SUFFIXES, DecodedImage, Pixels, decode_image, list_images, read_rgb, write_image
-from restoration import DEFAULT_OVERLAP, PRESETS, ImageRestorer, Progress, Restoration, RestoreConfig
+from engine.checkpoint import LoadedModel, export_safetensors, load_model, released_model
+from engine.device import autocast_dtype, compile_network, select_device
+from imaging.atomic import write_atomically
+from imaging.files import (
+    IMAGE_SUFFIXES,
+    DecodedImage,
+    Pixels,
+    decode_image,
+    list_images,
+    read_rgb,
+    write_image,
+)
+from restoration.restorer import DEFAULT_OVERLAP, PRESETS, ImageRestorer, Progress, Restoration, RestoreConfig
 from samplers import DEFAULT_SCHEDULER, SCHEDULERS
 
 # What one file of many may fail with while the others are done; anything else is a fault of the program.

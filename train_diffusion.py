@@ -20,13 +20,14 @@ from typing import cast, get_args
 import numpy as np
 import torch
 
-from cache import CachedReader
-from checkpoint import CheckpointError, Plain, load_checkpoint, load_model, load_weights
-from device import autocast_dtype, compile_network
 from diffusion import DiffusionModel
-from images import list_images
-from processes import Processes, started_processes
-from scan import default_memory
+from engine.checkpoint import CheckpointError, Plain, load_checkpoint, load_model, load_weights
+from engine.device import autocast_dtype, compile_network
+from engine.processes import Processes, started_processes
+from evaluation.validation import Validator
+from imaging.cache import CachedReader
+from imaging.files import list_images
+from imaging.sizes import default_memory
 from schedules import Mode, Schedule, TimestepDensity
 from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError
 from unet import Condition, UNet, UNetConfig, parameter_count
@@ -305,8 +306,8 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
     run, received = diffusion.train(
         model,
         training,
-        validation,
         config,
+        validate=Validator(diffusion, validation, precision, processes),
         checkpoint_dir=checkpoint_dir,
         log_dir=log_dir,
         resume=Path(args.weights_path) if args.weights_path else None,

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, Plain, load_checkpoint, load_weights, save_checkpoint
-from processes import Processes
+from engine.checkpoint import CheckpointError, Plain, load_checkpoint, load_weights, save_checkpoint
+from engine.processes import Processes
 
 logger = logging.getLogger(__name__)
 

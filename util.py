@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bicubic import resize, upscale_image
-from images import UnreadableImageError, list_images, read_rgb, to_model_range
-from scan import image_sizes
+from imaging.files import UnreadableImageError, list_images, read_rgb, to_model_range
+from imaging.sizes import image_sizes
 
 logger = logging.getLogger(__name__)
 

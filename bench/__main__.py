@@ -24,9 +24,9 @@ from bench import data, networks
 from bench.contenders import NAMES, OURS, RECIPE, contenders
 from bench.tables import table
 from bench.timing import Timing, in_turns
-from device import select_device
-from evaluation import Settings, read_image_set
-from files import write_text_atomically
+from engine.device import select_device
+from evaluation.evaluation import Settings, read_image_set
+from imaging.atomic import write_text_atomically
 from unet import parameter_count
 
 RESULTS = Path("bench/RESULTS.md")

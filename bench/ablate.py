@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.tables import table
-from images import list_images
+from imaging.files import list_images
 
 RECIPE = "recipes/ablation.args"
 HELD_OUT_EVERY = 16

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from device import compile_network
+from engine.device import compile_network
 from train_diffusion import build_parser, make_model
 from unet import Condition, UNetConfig
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from bench.timing import Timing, in_turns
 from bicubic import downscale_image, upscale_image
-from cache import CachedReader
-from dead_leaves import dead_leaves
 from diffusion import DiffusionModel
-from images import read_rgb, write_image
+from examples.dead_leaves import dead_leaves
+from imaging.cache import CachedReader
+from imaging.files import read_rgb, write_image
 from training import TrainingConfig
 from unet import UNet
 from util import ImageDataset
@@ -84,7 +84,6 @@ def share_waiting_for_data(network: UNet, photos: Path, device: torch.device, st
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     dataset = ImageDataset(photos, 64, 4, reader=CachedReader(CACHE_BYTES))
-    validation = ImageDataset(dataset.paths[:1], 64, 4, train=False)
     first = -(-len(dataset) // 16)  # the steps in which images are decoded
     config = TrainingConfig(
         max_steps=first + steps,
@@ -96,7 +95,7 @@ def share_waiting_for_data(network: UNet, photos: Path, device: torch.device, st
     )
     with tempfile.TemporaryDirectory() as folder:
         places = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "logs"}
-        DiffusionModel(device=device).train(network, dataset, validation, config, **places)
+        DiffusionModel(device=device).train(network, dataset, config, **places)
         events = EventAccumulator(str(places["log_dir"])).Reload().Scalars("train/share_waiting_for_data")
     shares = [event.value for event in events if event.step > first + 10]
     return sum(shares) / len(shares)

@@ -16,10 +16,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-import metrics
 from bench.tables import table
 from bicubic import upscale_image
-from images import image_size, list_images, read_rgb, to_unit_range
+from evaluation import metrics
+from imaging.files import image_size, list_images, read_rgb, to_unit_range
 from util import degrade
 
 SCALE, WINDOW = 4, 64

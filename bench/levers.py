@@ -11,7 +11,7 @@ from bench.contenders import OURS, our_network
 from bench.networks import denoising_step, training_step
 from bench.tables import table
 from bench.timing import in_turns
-from device import autocast_dtype, compile_network, select_device
+from engine.device import autocast_dtype, compile_network, select_device
 from training import TrainingConfig, make_optimizer
 from unet import Condition, UNet
 

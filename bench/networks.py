@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import metrics
 from bench.timing import Timing, in_turns
 from bicubic import upscale_image
-from checkpoint import load_checkpoint, load_weights
 from diffusion import DiffusionModel, ResidualGenerator, Restorer
-from evaluation import ImageSet
-from images import to_model_range
+from engine.checkpoint import load_checkpoint, load_weights
+from evaluation import metrics
+from evaluation.evaluation import ImageSet
+from imaging.files import to_model_range
 from training import TrainingConfig
 from unet import Condition
 from util import ImageDataset
@@ -114,12 +114,11 @@ def train_for(
     )
     network.residual_std.zero_()
     training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
-    validation = ImageDataset(training.paths[:1], QUALITY_CROP, SCALE, train=False)
     diffusion = DiffusionModel(device=device, timestep_density="high_noise")
     precision = torch.bfloat16 if device.type == "cuda" else None
     with tempfile.TemporaryDirectory() as folder:
         places = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "logs"}
-        run, _ = diffusion.train(network, training, validation, config, precision=precision, **places)
+        run, _ = diffusion.train(network, training, config, precision=precision, **places)
         averaged = load_checkpoint(run.last, device)["ema"]
     load_weights(network, cast(dict[str, torch.Tensor], averaged), "the run that just ended")
     return network.eval(), steps

@@ -16,15 +16,15 @@ from statistics import fmean
 
 import torch
 
-import metrics
 from bench.tables import table
-from checkpoint import RELEASED, load_model, released_model
-from device import select_device
-from evaluation import ImageSet, Settings, evaluate, load_trained, read_image_set
-from files import write_text_atomically
-from images import pixels_to_unit
-from report import Row
-from restoration import ImageRestorer, RestoreConfig
+from engine.checkpoint import RELEASED, load_model, released_model
+from engine.device import select_device
+from evaluation import metrics
+from evaluation.evaluation import ImageSet, Settings, evaluate, load_trained, read_image_set
+from evaluation.report import Row
+from imaging.atomic import write_text_atomically
+from imaging.files import pixels_to_unit
+from restoration.restorer import ImageRestorer, RestoreConfig
 
 RESULTS = Path("weights/RESULTS.md")
 # (scale, set): the numbers of steps; ten steps of x2 on BSD100 would take a quarter of an hour on one core.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from meter import wait_for
+from evaluation.meter import wait_for
 
 
 class Timing(NamedTuple):

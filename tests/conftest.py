@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dead_leaves import dead_leaves
-from device import cpu_bfloat16_works
-from images import write_image
+from engine.device import cpu_bfloat16_works
+from examples.dead_leaves import dead_leaves
+from imaging.files import write_image
 
 torch.set_num_threads(1)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test-cache-")  # for child processes, too

@@ -16,9 +16,9 @@ from bench.networks import denoising_step, floating_point_operations, one_step_p
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from bicubic import downscale_image
-from dead_leaves import dead_leaves
 from diffusion import DiffusionModel
-from evaluation import ImageSet, Picture
+from evaluation.evaluation import ImageSet, Picture
+from examples.dead_leaves import dead_leaves
 from tests.networks import tiny_unet
 from train_diffusion import parse
 

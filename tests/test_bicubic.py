@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import bicubic
 from bicubic import downscale_image, resize, upscale_image
-from images import read_rgb, write_image
+from imaging.files import read_rgb, write_image
 
 SCALES = (1 / 8, 1 / 3, 0.25, 0.4, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 8.0)
 # folder -> scale, border, rounding: the conventions under which the files were published

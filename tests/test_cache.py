@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from cache import CachedReader
-from images import UnreadableImageError, read_rgb, write_image
+from imaging.cache import CachedReader
+from imaging.files import UnreadableImageError, read_rgb, write_image
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import (
+from engine import checkpoint
+from engine.checkpoint import (
     CheckpointError,
     LoadedModel,
     export_safetensors,

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+import dead_leaves as module
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import stats
 
-import dead_leaves as module
-import files
-from dead_leaves import RadiusLaw, dead_leaves, draw_dead_leaves_folder
+from examples.dead_leaves import RadiusLaw, dead_leaves, draw_dead_leaves_folder
+from imaging import atomic as files
 
 
 def radius_cdf(radius: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:

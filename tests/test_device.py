@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import device
-from device import autocast_dtype, compile_network, cpu_bfloat16_works, select_device
+from engine import device
+from engine.device import autocast_dtype, compile_network, cpu_bfloat16_works, select_device
 from tests.networks import tiny_unet
 from unet import Condition
 

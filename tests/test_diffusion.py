@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-import metrics
-from checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from diffusion import DiffusionModel, ResidualGenerator, comparison_grid, measure_residual_std
+from engine.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from evaluation import metrics
+from evaluation.validation import Validator
 from samplers import SCHEDULERS
 from schedules import (
     ProcessConfig,
@@ -292,11 +293,12 @@ def train_small(photo_folder, folder, mode="v_prediction"):
         save_every=80,
     )
     unet = UNet(base_dim=8, dim_mults=(1, 2), context_dim=16)
-    run, received = DiffusionModel(mode=mode).train(
+    diffusion = DiffusionModel(mode=mode)
+    run, received = diffusion.train(
         unet,
         dataset,
-        validation,
         config,
+        validate=Validator(diffusion, validation),
         checkpoint_dir=folder / "run",
         log_dir=folder / "logs",
         progress=False,
@@ -332,7 +334,7 @@ def test_every_mode_restores_as_well_as_v_prediction(trained, photo_folder, tmp_
 def test_a_regression_model_restores_in_one_step_and_without_noise(photo_folder, tmp_path):
     run, _, unet, dataset, _ = train_small(photo_folder, tmp_path, "regression")
     validation = ImageDataset(photo_folder, 32, 2, train=False)
-    result = DiffusionModel(mode="regression").validator(validation)(load_model(run.best).unet)
+    result = Validator(DiffusionModel(mode="regression"), validation)(load_model(run.best).unet)
     assert result.scalars["psnr_over_bicubic"] > 0.3
     assert result.curves == {}
     generator, low_res = ResidualGenerator(predict_mode="regression"), dataset[0].low_res[None]
@@ -357,7 +359,7 @@ def test_the_regression_loss_is_the_absolute_error():
 def test_training_beats_bicubic(trained, photo_folder):
     run, received, _, _, _ = trained
     validation = ImageDataset(photo_folder, 32, 2, train=False)
-    result = DiffusionModel().validator(validation)(load_model(run.best).unet)
+    result = Validator(DiffusionModel(), validation)(load_model(run.best).unet)
     assert received is None
     assert result.scalars["psnr_over_bicubic"] > 0.3
     assert result.psnr == pytest.approx(load_checkpoint(run.best)["best_psnr"], abs=1e-4)
@@ -404,9 +406,9 @@ def test_tensorboard_shows_what_a_person_looks_for(trained):
 def test_the_loss_is_shown_by_timestep(trained, photo_folder):
     run, _, _, _, _ = trained
     validation = ImageDataset(photo_folder, 32, 2, train=False)
-    edges, heights = (
-        DiffusionModel().validator(validation)(load_model(run.best).unet).curves["loss_by_timestep"]
-    )
+    edges, heights = Validator(DiffusionModel(), validation)(load_model(run.best).unet).curves[
+        "loss_by_timestep"
+    ]
     assert edges[-1] == 1000
     assert len(heights) == len(edges) == 20
     assert heights[0] > heights[10] > 0  # v of a nearly clean image is its noise, which cannot be seen
@@ -450,7 +452,7 @@ def test_resuming_restores_the_whole_state(trained):
 
 
 def test_a_blank_folder_has_nothing_to_learn(tmp_path):
-    from images import write_image
+    from imaging.files import write_image
 
     write_image(tmp_path / "blank.png", torch.full((32, 32, 3), 128, dtype=torch.uint8).numpy())
     with pytest.raises(ValueError, match="nothing to learn"):

@@ -15,17 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluation
-import metrics
 from bicubic import downscale_image, resize, upscale_image
-from checkpoint import load_model, save_checkpoint
-from dead_leaves import dead_leaves
 from diffusion import ProcessConfig, ResidualGenerator
+from engine.checkpoint import load_model, save_checkpoint
 from evaluate import main
-from evaluation import Settings, load_trained, read_image_set
-from images import read_rgb, write_image
-from meter import Meter
-from report import CSV_COLUMNS, Report, Row, perception_distortion_figure
+from evaluation import evaluation, metrics
+from evaluation.evaluation import Settings, load_trained, read_image_set
+from evaluation.meter import Meter
+from evaluation.report import CSV_COLUMNS, Report, Row, perception_distortion_figure
+from examples.dead_leaves import dead_leaves
+from imaging.files import read_rgb, write_image
 from tests.networks import tiny_unet
 from unet import UNet
 
@@ -369,7 +368,7 @@ def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path):
     command += ["--plot", tmp_path / "new" / "plot.png"]
     done = subprocess.run(
         [str(part) for part in command],
-        cwd=Path(evaluation.__file__).parent,
+        cwd=Path(evaluation.__file__).parent.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from files import write_atomically
+from imaging.atomic import write_atomically
 
 
 def test_a_new_file_is_written_with_its_folders_and_ordinary_permissions(tmp_path):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-import images
-from images import (
+from imaging import files as images
+from imaging.files import (
     IMAGE_SUFFIXES,
     UnreadableImageError,
     decode_image,

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import infer
-from checkpoint import export_safetensors, load_model, save_checkpoint
-from dead_leaves import dead_leaves
-from images import decode_image, write_image
+from engine.checkpoint import export_safetensors, load_model, save_checkpoint
+from examples.dead_leaves import dead_leaves
+from imaging.files import decode_image, write_image
 from tests.test_restoration import PROCESS, psnr, random_model
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dead_leaves import dead_leaves
 from diffusion import DiffusionModel
-from images import write_image
+from examples.dead_leaves import dead_leaves
+from imaging.files import write_image
 from training import TrainingConfig
 from unet import UNet
 from util import ImageDataset
@@ -33,14 +33,13 @@ def trace(folder):
     """The losses of the first steps, as TensorBoard has them: float32."""
     for index in range(4):
         write_image(folder / f"{index}.png", dead_leaves((48, 48), np.random.default_rng(index)))
-    dataset, validation = (ImageDataset(folder, 32, 4, train=train) for train in (True, False))
+    dataset = ImageDataset(folder, 32, 4)
     torch.manual_seed(0)
     config = TrainingConfig(max_steps=STEPS, batch_size=2, learning_rate=1e-3, warmup_steps=5, log_every=1)
     unet = UNet(base_dim=16, dim_mults=(1, 2), context_dim=16, context_blocks=1)
     DiffusionModel().train(
         unet,
         dataset,
-        validation,
         config,
         checkpoint_dir=folder / "checkpoints",
         log_dir=folder / "logs",

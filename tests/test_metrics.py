@@ -15,9 +15,9 @@ from scipy import ndimage, stats
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import metrics
 from bicubic import resize
-from metrics import (
+from evaluation import metrics
+from evaluation.metrics import (
     Lpips,
     MetricUnavailableError,
     Protocol,

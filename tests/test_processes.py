@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load_checkpoint
-from processes import Processes, started_processes
+from engine.checkpoint import load_checkpoint
+from engine.processes import Processes, started_processes
 from training import BatchPlan
 
 ROOT = Path(__file__).parent.parent

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import infer
-import metrics
 from bicubic import downscale_image, upscale_image
-from checkpoint import RELEASED, CheckpointError, load_model, released_model
-from dead_leaves import dead_leaves
-from evaluation import Settings, evaluate, load_trained, read_image_set
-from images import decode_image, pixels_to_unit, write_image
-from restoration import RestoreConfig, restore
+from engine.checkpoint import RELEASED, CheckpointError, load_model, released_model
+from evaluation import metrics
+from evaluation.evaluation import Settings, evaluate, load_trained, read_image_set
+from examples.dead_leaves import dead_leaves
+from imaging.files import decode_image, pixels_to_unit, write_image
+from restoration.restorer import RestoreConfig, restore
 
 SCALES = [4, 2]
 # One step, Set5 and BSD100: SRCNN's published 30.48 and 26.90 dB for x4, 36.66 dB for x2 (Set5).

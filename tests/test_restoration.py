@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-import restoration
 from bicubic import resize
-from checkpoint import LoadedModel
-from dead_leaves import dead_leaves
 from diffusion import ResidualGenerator
-from images import pixels_to_unit, to_model_range, write_image
-from metrics import low_resolution_psnr
-from restoration import PRESETS, ImageRestorer, RestoreConfig, restore
+from engine.checkpoint import LoadedModel
+from evaluation.metrics import low_resolution_psnr
+from examples.dead_leaves import dead_leaves
+from imaging.files import pixels_to_unit, to_model_range, write_image
+from restoration import restorer as restoration
+from restoration.restorer import PRESETS, ImageRestorer, RestoreConfig, restore
+from restoration.tiling import IN_MEMORY_BYTES, Field, Scale, Window, plan_tiles, row_bands
 from samplers import SCHEDULERS
-from tiling import IN_MEMORY_BYTES, Field, Scale, Window, plan_tiles, row_bands
 from unet import UNet
 
 PROCESS = {"timesteps": 1000, "mode": "v_prediction", "schedule": "cosine"}
@@ -387,8 +387,8 @@ def test_any_size_is_restored(size, model, picture):
 
 
 def test_three_lines_are_enough(model, picture, tmp_path):
-    from checkpoint import export_safetensors
-    from images import read_rgb
+    from engine.checkpoint import export_safetensors
+    from imaging.files import read_rgb
 
     write_image(tmp_path / "photo.png", picture)
     export_safetensors(model, tmp_path / "model.safetensors")

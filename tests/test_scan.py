@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-import scan
-from images import UnreadableImageError, image_size, write_image
-from scan import default_memory, image_sizes
+from imaging import sizes as scan
+from imaging.files import UnreadableImageError, image_size, write_image
+from imaging.sizes import default_memory, image_sizes
 
 
 @pytest.fixture

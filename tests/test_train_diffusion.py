@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import train_diffusion
-from checkpoint import load_checkpoint, load_model, save_checkpoint
-from device import cpu_bfloat16_works
-from processes import Processes
+from engine.checkpoint import load_checkpoint, load_model, save_checkpoint
+from engine.device import cpu_bfloat16_works
+from engine.processes import Processes
 from train_diffusion import build_parser, main, make_config, make_datasets, parse
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from bicubic import resize
-from images import write_image
+from imaging.files import write_image
 from util import (
     CropDataset,
     ImageDataset,

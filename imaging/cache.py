@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from files import write_atomically
-from images import read_rgb
+from imaging.atomic import write_atomically
+from imaging.files import read_rgb
 
 
 class CachedReader:

@@ -1,6 +1,6 @@
 """Restore pictures of any size and kind with a trained network: what the scripts and a Python user call.
 
-    from restoration import restore
+    from restoration.restorer import restore
     restore("photo.png", "model.safetensors").save("photo_x4.png")
 
 A large image is restored in overlapping windows that are blended inside every denoising step, over one noise
@@ -27,10 +27,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from checkpoint import LoadedModel, load_model, released_model
-from device import autocast_dtype, select_device
 from diffusion import ResidualGenerator, noise_stream
-from images import (
+from engine.checkpoint import LoadedModel, load_model, released_model
+from engine.device import autocast_dtype, select_device
+from imaging.files import (
     DecodedImage,
     Pixels,
     decode_image,
@@ -40,9 +40,9 @@ from images import (
     unit_to_pixels,
     write_image,
 )
+from restoration.tiling import Field, Scale, Tile, Window, plan_tiles, row_bands
 from samplers import DEFAULT_SCHEDULER, NOISE_ROWS, SCHEDULERS, SchedulerName, Step, draw_noise
 from schedules import ProcessConfig
-from tiling import Field, Scale, Tile, Window, plan_tiles, row_bands
 from unet import Condition, UNet
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from files import write_atomically
-from images import UnreadableImageError, image_size
+from imaging.atomic import write_atomically
+from imaging.files import UnreadableImageError, image_size
 
 MANY = 2000  # from this many files on, reading their headers shows its progress
 CHUNK = 500  # files handed to the threads at a time: the bar moves with the reading

@@ -21,14 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from files import write_atomically
+from imaging.atomic import write_atomically
 from unet import UNet, UNetConfig
 
 FORMAT = 1
 Plain = int | float | str | bool | None | list[int] | list[float] | list[str]
 StateDict = dict[str, Tensor]
 NOT_A_CHECKPOINT = "is not a checkpoint of this project"
-RELEASED = Path(__file__).parent / "weights"
+RELEASED = Path(__file__).parent.parent / "weights"
 
 
 class CheckpointError(ValueError):

@@ -27,7 +27,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from files import write_atomically
+from imaging.atomic import write_atomically
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import metrics
 from bicubic import Border, downscale_image, resize, upscale_image
-from checkpoint import LoadedModel, load_model
 from diffusion import ResidualGenerator, Restorer
-from images import decode_image, list_images, pixels_to_unit, to_model_range, unit_to_pixels
-from meter import Cost, Meter
-from report import LPIPS_OFF, ImageScores, Json, Report, Row
+from engine.checkpoint import LoadedModel, load_model
+from evaluation import metrics
+from evaluation.meter import Cost, Meter
+from evaluation.report import LPIPS_OFF, ImageScores, Json, Report, Row
+from imaging.files import decode_image, list_images, pixels_to_unit, to_model_range, unit_to_pixels
 from samplers import DEFAULT_SCHEDULER, SchedulerName
 from schedules import ProcessConfig
 

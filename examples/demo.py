@@ -13,9 +13,9 @@ import evaluate
 import infer
 import train_diffusion
 from bicubic import downscale_image
-from checkpoint import released_model
-from dead_leaves import draw_dead_leaves_folder
-from images import read_rgb, write_image
+from engine.checkpoint import released_model
+from examples.dead_leaves import draw_dead_leaves_folder
+from imaging.files import read_rgb, write_image
 
 OUTPUT = Path("demo_output")
 RECIPE = Path("recipes/demo.args")

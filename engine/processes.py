@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from device import select_device
+from engine.device import select_device
 
 
 @dataclass(frozen=True)
