@@ -94,7 +94,7 @@ SECTIONS: dict[str, type[Options]] = dict(
     )
 )
 # What the script does otherwise than the classes, and flags that would have no meaning.
-DEFAULTS = {"training": {"accumulation_steps": 64}}
+DEFAULTS = {"training": {"accumulation_steps": 64}, "network": {"predictor_blocks": 12}}
 WITHOUT_FLAG = {"network": ("in_channels", "out_channels")}
 
 

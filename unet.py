@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,10 @@ class UNetConfig(Options):
     patch_size: Literal[1, 2, 4] = option(2, "the stem folds patches of this side into channels")
     blocks_per_level: int = option(2, "residual blocks in each level of encoder and decoder", low=1)
     context_blocks: int = option(0, "residual blocks that refine the upscaled image, once per image", low=0)
+    predictor_blocks: int = option(
+        0, "residual blocks of the predictor of the mean, once per image; 0: no predictor", low=0
+    )
+    predictor_dim: int | None = option(None, "width of the predictor; by default base_dim", low=4)
     conditioning: Conditioning = option(
         "both", "concat: the upscaled image at the stem; cross_attention: tokens of the low resolution"
     )
@@ -255,6 +259,43 @@ class ImageContextExtractor(nn.Module):
         return self.norm(self.project(pooled.flatten(2).transpose(1, 2)) + self.position)
 
 
+class Predictor(nn.Module):
+    """Predicts the mean of the residual and the features that refining it starts from, once per image.
+
+    Predict and refine (Whang et al. 2022, section 3). All but the last layer works at the resolution of the
+    patches, so a pass costs little. With pixel normalisation nothing has an influence beyond the convolutions'
+    `reach`: that far from its edges, a window of an image has exactly the mean of the whole.
+
+    Args:
+        config: its predictor_blocks, predictor_dim, channels, patch_size and norm.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.predictor_dim or config.base_dim
+        self.patch_size = config.patch_size
+        self.stem = nn.Conv2d(config.in_channels * config.patch_size**2, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, width, norm=config.norm) for _ in range(config.predictor_blocks)
+        )
+        self.to_mean = nn.Conv2d(width, config.out_channels * config.patch_size**2, 3, padding=1)
+        self.to_features = nn.Conv2d(width, config.base_dim * config.dim_mults[0], 3, padding=1)
+        nn.init.zeros_(self.to_mean.weight)
+        nn.init.zeros_(cast(Tensor, self.to_mean.bias))
+
+    @property
+    def reach(self) -> int:
+        """Pixels beyond which nothing has an influence on the mean: the radius of all 3x3 convolutions."""
+        return self.patch_size * (2 * len(self.blocks) + 2)
+
+    def forward(self, folded: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C p p, H / p, W / p) upscaled -> mean (B, C, H, W), features (B, D_0, H / p, W / p)."""
+        x = self.stem(folded)
+        for block in self.blocks:
+            x = block(x)
+        return F.pixel_shuffle(self.to_mean(x), self.patch_size), self.to_features(x)
+
+
 class ResidualStage(nn.Module):
     """The residual blocks of one level, on one side of the UNet."""
 
@@ -314,6 +355,11 @@ class UNet(nn.Module):
         """Pixels at whose multiples windows of an image begin and end: the side of an attention window."""
         return self.config.size_multiple * max(1, self.config.attention_window)
 
+    @property
+    def mean_reach(self) -> int:
+        """Pixels from the edge of a window where its mean is the whole image's; 0 without a predictor."""
+        return 0 if self.predictor is None else self.predictor.reach
+
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:
         """(B, C, h, w) -> tokens (B, N, E) for cross-attention, or None where the network has none."""
         if self.context_extractor is None:
@@ -332,8 +378,10 @@ class UNet(nn.Module):
         )
         # A convolution of the concatenation [noisy, upscaled] is the sum of two convolutions; the second does
         # not change from step to step.
-        self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if config.concatenates else None
-        blocks = config.context_blocks if config.concatenates else 0
+        self.predictor = Predictor(config) if config.predictor_blocks else None
+        plain = config.concatenates and self.predictor is None
+        self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if plain else None
+        blocks = config.context_blocks if plain else 0
         self.context_blocks = nn.ModuleList(
             ResidualBlock(width, width, norm=config.norm) for _ in range(blocks)
         )
@@ -369,23 +417,28 @@ class UNet(nn.Module):
         )
 
     def encode_context(self, condition: Condition) -> tuple[Context, Tensor | None]:
-        """What the condition contributes to every step, computed once, and the mean it predicts: none.
+        """What the condition contributes to every step, computed once, and the mean (B, C, H, W) it predicts.
 
         Raises:
             ValueError: something the configuration needs is missing.
         """
-        return Context(self._features(condition), self._keys_values(condition)), None
+        features, mean = self._features(condition)
+        return Context(features, self._keys_values(condition)), mean
 
-    def _features(self, condition: Condition) -> Tensor | None:
-        """(B, D_0, H / p, W / p) of the upscaled image, or None."""
-        if self.upscaled_stem is None:
-            return None
+    def _features(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
+        """(B, D_0, H / p, W / p) of the upscaled image, and the mean, each where the network has them."""
+        if self.upscaled_stem is None and self.predictor is None:
+            return None, None
         if condition.upscaled is None:
-            raise ValueError(f"conditioning is {self.config.conditioning!r}: give the upscaled image")
-        features: Tensor = self.upscaled_stem(self._fold(condition.upscaled))
+            raise ValueError("the condition has no upscaled image, which this network is conditioned on")
+        folded = self._fold(condition.upscaled)
+        if self.predictor is not None:
+            mean, features = self.predictor(folded)
+            return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
+        features = self.upscaled_stem(folded) if self.upscaled_stem is not None else folded
         for block in self.context_blocks:
             features = block(features)
-        return features
+        return features, None
 
     def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
         """Keys and values of the tokens for each transformer block, or ()."""
