@@ -4,17 +4,20 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+# Some virtual machines announce AMX tiles and die of them (SIGILL). oneDNN and OpenMP read these once, at import,
+# and child processes inherit them.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test-cache-")
 
-from engine.device import cpu_bfloat16_works
-from examples.dead_leaves import dead_leaves
-from imaging.files import write_image
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from examples.dead_leaves import dead_leaves  # noqa: E402
+from imaging.files import write_image  # noqa: E402
 
 torch.set_num_threads(1)
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test-cache-")  # for child processes, too
-cpu_bfloat16_works()  # before anything is computed: it may have to hold oneDNN back, see device.py
 
 
 @pytest.fixture(scope="session")
