@@ -1,3 +1,3 @@
-"""Checkpoints, devices, processes and runs: knows nothing of diffusion or of any network."""
+"""What any training needs: checkpoints, options, processes, logs, signals."""
 
-VERSION = "0.2.0"  # the only place: pyproject.toml reads it, checkpoints record it
+VERSION = "0.2.0"

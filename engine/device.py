@@ -37,8 +37,7 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     """The dtype to autocast to, or None for float32 throughout.
 
     "auto" takes bfloat16 on a GPU that computes it natively, and float32 elsewhere. "bf16" on a CPU is at the
-    caller's risk: slow without AVX512_BF16, and some virtual machines announce AMX but die of it (SIGILL), which
-    the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 avoids.
+    caller's risk: it may be slow, and virtual machines that announce AMX without having it end with SIGILL.
 
     Raises:
         ValueError: bf16 was asked for and cannot be had, or the precision is unknown.

@@ -4,18 +4,18 @@ import os
 import tempfile
 from pathlib import Path
 
-# Some virtual machines announce AMX tiles and die of them (SIGILL). oneDNN and OpenMP read these once, at import,
-# and child processes inherit them.
+# Read once, when torch is imported, and inherited by child processes. Some virtual machines announce AMX but
+# die of it (SIGILL).
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test-cache-")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import torch
 
-from examples.dead_leaves import dead_leaves  # noqa: E402
-from imaging.files import write_image  # noqa: E402
+from examples.dead_leaves import dead_leaves
+from imaging.files import write_image
 
 torch.set_num_threads(1)
 
