@@ -37,6 +37,7 @@ from imaging.files import (
 )
 from restoration.restorer import DEFAULT_OVERLAP, PRESETS, ImageRestorer, Progress, Restoration, RestoreConfig
 from samplers import DEFAULT_SCHEDULER, SCHEDULERS
+from unet import UNet
 
 # What one file of many may fail with while the others are done; anything else is a fault of the program.
 FILE_ERRORS = (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError)
@@ -388,7 +389,7 @@ def export(model: LoadedModel, target: Path, overwrite: bool) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, restore, report; returns the exit status."""
     config = make_config(args)
-    model = load_model(args.weights_path or released_model(args.scale or 4))
+    model = load_model(args.weights_path or released_model(args.scale or 4), UNet)
     if args.export is not None:
         export(model, Path(args.export), args.overwrite)
         if not args.inputs and not args.input:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffusion import ResidualGenerator, noise_stream
+from diffusion import ProcessConfig, ResidualGenerator, noise_stream
 from engine.checkpoint import LoadedModel, load_model, released_model
 from engine.device import autocast_dtype, select_device
 from imaging.files import (
@@ -42,7 +42,6 @@ from imaging.files import (
 )
 from restoration.tiling import Field, Scale, Tile, Window, plan_tiles, row_bands
 from samplers import DEFAULT_SCHEDULER, NOISE_ROWS, SCHEDULERS, SchedulerName, Step, draw_noise
-from schedules import ProcessConfig
 from unet import Condition, UNet
 
 logger = logging.getLogger(__name__)
@@ -175,7 +174,7 @@ def restore(
     """
     chosen = select_device(device)
     dtype = autocast_dtype(chosen, precision)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model or released_model())
+    loaded = model if isinstance(model, LoadedModel) else load_model(model or released_model(), UNet)
     return ImageRestorer(loaded, config or RestoreConfig(), chosen, dtype).restore(image)
 
 
@@ -239,7 +238,7 @@ class ImageRestorer:
         device: torch.device,
         precision: torch.dtype | None = None,
     ) -> None:
-        self.unet: UNet = model.unet.to(device)
+        self.unet: UNet = model.network.to(device)
         self.config = config
         self.device = device
         process = ProcessConfig.from_dict(model.process)

@@ -9,6 +9,7 @@ from collections import deque
 import pytest
 import torch
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler
+from schedules import cosine_alpha_bar
 
 from samplers import (
     DEFAULT_SCHEDULER,
@@ -21,7 +22,6 @@ from samplers import (
     log_snr_timesteps,
     trailing_timesteps,
 )
-from schedules import cosine_alpha_bar
 
 T = 1000
 ALPHA_BAR = cosine_alpha_bar(T)
