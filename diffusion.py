@@ -11,18 +11,18 @@ variance and are not bounded by 1.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from bicubic import upscale_image
+from bicubic import exact_scale, upscale_image
 from engine.checkpoint import CheckpointError, Plain, StateDict, load_checkpoint, load_model, load_weights
 from engine.processes import Processes
 from imaging.files import to_unit_range
-from samplers import DEFAULT_SCHEDULER, HISTORY, SchedulerName, Step, build_scheduler, draw_noise
+from samplers import DEFAULT_SCHEDULER, Sampler, SchedulerName, Step, draw_noise, noise_stream, sample
 from schedules import Mode, ProcessConfig, Schedule, TimestepDensity, alpha_bar_of, timestep_quantile
 from training import (
     Run,
@@ -30,7 +30,6 @@ from training import (
     TrainState,
     Validation,
     new_state,
-    noise_seed,
     restore_state,
     train,
 )
@@ -325,8 +324,8 @@ class DiffusionModel:
 class ResidualGenerator:
     """Restores images by sampling their residuals, in any number of steps from 1 to T.
 
-    The clean estimate of every step is clipped so that upscaled + residual stays an image: a projection
-    onto a convex set that holds the truth, so it never makes the estimate worse.
+    Every clean estimate is clipped so that upscaled + residual stays an image: a projection onto a convex set
+    that holds the truth, so it never makes the estimate worse.
 
     Args:
         img_channels: channels of the images.
@@ -335,7 +334,7 @@ class ResidualGenerator:
         num_train_timesteps: T of the training.
         predict_mode: mode of the training.
         precision: dtype to autocast the network to, None for float32.
-        scheduler: how to step from one noise level to the next, see samplers.Sampler.
+        scheduler: see samplers.Sampler.
         schedule: noise schedule of the training.
     """
 
@@ -355,7 +354,8 @@ class ResidualGenerator:
         self.device = torch.device(device)
         self.precision = precision
         self.diffusion = DiffusionModel(num_train_timesteps, device, predict_mode, schedule)
-        self.scheduler = build_scheduler(scheduler, self.diffusion.alpha_bar)
+        alpha_bar = self.diffusion.alpha_bar
+        self.sampler = Sampler(scheduler, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     @classmethod
     def of(
@@ -419,24 +419,6 @@ class ResidualGenerator:
         low_res, upscaled = self._inputs(model, low_resolution_image)
         return self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
 
-    def _residuals(
-        self,
-        model: Restorer,
-        low_res: Tensor,
-        upscaled: Tensor,
-        num_images: int,
-        steps: int,
-        seed: int | None,
-        eta: float,
-    ) -> Tensor:
-        """(B * num_images, C, H, W) residuals in [-2, 2], those of one image next to each other."""
-        seed = torch.seed() % 2**62 if seed is None else seed
-        residuals = [
-            self._residual(model, low_res, upscaled, steps, seed, sample=index, eta=eta)
-            for index in range(num_images)
-        ]
-        return torch.stack(residuals, dim=1).flatten(0, 1)
-
     def restore(
         self,
         model: Restorer,
@@ -449,21 +431,13 @@ class ResidualGenerator:
         eta: float = 0.0,
     ) -> Tensor:
         """Restore images whose upscaled version is at hand: (B, C, H, W) in [0, 1]."""
-        residual = self._residual(model, low_res, upscaled, steps, seed, sample=sample, eta=eta)
+        streams = [noise_stream(seed, sample) for _ in upscaled]
+        residual = self._residual(model, low_res, upscaled, self.plan(steps, eta), streams)
         return to_unit_range((upscaled + residual).clamp(-1, 1))
 
     def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
-        """The steps of the sampler.
-
-        Raises:
-            ValueError: a number of steps that the scheduler or the model cannot take.
-        """
-        if self.diffusion.mode == "regression" and steps != 1:
-            raise ValueError(
-                f"this is a regression model, which restores in one step, not in {steps}: "
-                "give --steps 1 or --mode fidelity"
-            )
-        return self.scheduler.steps(steps, eta)
+        """The steps of the sampler; ValueError for a number that it or the process cannot take."""
+        return self.sampler.steps(steps, eta)
 
     def encode(self, model: Restorer, condition: Condition) -> object:
         """The condition as `estimate` takes it, encoded once and in this generator's precision."""
@@ -477,7 +451,7 @@ class ResidualGenerator:
 
         Args:
             model: a trained network.
-            noisy: (B, C, H, W), unit variance.
+            noisy: (B, C, H, W).
             timestep: of the noisy image, in [0, T).
             context: what `encode` made of the condition.
             upscaled: (B, C, H, W) in [-1, 1].
@@ -486,13 +460,15 @@ class ResidualGenerator:
             (B, C, H, W), clipped so that upscaled + residual lies in [-1, 1].
         """
         t = torch.full((len(noisy),), timestep, device=noisy.device)
-        if self.diffusion.mode == "regression":
-            noisy = torch.zeros_like(noisy)
         with self.autocast():
             output = model(noisy, t, context).float()
         clean = self.diffusion.clean_estimate(output, noisy, t)
-        residual_std = float(model.residual_std)
-        return clean.clamp((-1 - upscaled) / residual_std, (1 - upscaled) / residual_std)
+        # residual_std stays on its device: reading it here would make a GPU wait at every step.
+        return clean.clamp((-1 - upscaled) / model.residual_std, (1 - upscaled) / model.residual_std)
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the network computes in."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     def _inputs(self, model: Restorer, low_res: Tensor) -> tuple[Tensor, Tensor]:
         """Check the input, move it to the device and upscale it."""
@@ -501,10 +477,29 @@ class ResidualGenerator:
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
             )
         if low_res.min() < -1.001 or low_res.max() > 1.001:
-            raise ValueError("the low-resolution image must be in [-1, 1]: images.to_model_range maps [0, 1]")
+            raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
         low_res = low_res.to(self.device, torch.float32)
-        scale = float(model.scale) or self.img_size / max(low_res.shape[-2:])
-        return low_res, upscale_image(low_res, scale).clamp(-1, 1)
+        scale = exact_scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
+        return low_res, upscale_image(low_res, float(scale)).clamp(-1, 1)
+
+    def _residuals(
+        self,
+        model: Restorer,
+        low_res: Tensor,
+        upscaled: Tensor,
+        num_images: int,
+        steps: int,
+        seed: int | None,
+        eta: float,
+    ) -> Tensor:
+        """(B * num_images, C, H, W) residuals in [-2, 2], those of one image next to each other."""
+        seed = torch.seed() % 2**62 if seed is None else seed
+        plan = self.plan(steps, eta)
+        residuals = [
+            self._residual(model, low_res, upscaled, plan, [noise_stream(seed, number) for _ in upscaled])
+            for number in range(num_images)
+        ]
+        return torch.stack(residuals, dim=1).flatten(0, 1)
 
     @torch.inference_mode()
     def _residual(
@@ -512,38 +507,26 @@ class ResidualGenerator:
         model: Restorer,
         low_res: Tensor,
         upscaled: Tensor,
-        steps: int,
-        seed: int,
-        *,
-        sample: int,
-        eta: float,
+        plan: Sequence[Step],
+        streams: Sequence[torch.Generator],
     ) -> Tensor:
-        """(B, C, H, W) residuals in [-2, 2]."""
-        residual_std = float(model.residual_std)
-        if residual_std <= 0:
+        """One sample of each image, its noise from its own stream: residuals (B, C, H, W) in [-2, 2]."""
+        if float(model.residual_std) <= 0:
             raise ValueError("this network has no residual_std: load trained weights into it first")
-        plan = self.plan(steps, eta)
-        channels, height, width = upscaled.shape[1:]
-        streams = [noise_stream(seed, sample) for _ in upscaled]
         context = self.encode(model, Condition(upscaled, low_res))
-        noisy = draw_noise(streams, channels, height, width).to(self.device)
-        cleans: deque[Tensor] = deque(maxlen=HISTORY)
-        for step in plan:
-            cleans.appendleft(self.estimate(model, noisy, step.timestep, context, upscaled))
-            fresh = (
-                draw_noise(streams, channels, height, width).to(self.device) if step.noise_weight else None
-            )
-            noisy = step.advance(noisy, cleans, fresh)
-        return noisy * residual_std
 
-    def autocast(self) -> torch.autocast:
-        """The precision that the network computes in."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+        def noise() -> Tensor:
+            channels, height, width = upscaled.shape[1:]
+            return draw_noise(streams, channels, height, width).to(self.device)
 
+        def denoise(noisy: Tensor, timestep: int) -> Tensor:
+            return self.estimate(model, noisy, timestep, context, upscaled)
 
-def noise_stream(seed: int, sample: int) -> torch.Generator:
-    """Where the noise of one restoration of an image comes from: its seed and number, and nothing else."""
-    return torch.Generator().manual_seed(noise_seed(seed, sample, 0))
+        def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
+            return step.advance(noisy, cleans, noise() if step.noise_weight else None)
+
+        steps = sample(plan, self.sampler.initial_scale * noise(), denoise, advance)
+        return deque(steps, maxlen=1).pop() * model.residual_std
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:

@@ -10,7 +10,6 @@ to be stored, and a resumed run is the run that was never interrupted (as in EDM
 import contextlib
 import copy
 import functools
-import hashlib
 import logging
 import math
 import shutil
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import CheckpointError, Plain, load_checkpoint, load_weights, save_checkpoint
 from engine.processes import Processes
+from samplers import noise_seed
 
 logger = logging.getLogger(__name__)
 
@@ -229,12 +229,6 @@ class PlannedBatches(Sampler[list[tuple[int, int]]]):
         for step in self.steps:
             for micro_batch in self.plan.share(step, self.rank):
                 yield micro_batch.pairs
-
-
-def noise_seed(seed: int, step: int, micro_batch: int) -> int:
-    """A 63-bit seed for the random numbers of one forward pass, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 # --------------------------------------------------------------------------------------------------

@@ -81,6 +81,14 @@ def compile_network(network: nn.Module, device: torch.device) -> bool:
     return True
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: of a GPU, of MPS (a plain RuntimeError), or of the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

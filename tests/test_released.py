@@ -14,7 +14,7 @@ from evaluation import metrics
 from evaluation.evaluation import Settings, evaluate, load_trained, read_image_set
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, write_image
-from restoration.restorer import RestoreConfig, restore
+from restoration import RestoreConfig, restore
 
 SCALES = [4, 2]
 # One step, Set5 and BSD100: SRCNN's published 30.48 and 26.90 dB for x4, 36.66 dB for x2 (Set5).
