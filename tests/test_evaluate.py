@@ -54,7 +54,7 @@ def leaves(tmp_path_factory):
 
 def save_model(path, unet, timesteps=1000):
     content = {
-        "unet": unet.config.to_dict(),
+        "network": unet.config.to_dict(),
         "process": ProcessConfig(timesteps).to_dict(),
         "ema": unet.state_dict(),
         "model": unet.state_dict(),
@@ -179,7 +179,7 @@ OPTIONS = [
 def test_a_model_row_is_what_the_restorer_writes(leaves, random_weights, how):
     images = read_image_set(leaves, config())
     row = measured(leaves, random_weights, [how]).rows[1]
-    restorer = ImageRestorer(load_model(random_weights), RestoreConfig(**how), CPU)
+    restorer = ImageRestorer(load_model(random_weights, UNet), RestoreConfig(**how), CPU)
     expected = []
     for picture in images:
         restored = restorer.restore(picture.low_res.permute(1, 2, 0).numpy()).pixels

@@ -13,7 +13,7 @@ from evaluation import metrics
 from evaluation.evaluation import EvaluationConfig, TrainedModel, evaluate, read_image_set
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, write_image
-from restoration import RestoreConfig, restore
+from restoration.restorer import RestoreConfig, restore
 from unet import UNet
 
 SCALES = [4, 2]
@@ -32,7 +32,7 @@ def test_the_files_are_small_and_their_cards_name_them(scale):
 
 
 def test_an_enlargement_that_is_not_there_is_named():
-    with pytest.raises(CheckpointError, match="x3 .*x2, x4"):
+    with pytest.raises(CheckpointError, match=r"x3 .*x2, x4"):
         released_model(3)
 
 
