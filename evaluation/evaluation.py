@@ -262,7 +262,7 @@ def evaluate(
         progress: show a progress bar on stderr, if that is a terminal.
 
     Raises:
-        ValueError: no image could be measured, every image is flat, or the weights for LPIPS are wrong.
+        ValueError: no image could be measured, or the weights for LPIPS are wrong.
     """
     conditions = _conditions(config, device)
     rows = [_Row(method) for method in (bicubic_method(config), *methods)]

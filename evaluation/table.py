@@ -10,7 +10,7 @@ from torch import Tensor
 from bicubic import Border
 from evaluation import metrics
 from evaluation.lpips import Lpips
-from evaluation.wasserstein import PatchPair, patch_distance
+from evaluation.wasserstein import FlatSetError, PatchPair, patch_distance
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Metric:
     note: Callable[[Conditions], str]
     of_image: Callable[[Pair], Tensor] | None = None
     average: Callable[[Tensor], float] = mean
-    of_set: Callable[[Sequence[PatchPair], int], float] | None = None
+    of_set: Callable[[Sequence[PatchPair], int], float | None] | None = None
     in_training: bool = False
 
     def summarise(self, values: Sequence[float]) -> float | None:
@@ -122,6 +122,13 @@ def _uncertainty(pair: Pair, ranks: bool) -> Tensor:
     if pair.deviation is None:
         return pair.each(None)
     return pair.each(metrics.uncertainty_correlation(pair.deviation, pair.restored, pair.truth, ranks=ranks))
+
+
+def _swd(patches: Sequence[PatchPair], seed: int) -> float | None:
+    try:
+        return patch_distance(patches, seed=seed).average
+    except FlatSetError:
+        return None
 
 
 def _seconds_per_megapixel(pair: Pair) -> Tensor:
@@ -175,7 +182,7 @@ METRICS = (
         "SWD",
         ".1f",
         lambda conditions: "sliced Wasserstein distance x 1000 of 7x7 patches, 3 levels; lower is better",
-        of_set=lambda patches, seed: patch_distance(patches, seed=seed).average,
+        of_set=_swd,
     ),
     Metric(
         "seconds_per_megapixel",

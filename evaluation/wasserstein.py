@@ -29,6 +29,10 @@ _BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 Positions: TypeAlias = "list[tuple[Tensor, Tensor]]"
 
 
+class FlatSetError(ValueError):
+    """A set of images without texture."""
+
+
 class PatchPair(NamedTuple):
     """Patches of a restored image and of its truth at the same positions, (levels, count, C, 7, 7) each."""
 
@@ -161,7 +165,7 @@ def patch_distance(
             al., is symmetric and cannot see that all texture has half its contrast; "truth" can.
 
     Raises:
-        ValueError: there is no direction or no such statistics, or a set is flat.
+        ValueError: there is no direction or no such statistics, or a set is flat (FlatSetError).
     """
     if directions < 1 or statistics not in ("truth", "own"):
         raise ValueError(f"{directions} directions, statistics {statistics!r}; give 1, and 'truth' or 'own'")
@@ -183,7 +187,7 @@ def _normalize(patches: Tensor, scale_by: Tensor) -> Tensor:
     mean = scale_by.mean(dim=(0, 2, 3), keepdim=True)
     deviation = scale_by.std(dim=(0, 2, 3), keepdim=True, correction=0)
     if bool((deviation < 1e-6).any()):
-        raise ValueError("a set of images is flat, so its texture has no scale; leave such images out")
+        raise FlatSetError("a set of images is flat, so its texture has no scale; leave such images out")
     return ((patches - mean) / deviation).flatten(start_dim=1)
 
 

@@ -269,6 +269,14 @@ def test_grey_and_colour_go_together_and_an_exact_image_hides_nothing(leaves, tm
     assert "| exact |" not in measured(leaves).to_markdown()
 
 
+def test_flat_images_alone_have_no_texture_and_lose_nothing_else(tmp_path):
+    write_image(tmp_path / "flat.png", np.full((64, 64, 3), 5, np.uint8))
+    report = measured(tmp_path)
+    assert (report.rows[0]["swd"], report.rows[0]["hf_energy"]) == (None, None)
+    assert (report.rows[0]["psnr"], report.rows[0]["ssim"]) == (math.inf, 1.0)
+    assert json.loads(report.to_json())["rows"][0]["psnr"] == "inf"
+
+
 def test_sixteen_bits_are_rounded_to_eight(leaves, tmp_path):
     deep = read_rgb(leaves / "0.png").astype(np.uint16) * 257
     write_image(tmp_path / "deep.png", deep + np.uint16(100) * (deep < 60000))  # less than half a step of 257
@@ -593,7 +601,6 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
         (["--data", "empty"], "empty: "),
         (["--data", "small"], "small.png is 31x80"),
         (["--data", "small", "--crop", "20"], "51 "),
-        (["--data", "flat"], "flat"),
         (["--low_res", "empty"], "empty: "),
         (["--low_res", "wrong_size"], "0.png is 30x32"),
         (["--scale", "3", "--weights_path", "MODEL"], "scale 2, not 3"),
@@ -625,10 +632,9 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
 )
 def test_wrong_input_is_refused_in_one_line(flags, message, leaves, untrained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "small", "flat", "wrong_size"):
+    for name in ("empty", "small", "wrong_size"):
         (tmp_path / name).mkdir()
     write_image(tmp_path / "small" / "small.png", np.zeros((80, 31, 3), np.uint8))
-    write_image(tmp_path / "flat" / "flat.png", np.full((64, 64, 3), 5, np.uint8))
     for name in ("0", "1"):
         write_image(tmp_path / "wrong_size" / f"{name}.png", np.zeros((32, 30, 3), np.uint8))
     before = sorted(tmp_path.rglob("*"))
