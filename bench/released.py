@@ -21,6 +21,7 @@ from evaluation.report import Row
 from imaging.atomic import write_text_atomically
 from imaging.files import pixels_to_unit
 from restoration.restorer import ImageRestorer, RestoreConfig
+from unet import UNet
 
 RESULTS = Path("weights/RESULTS.md")
 # (scale, set): the numbers of steps; ten steps of x2 on BSD100 would take a quarter of an hour on one core.
@@ -38,7 +39,7 @@ def as_cells(row: Row, label: str) -> list[str]:
 def consistent(weights: Path, scale: int, images: ImageSet, steps: int, device: torch.device) -> list[str]:
     """PSNR, SSIM and low-resolution PSNR of restorations that were made to shrink back to their input."""
     config = RestoreConfig(steps=steps, num_images=1, consistency=True)
-    restorer = ImageRestorer(load_model(weights), config, device, None)
+    restorer = ImageRestorer(load_model(weights, UNet), config, device, None)
     protocol = metrics.Protocol(crop=scale)
     found = []
     for picture in images.pictures:
