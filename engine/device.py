@@ -54,6 +54,14 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     raise ValueError(f"bf16 is not available on {device.type} here; use auto or fp32")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: CUDA has a class for it, the CPU and MPS have words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+
+
 def compile_network(network: nn.Module, device: torch.device) -> bool:
     """Compile a network in place with torch.compile, once for each shape it meets.
 

@@ -18,7 +18,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,6 +40,7 @@ from imaging.files import (
     unit_to_pixels,
     write_image,
 )
+from imaging.metadata import Metadata
 from restoration.tiling import Field, Scale, Tile, Window, plan_tiles, row_bands
 from samplers import DEFAULT_SCHEDULER, NOISE_ROWS, SCHEDULERS, SchedulerName, Step, draw_noise
 from unet import Condition, UNet
@@ -139,18 +140,17 @@ class Restoration:
         alpha: (H, W) of the same dtype, or None.
         deviation: (H, W) float32, standard deviation over the samples in [0, 1], root mean square over the
             channels; None unless asked for.
-        icc_profile, exif: as in images.DecodedImage.
+        metadata: as in files.DecodedImage.
     """
 
     pixels: Pixels
     alpha: Pixels | None = None
     deviation: npt.NDArray[np.float32] | None = None
-    icc_profile: bytes | None = None
-    exif: bytes | None = None
+    metadata: Metadata = field(default_factory=Metadata)
 
     def save(self, path: str | Path) -> None:
         """Write the picture, replacing an older file in one step; errors as images.write_image."""
-        write_image(path, self.pixels, self.alpha, icc_profile=self.icc_profile, exif=self.exif)
+        write_image(path, self.pixels, self.alpha, metadata=self.metadata)
 
 
 def restore(
@@ -274,7 +274,7 @@ class ImageRestorer:
             raise ValueError("an uncertainty map needs num_images of at least 2")
         source = decode_image(image) if isinstance(image, str | Path) else image
         if isinstance(source, np.ndarray):
-            source = DecodedImage(Path(), source, None, None, None, 1)
+            source = DecodedImage(Path(), source)
         dtype = source.pixels.dtype
         with torch.inference_mode():
             colour = _Canvas(self, _as_input(source.pixels), self.plan, progress or _silent)
@@ -282,7 +282,7 @@ class ImageRestorer:
             pixels = _to_pixels(mean, colour.size, grey=source.pixels.ndim == 2, dtype=dtype)
             alpha = None if source.alpha is None else self._restore_alpha(source.alpha)
             deviations = None if spread is None else _to_deviation(spread, colour.size)
-        return Restoration(pixels, alpha, deviations, source.icc_profile, source.exif)
+        return Restoration(pixels, alpha, deviations, source.metadata)
 
     @property
     def window_multiple(self) -> int:

@@ -14,6 +14,7 @@ import infer
 from engine.checkpoint import export_safetensors, load_model, save_checkpoint
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, write_image
+from imaging.metadata import Metadata
 from tests.test_restoration import PROCESS, psnr, random_model
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +116,7 @@ def test_grey_alpha_16_bit_palette_and_rotated_files(weights, picture, tmp_path)
     folder.mkdir()
     write_image(folder / "grey.png", grey)
     alpha = np.where(np.arange(28) < 10, 0, 255) * np.ones((20, 1))
-    write_image(folder / "alpha.png", picture, alpha.astype(np.uint8), icc_profile=b"profile")
+    write_image(folder / "alpha.png", picture, alpha.astype(np.uint8), metadata=Metadata(b"profile"))
     write_image(folder / "deep.tif", picture.astype(np.uint16) * 250)
     Image.fromarray(picture).convert("P").save(folder / "palette.png")
     Image.fromarray(picture).convert("CMYK").save(folder / "cmyk.jpg")
@@ -128,13 +129,13 @@ def test_grey_alpha_16_bit_palette_and_rotated_files(weights, picture, tmp_path)
     assert set(results) == {f"{name}_x4" for name in ("grey", "alpha", "deep", "palette", "cmyk", "turned")}
     assert results["grey_x4"].pixels.shape == (80, 112)
     assert results["alpha_x4"].alpha.shape == (80, 112)
-    assert results["alpha_x4"].icc_profile == b"profile"
+    assert results["alpha_x4"].metadata.icc_profile == b"profile"
     assert results["deep_x4"].pixels.dtype == np.uint16
     assert results["palette_x4"].pixels.shape == results["cmyk_x4"].pixels.shape == (80, 112, 3)
     turned = results["turned_x4"]
     assert turned.pixels.shape == (112, 80, 3)
     kept = Image.Exif()
-    kept.load(turned.exif)
+    kept.load(turned.metadata.exif)
     assert kept[0x010F] == "camera"
     assert kept.get(0x0112, 1) == 1
 
