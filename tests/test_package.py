@@ -72,8 +72,8 @@ def test_what_is_imported_is_required(files, extras):
     required = names(PROJECT["dependencies"])
     for extra in extras:
         required |= names(PROJECT["optional-dependencies"][extra])
-    imported = set().union(*map(third_party, files)) - {"tests", *OPTIONAL}
-    assert not imported - required
+    missing = set().union(*map(third_party, files)) - {"tests", *OPTIONAL} - required
+    assert not missing
 
 
 def test_the_version_is_said_once_and_its_changes_are_written_down():
