@@ -1,6 +1,8 @@
 """Shared by all tests: one thread (bit-exact results need a fixed number), small images, tiny networks."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -8,16 +10,21 @@ from pathlib import Path
 # die of it (SIGILL).
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test-cache-")
+CACHE = tempfile.mkdtemp(prefix="test-cache-")
+os.environ["XDG_CACHE_HOME"] = CACHE
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from examples.dead_leaves import dead_leaves
 from imaging.files import write_image
 
 torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

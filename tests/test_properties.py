@@ -7,14 +7,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bicubic import downscale_image, resize, upscale_image
 from training import BatchPlan
-
-settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("tests")
 
 lengths = st.integers(1, 48)
 scales = st.one_of(
