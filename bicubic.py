@@ -58,8 +58,8 @@ def resize(
 ) -> Tensor:
     """Resize a tensor (..., H, W) as MATLAB's ``imresize(image, scale or size, "bicubic")`` does.
 
-    Differentiable with respect to a floating ``image``. The sums are made in float64 whatever the dtype, which
-    neither autocast nor TF32 can then coarsen.
+    Differentiable with respect to a floating ``image``. The sums are made in float64 whatever the dtype:
+    neither autocast nor TF32 can coarsen them.
 
     Args:
         image: floating values of any range, or uint8.
