@@ -16,6 +16,7 @@ grows with the length of a line and not with its square, and gradients for free.
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args, overload
@@ -115,6 +116,12 @@ def _resize_float64(
     if rounding == "uint8":
         work = _shift_to_round(work, 255).floor_()
     return passes[1](work)
+
+
+def exact_scale(factor: float) -> Fraction:
+    """The scale that a number stands for: 12/5 for 2.4, also where single precision made it 2.4000001."""
+    nearby = Fraction(factor).limit_denominator(1000)
+    return nearby if abs(nearby - Fraction(factor)) < 1e-6 * factor else Fraction(factor)
 
 
 def _resize_rows(image: Tensor, blocks: tuple[_Block, ...]) -> Tensor:

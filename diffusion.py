@@ -22,15 +22,15 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from bicubic import upscale_image
+from bicubic import exact_scale, upscale_image
 from degradation import Degradation
 from engine.checkpoint import Checkpoint, CheckpointError, load_model, load_weights, read_for_resume
 from engine.options import Options, Plain, option
 from engine.processes import Processes
 from engine.run import RunFiles
 from imaging.files import to_unit_range
-from samplers import DEFAULT_SCHEDULER, HISTORY, SchedulerName, Step, build_scheduler, draw_noise
-from training import TrainingConfig, TrainState, Validation, new_state, noise_seed, restore_state, train
+from samplers import DEFAULT_SCHEDULER, Sampler, SchedulerName, Step, draw_noise, noise_stream, sample
+from training import TrainingConfig, TrainState, Validation, new_state, restore_state, train
 from unet import Condition
 from util import CropDataset, ImageDataset, degrade
 
@@ -194,6 +194,25 @@ class Network(Protocol):
     @property
     def config(self) -> Options:
         """Everything needed to rebuild it, see engine.checkpoint."""
+        ...
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        ...
+
+    @property
+    def window_multiple(self) -> int:
+        """Pixels at whose multiples windows of a large image begin."""
+        ...
+
+    @property
+    def mean_reach(self) -> int:
+        """Pixels from the edge of a window where its mean is the whole image's; 0: it predicts none."""
+        ...
+
+    def encode_tokens(self, low_res: Tensor) -> Tensor | None:
+        """(B, C, h, w) -> tokens (B, N, E) that all windows of an image share, or None."""
         ...
 
     def encode_context(self, condition: Condition) -> tuple[object, Tensor | None]:
@@ -454,8 +473,8 @@ def _set_buffers(state: TrainState, dataset: ImageDataset) -> None:
 class ResidualGenerator:
     """Restores images by sampling their residuals, in any number of steps from 1 to T.
 
-    The clean estimate of every step is clipped so that upscaled + residual stays an image: a projection
-    onto a convex set that holds the truth, so it never makes the estimate worse.
+    Every clean estimate is clipped so that upscaled + residual stays an image: a projection onto a convex set
+    that holds the truth, so it never makes the estimate worse.
 
     Args:
         img_channels: channels of the images.
@@ -464,7 +483,7 @@ class ResidualGenerator:
         num_train_timesteps: T of the training.
         predict_mode: mode of the training.
         precision: dtype to autocast the network to, None for float32.
-        scheduler: how to step from one noise level to the next, see samplers.Sampler.
+        scheduler: see samplers.Sampler.
         schedule: noise schedule of the training.
     """
 
@@ -484,7 +503,7 @@ class ResidualGenerator:
         self.device = torch.device(device)
         self.precision = precision
         self.diffusion = DiffusionModel(num_train_timesteps, device, predict_mode, schedule)
-        self.scheduler = build_scheduler(scheduler, self.diffusion.process.scales()[0] ** 2)
+        self.sampler = Sampler(scheduler, *self.diffusion.process.scales())
 
     @classmethod
     def of(
@@ -520,7 +539,8 @@ class ResidualGenerator:
             model: a trained network, for instance unet.UNet.
             low_resolution_image: (B, C, h, w) in [-1, 1].
             num_images: restorations of each image, with different noise.
-            num_inference_steps: 1 is the posterior mean; more steps give a sample.
+            num_inference_steps: more give a sample; 1 is the posterior mean; 0 the mean that a network with a
+                predictor predicts without noise.
             seed: of the noise; the noise of an image depends on nothing else. None draws one.
             eta: fresh noise per step, for the scheduler "ddim": 0 for none, 1 for the variance of DDPM.
 
@@ -548,24 +568,6 @@ class ResidualGenerator:
         low_res, upscaled = self._inputs(model, low_resolution_image)
         return self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
 
-    def _residuals(
-        self,
-        model: Network,
-        low_res: Tensor,
-        upscaled: Tensor,
-        num_images: int,
-        steps: int,
-        seed: int | None,
-        eta: float,
-    ) -> Tensor:
-        """(B * num_images, C, H, W) residuals in [-2, 2], those of one image next to each other."""
-        seed = torch.seed() % 2**62 if seed is None else seed
-        residuals = [
-            self._residual(model, low_res, upscaled, steps, seed, sample=index, eta=eta)
-            for index in range(num_images)
-        ]
-        return torch.stack(residuals, dim=1).flatten(0, 1)
-
     def restore(
         self,
         model: Network,
@@ -578,43 +580,42 @@ class ResidualGenerator:
         eta: float = 0.0,
     ) -> Tensor:
         """Restore images whose upscaled version is at hand: (B, C, H, W) in [0, 1]."""
-        residual = self._residual(model, low_res, upscaled, steps, seed, sample=sample, eta=eta)
+        streams = [noise_stream(seed, sample) for _ in upscaled]
+        residual = self._residual(model, low_res, upscaled, self.plan(steps, eta), streams)
         return to_unit_range((upscaled + residual).clamp(-1, 1))
 
     def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
-        """The steps of the sampler.
+        """The steps of the sampler, none for 0; ValueError for a number it or the process cannot take."""
+        return self.sampler.steps(steps, eta) if steps else ()
 
-        Raises:
-            ValueError: a number of steps that the scheduler or the model cannot take.
-        """
-        return self.scheduler.steps(steps, eta)
-
-    def encode(self, model: Network, condition: Condition) -> object:
-        """The condition as `estimate` takes it, encoded once and in this generator's precision."""
+    def encode(self, model: Network, condition: Condition) -> tuple[object, Tensor | None]:
+        """The condition as `estimate` takes it, and the mean that the network predicts from it, or None."""
         with self.autocast():
-            return model.encode_context(condition)[0]
+            return model.encode_context(condition)
 
-    def estimate(
-        self, model: Network, noisy: Tensor, timestep: int, context: object, upscaled: Tensor
-    ) -> Tensor:
+    def estimate(self, model: Network, noisy: Tensor, timestep: int, context: object, base: Tensor) -> Tensor:
         """One evaluation of the network: the clean residual of unit variance it sees in a noisy one.
 
         Args:
             model: a trained network.
-            noisy: (B, C, H, W), unit variance.
+            noisy: (B, C, H, W), as the process makes it of unit variance.
             timestep: of the noisy image, in [0, T).
             context: what `encode` made of the condition.
-            upscaled: (B, C, H, W) in [-1, 1].
+            base: (B, C, H, W), what the residual is added to: upscaled + residual_std * mean.
 
         Returns:
-            (B, C, H, W), clipped so that upscaled + residual lies in [-1, 1].
+            (B, C, H, W), clipped so that base + residual lies in [-1, 1].
         """
         t = torch.full((len(noisy),), timestep, device=noisy.device)
         with self.autocast():
             output = model(noisy, t, context).float()
         clean = self.diffusion.clean_estimate(output, noisy, t)
-        residual_std = float(model.residual_std)
-        return clean.clamp((-1 - upscaled) / residual_std, (1 - upscaled) / residual_std)
+        # residual_std stays on its device: reading it here would make a GPU wait at every step.
+        return clean.clamp((-1 - base) / model.residual_std, (1 - base) / model.residual_std)
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the network computes in."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     def _inputs(self, model: Network, low_res: Tensor) -> tuple[Tensor, Tensor]:
         """Check the input, move it to the device and upscale it."""
@@ -623,10 +624,29 @@ class ResidualGenerator:
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
             )
         if low_res.min() < -1.001 or low_res.max() > 1.001:
-            raise ValueError("the low-resolution image must be in [-1, 1]: images.to_model_range maps [0, 1]")
+            raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
         low_res = low_res.to(self.device, torch.float32)
-        scale = float(model.scale) or self.img_size / max(low_res.shape[-2:])
-        return low_res, upscale_image(low_res, scale).clamp(-1, 1)
+        scale = exact_scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
+        return low_res, upscale_image(low_res, float(scale)).clamp(-1, 1)
+
+    def _residuals(
+        self,
+        model: Network,
+        low_res: Tensor,
+        upscaled: Tensor,
+        num_images: int,
+        steps: int,
+        seed: int | None,
+        eta: float,
+    ) -> Tensor:
+        """(B * num_images, C, H, W) residuals in [-2, 2], those of one image next to each other."""
+        seed = torch.seed() % 2**62 if seed is None else seed
+        plan = self.plan(steps, eta)
+        residuals = [
+            self._residual(model, low_res, upscaled, plan, [noise_stream(seed, number) for _ in upscaled])
+            for number in range(num_images)
+        ]
+        return torch.stack(residuals, dim=1).flatten(0, 1)
 
     @torch.inference_mode()
     def _residual(
@@ -634,38 +654,31 @@ class ResidualGenerator:
         model: Network,
         low_res: Tensor,
         upscaled: Tensor,
-        steps: int,
-        seed: int,
-        *,
-        sample: int,
-        eta: float,
+        plan: Sequence[Step],
+        streams: Sequence[torch.Generator],
     ) -> Tensor:
-        """(B, C, H, W) residuals in [-2, 2]."""
-        residual_std = float(model.residual_std)
-        if residual_std <= 0:
+        """One sample of each image, its noise from its own stream: residuals (B, C, H, W) in [-2, 2]."""
+        if float(model.residual_std) <= 0:
             raise ValueError("this network has no residual_std: load trained weights into it first")
-        plan = self.plan(steps, eta)
-        channels, height, width = upscaled.shape[1:]
-        streams = [noise_stream(seed, sample) for _ in upscaled]
-        context = self.encode(model, Condition(upscaled, low_res))
-        noisy = draw_noise(streams, channels, height, width).to(self.device)
-        cleans: deque[Tensor] = deque(maxlen=HISTORY)
-        for step in plan:
-            cleans.appendleft(self.estimate(model, noisy, step.timestep, context, upscaled))
-            fresh = (
-                draw_noise(streams, channels, height, width).to(self.device) if step.noise_weight else None
-            )
-            noisy = step.advance(noisy, cleans, fresh)
-        return noisy * residual_std
+        context, mean = self.encode(model, Condition(upscaled, low_res))
+        base = upscaled if mean is None else upscaled + model.residual_std * mean.float()
+        if not plan:
+            if mean is None:
+                raise ValueError("0 steps: this network predicts no mean; give 1 step or more")
+            return base - upscaled
 
-    def autocast(self) -> torch.autocast:
-        """The precision that the network computes in."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+        def noise() -> Tensor:
+            channels, height, width = upscaled.shape[1:]
+            return draw_noise(streams, channels, height, width).to(self.device)
 
+        def denoise(noisy: Tensor, timestep: int) -> Tensor:
+            return self.estimate(model, noisy, timestep, context, base)
 
-def noise_stream(seed: int, sample: int) -> torch.Generator:
-    """Where the noise of one restoration of an image comes from: its seed and number, and nothing else."""
-    return torch.Generator().manual_seed(noise_seed(seed, sample, 0))
+        def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
+            return step.advance(noisy, cleans, noise() if step.noise_weight else None)
+
+        steps = sample(plan, self.sampler.initial_scale * noise(), denoise, advance)
+        return base - upscaled + deque(steps, maxlen=1).pop() * model.residual_std
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import logging
 import math
 import signal
@@ -30,6 +29,7 @@ from engine.options import Options, option
 from engine.processes import Processes
 from engine.run import RunFiles, RunLogger, profiled
 from engine.signals import StopSignals, leave_stopping_to_the_parent
+from samplers import noise_seed
 
 logger = logging.getLogger(__name__)
 
@@ -208,12 +208,6 @@ class PlannedBatches(Sampler[list[tuple[int, int]]]):
         for step in self.steps:
             for micro_batch in self.plan.of_rank(step, self.rank):
                 yield micro_batch.pairs
-
-
-def noise_seed(seed: int, step: int, micro_batch: int) -> int:
-    """A 63-bit seed for the random numbers of one forward pass, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 # --------------------------------------------------------------------------------------------------

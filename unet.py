@@ -356,8 +356,13 @@ class UNet(nn.Module):
         return self.config.size_multiple * max(1, self.config.attention_window)
 
     @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.config.in_channels
+
+    @property
     def mean_reach(self) -> int:
-        """Pixels from the edge of a window where its mean is the whole image's; 0 without a predictor."""
+        """Pixels from the edge of a window where its mean is the whole image's; 0: it predicts none."""
         return 0 if self.predictor is None else self.predictor.reach
 
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:

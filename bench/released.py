@@ -20,7 +20,7 @@ from evaluation.evaluation import ImageSet, Settings, evaluate, load_trained, re
 from evaluation.report import Row
 from imaging.atomic import write_text_atomically
 from imaging.files import pixels_to_unit
-from restoration.restorer import ImageRestorer, RestoreConfig
+from restoration import RestoreConfig, Restorer
 from unet import UNet
 
 RESULTS = Path("weights/RESULTS.md")
@@ -39,7 +39,7 @@ def as_cells(row: Row, label: str) -> list[str]:
 def consistent(weights: Path, scale: int, images: ImageSet, steps: int, device: torch.device) -> list[str]:
     """PSNR, SSIM and low-resolution PSNR of restorations that were made to shrink back to their input."""
     config = RestoreConfig(steps=steps, num_images=1, consistency=True)
-    restorer = ImageRestorer(load_model(weights, UNet), config, device, None)
+    restorer = Restorer(load_model(weights, UNet), config, device, None)
     protocol = metrics.Protocol(crop=scale)
     found = []
     for picture in images.pictures:

@@ -359,7 +359,7 @@ def _sampled(model: Model, settings: Settings, steps: int) -> _Method:
     def restore(picture: Picture, sample: int) -> Tensor:
         return model.restore(picture.low_res, picture.size, steps, settings.seed, sample)
 
-    scheduler = model.generator.scheduler
+    scheduler = model.generator.sampler
     evaluations = len(scheduler.steps(steps))
     meter = Meter.on(model.generator.device)
     return _Method("model", scheduler.name, steps, settings.num_samples, evaluations, restore, meter)

@@ -162,7 +162,7 @@ def test_a_model_row_is_what_the_generator_restores(leaves, random_weights):
     images = read_image_set(leaves, chosen)
     trained = load_trained(random_weights, CPU, scheduler="ddim")
     single, mean = evaluation.evaluate(images, chosen, trained).rows[1:]
-    unet = load_model(random_weights).unet
+    unet = load_model(random_weights, UNet).network
     generator = ResidualGenerator(num_train_timesteps=1000, scheduler="ddim")
     expected = {name: [] for name in ("single", "mean", "pearson", "spearman")}
     for picture in images.pictures:

@@ -14,7 +14,8 @@ from evaluation import metrics
 from evaluation.evaluation import Settings, evaluate, load_trained, read_image_set
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, write_image
-from restoration.restorer import RestoreConfig, restore
+from restoration import RestoreConfig, restore
+from unet import UNet
 
 SCALES = [4, 2]
 # One step, Set5 and BSD100: SRCNN's published 30.48 and 26.90 dB for x4, 36.66 dB for x2 (Set5).
@@ -27,7 +28,7 @@ def test_the_files_are_small_and_their_cards_name_them(scale):
     path = released_model(scale)
     assert path.stat().st_size < 10_000_000
     assert hashlib.sha256(path.read_bytes()).hexdigest()[:12] in path.with_suffix(".md").read_text()
-    unet = load_model(path).unet
+    unet = load_model(path, UNet).network
     assert float(unet.scale) == scale
     assert float(unet.residual_std) > 0
 
