@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.timing import Timing, in_turns
-from bicubic import upscale_image
-from diffusion import DiffusionModel, ResidualGenerator, Restorer
+from degradation import Bicubic
+from diffusion import DiffusionModel, Network, ResidualGenerator
 from engine.checkpoint import load_checkpoint, load_weights
 from evaluation import metrics
 from evaluation.images import Picture
@@ -50,8 +50,8 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 def training_step(network: nn.Module, batch: int, size: int, device: torch.device) -> Callable[[], None]:
     """One optimiser step on (B, 3, size, size): degrade, diffuse, predict, backward, clip, AdamW."""
-    cast(Restorer, network).residual_std.fill_(0.1)
-    loss = DiffusionModel(device=device).restoration_loss(SCALE, upscale_image)
+    cast(Network, network).residual_std.fill_(0.1)
+    loss = DiffusionModel(device=device).restoration_loss(Bicubic(scale=SCALE))
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
     crops = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     generator = torch.Generator(device)
@@ -71,14 +71,14 @@ def denoising_step(network: nn.Module, size: int, device: torch.device) -> Calla
     """One evaluation on one image (1, 3, size, size) whose condition is encoded already."""
     noisy = torch.randn(1, 3, size, size, device=device)
     t = torch.full((1,), TIMESTEP, device=device)
-    restorer = cast(Restorer, network)
+    denoiser = cast(Network, network)
     with torch.inference_mode(), autocast(device):
         low_res = torch.zeros(1, 3, size // SCALE, size // SCALE, device=device)
-        context = restorer.encode_context(Condition(noisy, low_res))
+        context, _ = denoiser.encode_context(Condition(noisy, low_res))
 
     def step() -> None:
         with torch.inference_mode(), autocast(device):
-            restorer(noisy, t, context)
+            denoiser(noisy, t, context)
 
     return step
 
@@ -112,7 +112,7 @@ def train_for(
         validate_every=steps,
         save_every=steps,
     )
-    cast(Restorer, network).residual_std.zero_()
+    cast(Network, network).residual_std.zero_()
     training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
     diffusion = DiffusionModel(device=device, timestep_density="high_noise")
     precision = torch.bfloat16 if device.type == "cuda" else None
@@ -137,7 +137,7 @@ def one_step_psnr(network: nn.Module, images: Iterable[Picture], device: torch.d
     values = []
     for picture in images:
         low_res = to_model_range(picture.low_res[None].float() / 255)
-        restored = generator.generate_images(cast(Restorer, network), low_res, 1, 1, seed=0).cpu()
+        restored = generator.generate_images(cast(Network, network), low_res, 1, 1, seed=0).cpu()
         truth = picture.truth[None].float() / 255
         values.append(float(metrics.psnr(metrics.round_to_uint8(restored), truth, protocol)))
     return sum(values) / len(values)

@@ -1,6 +1,8 @@
 """Shared by all tests: one thread (bit-exact results need a fixed number), small images, tiny networks."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,11 +15,15 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test-cache-")
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from examples.dead_leaves import dead_leaves
 from imaging.files import write_image
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -79,4 +79,4 @@ def test_every_resizer_makes_the_size_it_is_asked_for():
 
 def test_our_network_is_the_recipe_s():
     config = our_network(CPU).config
-    assert (config.patch_size, config.base_dim, config.conditioning) == (4, 64, "concat")
+    assert (config.patch_size, config.base_dim) == (4, 64)

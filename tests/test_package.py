@@ -72,8 +72,8 @@ def test_what_is_imported_is_required(files, extras):
     required = names(PROJECT["dependencies"])
     for extra in extras:
         required |= names(PROJECT["optional-dependencies"][extra])
-    imported = set().union(*map(third_party, files)) - {"tests", *OPTIONAL}
-    assert not imported - required
+    missing = set().union(*map(third_party, files)) - {"tests", *OPTIONAL} - required
+    assert not missing
 
 
 def test_the_version_is_said_once_and_its_changes_are_written_down():
@@ -89,3 +89,7 @@ def test_every_link_of_a_page_leads_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not broken
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
