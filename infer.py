@@ -38,6 +38,7 @@ from imaging.files import (
 )
 from restoration import Restoration, RestoreConfig, Restorer
 from restoration.restorer import Progress
+from unet import UNet
 
 # What one file of many may fail with while the others are done; anything else is a fault of the program.
 FILE_ERRORS = (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError)
@@ -326,7 +327,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def export(model: LoadedModel, target: Path, overwrite: bool) -> None:
+def export(model: LoadedModel[UNet], target: Path, overwrite: bool) -> None:
     """Write the model as .safetensors.
 
     Raises:
@@ -343,7 +344,7 @@ def export(model: LoadedModel, target: Path, overwrite: bool) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, restore, report; returns the exit status."""
     config = make_config(args)
-    model = load_model(args.weights_path or released_model(args.scale or 4))
+    model = load_model(args.weights_path or released_model(args.scale or 4), UNet)
     if args.export is not None:
         export(model, Path(args.export), args.overwrite)
         if not args.inputs and not args.input:
@@ -356,7 +357,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--scale {args.scale:g}, but {args.weights_path} enlarges by {scale:g}")
     tasks = plan_tasks(args, scale)
     if args.compile:
-        compile_network(restorer.network, device)
+        compile_network(model.network, device)
     return restore_all(tasks, restorer, args.overwrite)
 
 

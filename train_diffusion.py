@@ -6,41 +6,96 @@ python train_diffusion.py --weights_path checkpoints/<run>/diffusion_model_v_pre
 """
 
 import argparse
-import dataclasses
 import functools
 import logging
-import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from diffusion import DiffusionModel
-from engine.checkpoint import CheckpointError, Plain, load_checkpoint, load_model, load_weights
+from degradation import Bicubic, Degradation
+from diffusion import DiffusionModel, LossConfig, ProcessConfig
+from engine.checkpoint import Checkpoint, load_model, load_weights, read_for_resume
 from engine.device import autocast_dtype, compile_network
+from engine.options import (
+    OptionError,
+    Options,
+    Plain,
+    add_flags,
+    flag_of,
+    from_args,
+    option,
+    specs,
+    with_flag,
+)
 from engine.processes import Processes, started_processes
 from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
 from imaging.sizes import default_memory
-from schedules import Mode, Schedule, TimestepDensity
 from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError
 from unet import Condition, UNet, UNetConfig, parameter_count
-from util import ImageDataset
+from util import Augmentation, ImageDataset
 
-# A resumed run must go on as it began: these come from its checkpoint, and a flag may only repeat them.
-FIXED = (
-    "img_size downscale_factor batch_size accumulation_steps learning_rate weight_decay ema_decay "
-    "max_grad_norm optimizer seed augment timesteps diffusion_mode schedule min_snr_gamma timestep_density "
-    "final_learning_rate residual_std unet_base_dim "
-    "unet_dim_mults context_dim patch_size blocks_per_level context_blocks conditioning norm attention_window"
-).split()
-NOT_GIVEN = object()
+MOST_VALIDATION_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """Which images, and how they are cut."""
+
+    image_folder: str = option("./data", "high-resolution images, searched recursively", fixed=False)
+    val_folder: str | None = option(
+        None, "validation images; by default part of the image folder", fixed=False
+    )
+    val_fraction: float = option(0.05, "share to validate on, at most 64 images", above=0, high=0.9)
+    img_size: int = option(256, "side of the high-resolution training crops", low=8)
+    augment: Augmentation = option("flip", "flip: left-right; dihedral: all 8 flips and rotations")
+    cache_gb: float = option(4.0, "disk for decoded images; 0 decodes each time", low=0, fixed=False)
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Where and with what to compute, and where to write."""
+
+    residual_std: float | None = option(None, "what residuals are divided by; by default measured", above=0)
+    device: str = option("auto", "auto, cuda, mps or cpu", fixed=False)
+    precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on CUDA", fixed=False)
+    compile: bool = option(False, "torch.compile the network: a slow start", fixed=False)
+    profile: bool = option(False, "write a trace of 5 steps into the logs", fixed=False)
+    log_dir: str = option("./logs", "TensorBoard", fixed=False)
+    checkpoint_dir: str = option("./checkpoints", "receives a folder for each run", fixed=False)
+    init_weights: str | None = option(None, "a model whose weights a new run starts from", fixed=False)
+
+
+class Settings(NamedTuple):
+    """Every option of a run, by section, as its checkpoints record them."""
+
+    data: DataOptions
+    degradation: Degradation
+    network: UNetConfig
+    process: ProcessConfig
+    objective: LossConfig
+    training: TrainingConfig
+    run: RunOptions
+
+
+SECTIONS: dict[str, type[Options]] = dict(
+    zip(
+        Settings._fields,
+        (DataOptions, Bicubic, UNetConfig, ProcessConfig, LossConfig, TrainingConfig, RunOptions),
+        strict=True,
+    )
+)
+# What the script does otherwise than the classes, and flags that would have no meaning.
+DEFAULTS = {"training": {"accumulation_steps": 64}, "network": {"predictor_blocks": 12}}
+WITHOUT_FLAG = {"network": ("in_channels", "out_channels")}
 
 
 class RecipeParser(argparse.ArgumentParser):
@@ -54,212 +109,120 @@ class RecipeParser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the script."""
     parser = RecipeParser(
-        description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None,
-        fromfile_prefix_chars="@",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None, fromfile_prefix_chars="@"
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--image_folder", default="./data", help="high-resolution images, searched recursively")
-    data.add_argument("--val_folder", help="validation images; without it, part of image_folder")
-    data.add_argument(
-        "--val_fraction", type=float, default=0.05, help="share to validate on, at most 64 images"
-    )
-    data.add_argument("--img_size", type=int, default=256, help="side of the high-resolution training crops")
-    data.add_argument("--downscale_factor", type=float, default=4, help="how much smaller the input is")
-    data.add_argument("--augment", choices=["none", "flip", "dihedral"], default="flip")
-    data.add_argument("--num_workers", type=int, default=0, help="processes that read images")
-    data.add_argument(
-        "--cache_gb", type=float, default=4.0, help="disk for decoded images; 0 decodes each time"
-    )
-    _add_model_flags(parser)
-    _add_training_flags(parser)
+    parser.add_argument("--weights_path", help="a checkpoint to resume from; needs no other flag")
+    for section, kind in SECTIONS.items():
+        group = parser.add_argument_group(section)
+        add_flags(group, kind, skip=WITHOUT_FLAG.get(section, ()), defaults=DEFAULTS.get(section, {}))
     return parser
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--timesteps", type=int, default=1000, help="noise levels of the diffusion process")
-    model.add_argument(
-        "--diffusion_mode",
-        choices=get_args(Mode),
-        default="v_prediction",
-        help="what is predicted; regression is the baseline without diffusion",
-    )
-    model.add_argument("--schedule", choices=get_args(Schedule), default="cosine", help="how noise grows")
-    model.add_argument(
-        "--residual_std", type=float, help="what residuals are divided by; without it, measured"
-    )
-    model.add_argument("--unet_base_dim", type=int, default=32, help="width of the first level")
-    model.add_argument(
-        "--unet_dim_mults", type=int, nargs="+", default=[1, 2, 4], help="widths of the levels"
-    )
-    defaults = UNetConfig()
-    model.add_argument(
-        "--context_dim", type=int, default=defaults.context_dim, help="width of context tokens"
-    )
-    model.add_argument("--patch_size", type=int, choices=[1, 2, 4], default=defaults.patch_size)
-    model.add_argument("--blocks_per_level", type=int, default=defaults.blocks_per_level)
-    model.add_argument("--context_blocks", type=int, default=defaults.context_blocks)
-    model.add_argument(
-        "--conditioning", choices=["concat", "cross_attention", "both"], default=defaults.conditioning
-    )
-    model.add_argument("--norm", choices=["group", "pixel"], default=defaults.norm)
-    model.add_argument("--attention_window", type=int, default=defaults.attention_window, help="0 is global")
-
-
-def _add_training_flags(parser: argparse.ArgumentParser) -> None:
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=40, help="passes over the images, one crop of each")
-    training.add_argument("--max_steps", type=int, help="optimiser steps, instead of --epochs")
-    training.add_argument("--batch_size", type=int, default=32)
-    training.add_argument("--accumulation_steps", type=int, default=64, help="batches per optimiser step")
-    training.add_argument("--learning_rate", type=float, default=2e-5)
-    training.add_argument(
-        "--final_learning_rate", type=float, default=0.01, help="end of the cosine as a share; 1: constant"
-    )
-    training.add_argument("--warmup_steps", type=int, help="without it, 5%% of the run, at most 500")
-    training.add_argument("--weight_decay", type=float, default=0.01)
-    training.add_argument("--ema_decay", type=float, default=0.999)
-    training.add_argument("--max_grad_norm", type=float, default=1.0)
-    training.add_argument(
-        "--optimizer", choices=["auto", "adamw8bit", "adamw"], default="auto", help="auto: 8-bit on CUDA"
-    )
-    training.add_argument("--min_snr_gamma", type=float, help="weigh the loss (Hang et al. 2023); 5 is usual")
-    training.add_argument(
-        "--timestep_density",
-        choices=get_args(TimestepDensity),
-        default="uniform",
-        help="noise levels trained most",
-    )
-    training.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    training.add_argument("--compile", action="store_true", help="torch.compile the network: a slow start")
-    training.add_argument("--profile", action="store_true", help="write a trace of 5 steps into the logs")
-    training.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--validate_every", type=int, help="steps; without it, 20 times in the run")
-    training.add_argument("--save_every", type=int, help="steps; without it, with every validation")
-    training.add_argument("--keep_checkpoints", type=int, default=2, help="the newest ones, besides the best")
-    training.add_argument("--log_every", type=int, default=10, help="steps")
-    training.add_argument("--log_dir", default="./logs", help="TensorBoard")
-    training.add_argument("--checkpoint_dir", default="./checkpoints")
-    training.add_argument("--weights_path", help="a checkpoint to resume from")
-    training.add_argument("--init_weights", help="a model whose weights a new run starts from")
-
-
-def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The flags; those not given come from the checkpoint of a resumed run, else from the defaults.
+def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
+    """The options of the run, and the checkpoint it resumes from, which they then come from unless given.
 
     Raises:
-        ValueError: a flag contradicts the checkpoint; the message names both values.
+        ValueError: a flag has a wrong value or contradicts the checkpoint; the message names flag and value.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.weights_path is None:
-        return parser, args
-    unset = argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN))
-    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not NOT_GIVEN}
-    stored = load_checkpoint(args.weights_path).get("settings")
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{args.weights_path} holds no training settings: it cannot be resumed")
-    for name in FIXED:
-        former = stored.get(name, parser.get_default(name))
-        if name in given and given[name] not in (former, "auto"):
+        sections = {name: from_args(kind, args) for name, kind in SECTIONS.items()}
+        return Settings(**sections), None  # type: ignore[arg-type]  # each of its own class
+    checkpoint = read_for_resume(args.weights_path)
+    if not set(SECTIONS) <= set(checkpoint.content):
+        raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(parser.parse_args(argv))
+    sections = {
+        name: kind.from_dict(_resumed(kind, checkpoint.content.get(name, {}), given, checkpoint.path))
+        for name, kind in SECTIONS.items()
+    }
+    training, run = cast(TrainingConfig, sections["training"]), cast(RunOptions, sections["run"])
+    if "epochs" in given and "max_steps" not in given:
+        sections["training"] = replace(training, max_steps=None)
+    sections["run"] = replace(run, init_weights=None)
+    return Settings(**sections), checkpoint  # type: ignore[arg-type]  # each of its own class
+
+
+def _resumed(
+    kind: type[Options], recorded: Mapping[str, Plain], given: Mapping[str, object], path: Path
+) -> dict[str, object]:
+    """The recorded options with the given ones; those that are fixed may only be repeated."""
+    values: dict[str, object] = dict(recorded)
+    defaults = kind().to_dict()
+    for name, spec in specs(kind).items():
+        flag = flag_of(kind, name)
+        if flag not in given:
+            continue
+        former = recorded.get(name, defaults[name])
+        if spec.fixed and _plain(given[flag]) not in (former, "auto"):
             raise ValueError(
-                f"--{name} is {given[name]}, but {args.weights_path} was trained with {former}: "
-                f"leave the flag out, or start a new run with --init_weights"
+                f"--{flag} is {given[flag]}, but {path} was trained with {former}: "
+                "leave the flag out, or start a new run with --init_weights"
             )
-    kept = {name: value for name, value in stored.items() if name in vars(args)}
-    kept["init_weights"] = None
-    if "epochs" in given:
-        kept["max_steps"] = None
-    return parser, argparse.Namespace(**{**vars(args), **kept, **given})
+        values[name] = given[flag]
+    return values
 
 
-def make_datasets(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def make_datasets(settings: Settings) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation images; the split depends on the seed and the files alone."""
-    reader = CachedReader(round(args.cache_gb * 2**30))
+    data, seed = settings.data, settings.training.seed
+    reader = CachedReader(round(data.cache_gb * 2**30))
 
     def dataset(paths: Sequence[Path], train: bool) -> ImageDataset:
         return ImageDataset(
             paths,
-            args.img_size,
-            args.downscale_factor,
+            data.img_size,
             train=train,
-            augment=args.augment,
-            seed=args.seed,
+            augment=data.augment,
+            seed=seed,
             reader=reader,
             memory=default_memory(),
+            degradation=settings.degradation,
         )
 
-    everything = dataset(list_images(args.image_folder), True)
-    if args.val_folder is not None:
-        return everything, dataset(list_images(args.val_folder)[:64], False)
-    if not 0 < args.val_fraction < 1:
-        raise ValueError(f"--val_fraction must be between 0 and 1, not {args.val_fraction}")
+    everything = dataset(list_images(data.image_folder), True)
+    if data.val_folder is not None:
+        return everything, dataset(list_images(data.val_folder)[:MOST_VALIDATION_IMAGES], False)
     paths = everything.paths
     if len(paths) == 1:
         logging.warning("only one image: it is validated on, too; give more images or --val_folder")
         return everything, dataset(paths, False)
-    count = min(64, max(1, round(args.val_fraction * len(paths))))
-    chosen = set(np.random.default_rng(args.seed).permutation(len(paths))[:count].tolist())
+    count = min(MOST_VALIDATION_IMAGES, max(1, round(data.val_fraction * len(paths))))
+    chosen = set(np.random.default_rng(seed).permutation(len(paths))[:count].tolist())
     held_out = [path for index, path in enumerate(paths) if index in chosen]
     return dataset([path for path in paths if path not in set(held_out)], True), dataset(held_out, False)
 
 
-def make_config(args: argparse.Namespace, images: int, processes: Processes) -> TrainingConfig:
-    """The settings of the loop, with what depends on the length of the run filled in."""
-    plan = BatchPlan(images, args.batch_size, args.accumulation_steps, args.seed, processes.world)
-    max_steps = args.max_steps if args.max_steps is not None else args.epochs * plan.steps_per_epoch
-    every = args.validate_every or max(1, max_steps // 20)
-    warmup = args.warmup_steps if args.warmup_steps is not None else min(500, max_steps // 20)
-    if args.optimizer == "auto":
-        args.optimizer = "adamw8bit" if processes.device.type == "cuda" else "adamw"
-    shared = {field.name for field in dataclasses.fields(TrainingConfig)} & set(vars(args))
-    values = {name: getattr(args, name) for name in shared}
-    values.update(
-        max_steps=max_steps, warmup_steps=warmup, validate_every=every, save_every=args.save_every or every
-    )
-    return TrainingConfig(**values)
-
-
-def make_model(args: argparse.Namespace, device: torch.device) -> UNet:
-    """The network on its device, with the weights of --init_weights if given."""
-    torch.manual_seed(args.seed)
-    config = UNetConfig(
-        base_dim=args.unet_base_dim,
-        dim_mults=tuple(args.unet_dim_mults),
-        context_dim=args.context_dim,
-        patch_size=args.patch_size,
-        blocks_per_level=args.blocks_per_level,
-        context_blocks=args.context_blocks,
-        conditioning=args.conditioning,
-        norm=args.norm,
-        attention_window=args.attention_window,
-    )
-    model = UNet.from_config(config)
-    if args.init_weights is not None:
-        load_weights(model, load_model(args.init_weights).unet.state_dict(), args.init_weights)
-    if args.residual_std is not None:
-        if not 0 < args.residual_std < math.inf:
-            raise ValueError(f"--residual_std must be a positive number, not {args.residual_std}")
-        model.residual_std.fill_(args.residual_std)
+def make_model(settings: Settings, device: torch.device) -> UNet:
+    """The network on its device, with the weights it starts from if there are any."""
+    torch.manual_seed(settings.training.seed)
+    model, run = UNet.from_config(settings.network), settings.run
+    if run.init_weights is not None:
+        load_weights(model, load_model(run.init_weights, UNet).network.state_dict(), run.init_weights)
+    if run.residual_std is not None:
+        model.residual_std.fill_(run.residual_std)
     return model.to(memory_format=torch.channels_last).to(device)
 
 
-def describe_model(model: UNet, args: argparse.Namespace, device: torch.device) -> str:
+def describe_model(model: UNet, settings: Settings, device: torch.device) -> str:
     """torchinfo's table of the network for one training crop."""
     from torchinfo import summary
 
-    size = args.img_size
+    size = settings.data.img_size
+    low_size = round(size / settings.degradation.scale)
     image = torch.zeros(1, 3, size, size, device=device)
-    low_res = torch.zeros(1, 3, round(size / args.downscale_factor), round(size / args.downscale_factor))
-    inputs = (image, torch.zeros(1, dtype=torch.long, device=device))
-    context = Condition(image, low_res.to(device))
     return str(
         summary(
             model,
-            input_data=inputs,
-            context=context,
+            input_data=(image, torch.zeros(1, dtype=torch.long, device=device)),
+            context=Condition(image, torch.zeros(1, 3, low_size, low_size, device=device)),
             depth=2,
             row_settings=("var_names",),
             col_names=("output_size", "num_params", "mult_adds"),
@@ -269,52 +232,56 @@ def describe_model(model: UNet, args: argparse.Namespace, device: torch.device) 
     )
 
 
-def run_files(args: argparse.Namespace) -> tuple[Path, Path]:
+def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path, Path]:
     """Checkpoint and log folder: those of the resumed run, or new ones named after mode and time."""
-    if args.weights_path is not None:
-        folder = Path(args.weights_path).resolve().parent
-        return folder, Path(args.log_dir) / folder.name
-    name = f"{args.diffusion_mode}_{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(args.checkpoint_dir) / name, Path(args.log_dir) / name
+    run = settings.run
+    if checkpoint is not None:
+        folder = checkpoint.path.resolve().parent
+        return folder, Path(run.log_dir) / folder.name
+    name = f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(run.checkpoint_dir) / name, Path(run.log_dir) / name
 
 
-def train(args: argparse.Namespace, processes: Processes) -> int:
+def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processes) -> int:
     """Set everything up, train, and say what came of it; returns the exit status."""
-    device = processes.device
-    say = functools.partial(print, flush=True) if processes.writes else _keep_quiet
-    precision = autocast_dtype(device, args.precision)
-    training, validation = make_datasets(args)
-    config = make_config(args, len(training), processes)
+    device, run_options = processes.device, settings.run
+    say = functools.partial(print, flush=True) if processes.is_main else _say_nothing
+    precision = autocast_dtype(device, run_options.precision)
+    training, validation = make_datasets(settings)
+    plan = BatchPlan.of(settings.training, len(training), processes.world_size)
+    config = settings.training.resolved(plan.steps_per_epoch)
+    process, objective = settings.process, settings.objective
     diffusion = DiffusionModel(
-        args.timesteps, device, args.diffusion_mode, args.schedule, args.min_snr_gamma, args.timestep_density
+        process.timesteps,
+        device,
+        process.mode,
+        process.schedule,
+        objective.min_snr_gamma,
+        objective.timestep_density,
     )
-    model = make_model(args, device)
-    checkpoint_dir, log_dir = run_files(args)
-    say(describe_model(model, args, device))
-    if args.compile:
+    model = make_model(settings, device)
+    checkpoint_dir, log_dir = run_folders(settings, checkpoint)
+    say(describe_model(model, settings, device))
+    if run_options.compile:
         compile_network(model, device)
-    say(f"device {device}, {'bf16 autocast' if precision else 'fp32'}, {processes.world} process(es)")
-    if config.optimizer == "adamw":
-        say("optimizer: torch's fused AdamW (8-bit AdamW, the default on CUDA, is --optimizer adamw8bit)")
-    else:
-        say("optimizer: bitsandbytes' 8-bit AdamW")
+    say(f"device {device}, {'bf16 autocast' if precision else 'fp32'}, {processes.world_size} process(es)")
     say(
         f"{len(training)} training and {len(validation)} validation images, {len(training.left_out)} left out"
     )
     say(f"{parameter_count(model) / 1e6:.2f} M parameters, {config.max_steps} steps")
-    say(f"watch it: tensorboard --logdir {shlex.quote(args.log_dir)}")
+    say(f"watch it: tensorboard --logdir {shlex.quote(run_options.log_dir)}")
     run, received = diffusion.train(
         model,
         training,
         config,
-        validate=Validator(diffusion, validation, precision, processes),
         checkpoint_dir=checkpoint_dir,
         log_dir=log_dir,
-        resume=Path(args.weights_path) if args.weights_path else None,
+        validate=Validator(diffusion, validation, precision, processes),
+        resume=checkpoint,
         processes=processes,
         precision=precision,
-        settings=cast(dict[str, Plain], vars(args)),
-        profile=args.profile,
+        settings={"data": settings.data.to_dict(), "run": run_options.to_dict()},
+        profile=run_options.profile,
     )
     if run.best.exists():
         say(f"best:   {run.best}")
@@ -326,17 +293,20 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
     return 0
 
 
-def _keep_quiet(message: str) -> None:
-    """What the processes that do not write say."""
+def _say_nothing(message: str) -> None:
+    """What the processes that are not the main one print."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        _, args = parse(argv)
-        with started_processes(args.device) as processes:
-            return train(args, processes)
+        settings, checkpoint = parse(argv)
+        with started_processes(settings.run.device) as processes:
+            return train(settings, checkpoint, processes)
+    except OptionError as error:
+        print(f"train_diffusion.py: error: {with_flag(error, tuple(SECTIONS.values()))}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"train_diffusion.py: error: {error}", file=sys.stderr)
         return 2

@@ -7,9 +7,6 @@
 A new option is one field here and one line where it is used.
 """
 
-# A field's default has the type of its annotation, whatever that is:
-# mypy: disable-error-code="explicit-any"
-
 import argparse
 import dataclasses
 import math

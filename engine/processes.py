@@ -19,21 +19,21 @@ class Processes:
     Attributes:
         device: what this process computes on.
         rank: number of this process, from 0; only rank 0 writes files.
-        world: how many processes there are.
+        world_size: how many processes there are.
     """
 
     device: torch.device
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
-    def writes(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes checkpoints, logs and messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place; every process must call it."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
@@ -47,9 +47,9 @@ def started_processes(device_name: str) -> Iterator[Processes]:
     Raises:
         ValueError: the device cannot be had, or is of a kind that cannot be shared by processes.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = select_device(device_name)
-    if world == 1:
+    if world_size == 1:
         yield Processes(device)
         return
     if device.type == "mps":
@@ -59,6 +59,6 @@ def started_processes(device_name: str) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(device, dist.get_rank(), world)
+        yield Processes(device, dist.get_rank(), world_size)
     finally:
         dist.destroy_process_group()

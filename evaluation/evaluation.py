@@ -26,14 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bicubic import Border, downscale_image, resize, upscale_image
-from diffusion import ResidualGenerator, Restorer
+from diffusion import Network, ProcessConfig, ResidualGenerator
 from engine.checkpoint import LoadedModel, load_model
 from evaluation import metrics
 from evaluation.meter import Cost, Meter
 from evaluation.report import LPIPS_OFF, ImageScores, Json, Report, Row
 from imaging.files import decode_image, list_images, pixels_to_unit, to_model_range, unit_to_pixels
 from samplers import DEFAULT_SCHEDULER, SchedulerName
-from schedules import ProcessConfig
+from unet import UNet
 
 # What LPIPS, the spectrum and the pyramid of patches need: every image can be scored by every metric.
 _SMALLEST_SIDE = 32
@@ -267,7 +267,7 @@ class Model:
             ValueError: another scale, a number of steps that the scheduler cannot take, or images of other
                 than three channels.
         """
-        trained, channels = float(self.loaded.unet.scale), self.loaded.unet.config.in_channels
+        trained, channels = float(self.loaded.network.scale), self.loaded.network.config.in_channels
         if abs(trained - settings.scale) > 1e-4:
             raise ValueError(
                 f"{self.file_name} was trained for scale {trained:g}, not {settings.scale:g}: "
@@ -283,7 +283,7 @@ class Model:
         unit = _unit(low_res).to(self.generator.device)
         model_input = to_model_range(unit).expand(-1, 3, -1, -1)  # (1, 3, h, w)
         upscaled = upscale_image(model_input, size=size).clamp(-1, 1)  # (1, 3, H, W)
-        network = cast(Restorer, self.loaded.unet)
+        network = cast(Network, self.loaded.network)
         restored = self.generator.restore(network, model_input, upscaled, steps, seed, sample=sample)[0]
         return restored.mean(dim=0, keepdim=True) if len(low_res) == 1 else restored
 
@@ -294,7 +294,7 @@ class Model:
             "file": self.file_name,
             "sha256": self.digest,
             "steps_trained": self.loaded.step,
-            "parameters": sum(parameter.numel() for parameter in self.loaded.unet.parameters()),
+            "parameters": sum(parameter.numel() for parameter in self.loaded.network.parameters()),
             "mode": process.mode,
             "schedule": process.schedule,
             "timesteps": process.timesteps,
@@ -314,7 +314,7 @@ def load_trained(
         checkpoint.CheckpointError: the file is missing, damaged or not a model.
     """
     path = Path(path)
-    loaded = load_model(path, device)
+    loaded = load_model(path, UNet, device)
     process = ProcessConfig.from_dict(loaded.process)
     generator = ResidualGenerator.of(process, device, precision, scheduler)
     with path.open("rb") as file:

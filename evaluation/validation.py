@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from diffusion import DiffusionModel, ResidualGenerator, Restorer
+from diffusion import DiffusionModel, Network, ResidualGenerator
 from engine.processes import Processes
 from evaluation import metrics
 from imaging.files import to_unit_range
@@ -41,14 +41,14 @@ class Validator:
         self.protocol = metrics.Protocol(crop=round(dataset.downscale_factor))
         crops = torch.stack([dataset.crop(index) for index in range(len(dataset))])
         self.batches = [
-            degrade(part.to(processes.device), dataset.downscale_factor, dataset.upscale_function)
+            degrade(part.to(processes.device), dataset.degradation, dataset.upscale_function)
             for part in crops.split(VALIDATION_BATCH)
         ]
 
     def __call__(self, network: nn.Module) -> Validation:
         """Restore, measure, and draw."""
-        model = cast(Restorer, network)
-        mine = self.batches[self.processes.rank :: self.processes.world]
+        model = cast(Network, network)
+        mine = self.batches[self.processes.rank :: self.processes.world_size]
         sums = torch.zeros(4, dtype=torch.float64, device=self.processes.device)
         for batch in mine:
             sums += self._measure(batch, self._restore(model, batch, 1))
@@ -56,14 +56,12 @@ class Validator:
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
         scalars = {"psnr": psnr / count, "ssim": ssim / count, "psnr_over_bicubic": (psnr - bicubic) / count}
         images = {"low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, 1))}
-        if self.diffusion.mode == "regression":
-            return Validation(psnr / count, scalars, images)
         sample = self._restore(model, first, min(10, self.diffusion.timesteps))
         images["low_bicubic_sample_original"] = comparison_grid(first, sample)
         curves = {"loss_by_timestep": self._loss_by_timestep(model, first)}
         return Validation(psnr / count, scalars, images, curves)
 
-    def _restore(self, model: Restorer, batch: Sample, steps: int) -> Tensor:
+    def _restore(self, model: Network, batch: Sample, steps: int) -> Tensor:
         restored = self.generator.restore(model, batch.low_res, batch.upscaled, steps, VALIDATION_SEED)
         if not torch.isfinite(restored).all():
             raise NonFiniteError("the averaged weights are no longer finite: lower --learning_rate")
@@ -82,10 +80,10 @@ class Validator:
         return torch.stack([value.double().sum() for value in values])
 
     @torch.inference_mode()
-    def _loss_by_timestep(self, model: Restorer, batch: Sample) -> tuple[list[float], list[float]]:
+    def _loss_by_timestep(self, model: Network, batch: Sample) -> tuple[list[float], list[float]]:
         """Right edges of even stretches of timesteps, and the unweighted loss in the middle of each."""
         clean = batch.residual / float(model.residual_std)
-        context = model.encode_context(Condition(batch.upscaled, batch.low_res))
+        context, _ = model.encode_context(Condition(batch.upscaled, batch.low_res))
         bars = min(LOSS_BARS, self.diffusion.timesteps)
         edges = [self.diffusion.timesteps * (bar + 1) / bars for bar in range(bars)]
         heights = []
@@ -93,7 +91,7 @@ class Validator:
             middle = int(edge - self.diffusion.timesteps / bars / 2)
             t = torch.full((len(clean),), middle, device=clean.device)
             generator = torch.Generator(clean.device).manual_seed(VALIDATION_SEED)
-            heights.append(float(self.diffusion.loss_at(t, model, clean, context, generator).mean()))
+            heights.append(float(self.diffusion.loss(model, clean, context, generator, t=t).mean()))
         return edges, heights
 
 

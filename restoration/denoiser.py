@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion import ResidualGenerator
+from diffusion import Encoded, Network, ResidualGenerator
 from engine.device import out_of_memory
 from restoration.tiling import Field, Scale, Tile, plan_tiles
-from unet import Condition, UNet
+from unet import Condition
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Prepared(NamedTuple):
     """What a batch of windows needs at every step."""
 
     upscaled: Tensor  # (b, C, height, width)
-    contexts: tuple[object, ...]  # one for each view
+    encoded: tuple[Encoded, ...]  # one for each view
 
 
 class TiledDenoiser:
@@ -135,7 +135,7 @@ class TiledDenoiser:
     def __init__(
         self,
         generator: ResidualGenerator,
-        network: UNet,
+        network: Network,
         low_res: Tensor,
         windows: Windows,
         self_ensemble: bool,
@@ -151,7 +151,8 @@ class TiledDenoiser:
         self.evaluations = 0
         self.tiles = windows.plan(*self.scale.high_size(*low_res.shape[-2:]))
         # (B, N, E) of the whole images for each view, which all windows share; or None.
-        self.tokens = [self._encode_tokens(view.apply(low_res)) for view in self.views]
+        with generator.autocast():
+            self.tokens = [network.encode_tokens(view.apply(low_res)) for view in self.views]
         self.prepared: dict[int, Prepared] = {}  # by the batch's place in the list
 
     def __call__(self, noisy: Field, timestep: int) -> Field:
@@ -190,9 +191,9 @@ class TiledDenoiser:
     def _estimate(self, noisy: Tensor, timestep: int, prepared: Prepared) -> Tensor:
         """The mean over the views of the network's estimates for windows (b, C, height, width)."""
         total = torch.zeros_like(noisy)
-        for view, context in zip(self.views, prepared.contexts, strict=True):
+        for view, encoded in zip(self.views, prepared.encoded, strict=True):
             seen, upscaled = view.apply(noisy), view.apply(prepared.upscaled)
-            total += view.undo(self.generator.estimate(self.network, seen, timestep, context, upscaled))
+            total += view.undo(self.generator.estimate(self.network, seen, timestep, encoded, upscaled))
         return total / len(self.views)
 
     def _batches(self, images: int) -> list[list[Job]]:
@@ -211,16 +212,8 @@ class TiledDenoiser:
         windows = [self.scale.upscale(self.low_res[job.image], job.tile.window) for job in jobs]
         upscaled = torch.stack(windows).clamp(-1, 1)  # (b, C, height, width)
         images = [job.image for job in jobs]
-        contexts = []
+        encoded = []
         for view, tokens in zip(self.views, self.tokens, strict=True):
             condition = Condition(view.apply(upscaled), tokens=None if tokens is None else tokens[images])
-            contexts.append(self.generator.encode(self.network, condition))
-        return Prepared(upscaled, tuple(contexts))
-
-    def _encode_tokens(self, low_res: Tensor) -> Tensor | None:
-        """Tokens (B, N, E) for cross-attention, or None where the network has none."""
-        if self.network.context_extractor is None:
-            return None
-        with self.generator.autocast():
-            tokens: Tensor = self.network.context_extractor(low_res)
-        return tokens
+            encoded.append(self.generator.encode(self.network, condition))
+        return Prepared(upscaled, tuple(encoded))

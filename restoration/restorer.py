@@ -10,15 +10,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffusion import ResidualGenerator
-from engine.checkpoint import LoadedModel, load_model, released_model
+from bicubic import Border
+from degradation import degradation_from_dict
+from diffusion import Network, ProcessConfig, ResidualGenerator
+from engine.checkpoint import LoadedModel, NetworkT, load_model, released_model
 from engine.device import autocast_dtype, select_device
 from engine.options import Options, option
 from imaging.files import Pixels, to_unit_range, write_image
@@ -34,7 +36,6 @@ from samplers import (
     noise_stream,
     sample,
 )
-from schedules import ProcessConfig
 from unet import UNet
 
 Preset = Literal["fidelity", "balanced", "detail"]
@@ -68,7 +69,9 @@ class RestoreConfig(Options):
         "fidelity: the most faithful, 1 step; balanced: the mean of 4 samples of 10 steps; detail: a sample "
         "of 10 steps; without it, detail where num_images asks for samples, else fidelity",
     )
-    steps: int | None = option(None, "denoising steps, instead of the mode's")
+    steps: int | None = option(
+        None, "denoising steps, instead of the mode's; 0: the mean of a network that predicts one"
+    )
     num_images: int | None = option(None, "samples to average, instead of the mode's", low=1)
     scheduler: SchedulerName = option(DEFAULT_SCHEDULER, "how to step from noise to image")
     eta: float = option(0.0, "fresh noise at each step of ddim, 0 to 1")
@@ -117,7 +120,7 @@ class Restoration:
 
 def restore(
     image: Restorable,
-    model: str | Path | LoadedModel | None = None,
+    model: str | Path | LoadedModel[NetworkT] | None = None,
     config: RestoreConfig | None = None,
     *,
     device: str = "auto",
@@ -137,7 +140,9 @@ def restore(
     chosen = select_device(device)
     dtype = autocast_dtype(chosen, precision)
     loaded = (
-        model if isinstance(model, LoadedModel) else load_model(released_model() if model is None else model)
+        model
+        if isinstance(model, LoadedModel)
+        else load_model(released_model() if model is None else model, UNet)
     )
     return Restorer(loaded, config or RestoreConfig(), chosen, dtype).restore(image)
 
@@ -161,25 +166,29 @@ class Restorer:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: LoadedModel[NetworkT],
         config: RestoreConfig,
         device: torch.device,
         precision: torch.dtype | None = None,
     ) -> None:
-        self.network: UNet = model.unet.to(device)
+        self.network = cast(Network, model.network.to(device))
         self.config = config
         self.device = device
         process = ProcessConfig.from_dict(model.process)
         self.generator = ResidualGenerator.of(process, device, precision, config.scheduler)
-        self.steps = self.generator.plan(config.budget.steps, config.eta)
+        steps = config.budget.steps
+        if config.budget == PRESETS["fidelity"] and config.steps is None and self.network.mean_reach:
+            steps = 0  # the mean that the network predicts is its most faithful answer, and needs no sampling
+        self.steps = self.generator.plan(steps, config.eta)
         self.residual_std, factor = float(self.network.residual_std), float(self.network.scale)
         if self.residual_std <= 0 or factor <= 0:
             raise ValueError("this network was never trained: it knows no scale; give a trained checkpoint")
-        settings = self.network.config
-        if settings.in_channels != 3:
-            raise ValueError(f"this network is for {settings.in_channels} channels: RGB needs 3")
+        channels = getattr(self.network.config, "in_channels", 3)
+        if channels != 3:
+            raise ValueError(f"this network is for {channels} channels: RGB needs 3")
         self.scale = Scale(factor)
-        multiple = settings.size_multiple * max(1, settings.attention_window)
+        self.border: Border = degradation_from_dict(model.degradation).border
+        multiple = self.network.window_multiple
         self.windows = Windows(config.tile, config.overlap, config.batch_size, multiple)
         if config.tile and self.windows.rounded(config.tile) != config.tile:
             logger.warning(
@@ -245,7 +254,7 @@ class Restorer:
         if alpha.min() == alpha.max():
             return np.full(self.scale.high_size(*alpha.shape), alpha.flat[0], alpha.dtype)
         mask = grey_picture(alpha)
-        steps = self.generator.plan(1)
+        steps = self.generator.plan(0 if self.network.mean_reach else 1)
         with torch.inference_mode():
             mean, _ = self._average(mask.low_res[None].to(self.device), steps, 1, False, _silent)
         return mask.to_pixels(mean)
@@ -257,7 +266,7 @@ class Restorer:
         num_images = self.config.budget.num_images
         mean, variance = self._average(low_res, self.steps, num_images, deviation, progress)
         if self.config.consistency:
-            project(mean, to_unit_range(low_res), self.scale)
+            project(mean, to_unit_range(low_res), self.scale, self.border)
         progress(1.0)
         return mean, variance
 
@@ -332,20 +341,21 @@ class Restorer:
                 squares.add(band, (restored - before) * (restored - after))
 
 
-def project(restored: Field, target: Tensor, scale: Scale) -> None:
+def project(restored: Field, target: Tensor, scale: Scale, border: Border = "mirror") -> None:
     """Make restored images shrink to their inputs: back-projection (Irani & Peleg 1991) and clamping in turn.
 
     Args:
         restored: (B, C, H, W) in [0, 1], changed in place.
         target: (B, C, h, w) in [0, 1].
         scale: H / h.
+        border: what the downscaling sees beyond the edge.
     """
     height, width = restored.shape[-2:]
     for _ in range(CONSISTENCY_ROUNDS):
         error = torch.empty_like(target)
         for low in row_bands(target.shape[-2], target.shape[-1], NOISE_ROWS):
             high = scale.high_window(low, height, width)
-            shrunk = scale.downscale(restored.read(high), high, low)
+            shrunk = scale.downscale(restored.read(high), high, low, border)
             error[..., low.top : low.bottom, :] = target[..., low.top : low.bottom, :] - shrunk
         for band in _bands(restored.shape):
             corrected = restored.read(band) + scale.upscale(error, band)

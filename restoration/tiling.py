@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bicubic import exact_scale, resize
+from bicubic import Border, exact_scale, resize
 
 IN_MEMORY_BYTES = 32 * 2**20  # a larger field is kept in a file
 _BICUBIC_REACH = 3  # low-resolution pixels beyond a window that its upscaled pixels depend on
@@ -147,15 +147,16 @@ class Scale:
         first = max(0, (start - _BICUBIC_REACH) // self.fraction.denominator * self.fraction.denominator)
         return int(first * self.fraction), min(math.ceil((stop + _BICUBIC_REACH) * self.fraction), length)
 
-    def downscale(self, high_res: Tensor, high: Window, low: Window) -> Tensor:
+    def downscale(self, high_res: Tensor, high: Window, low: Window, border: Border = "mirror") -> Tensor:
         """A window of the downscaled image (antialiased bicubic).
 
         Args:
             high_res: (..., height, width) of the window `high`.
             high: as `high_window` gave it.
             low: the window to make.
+            border: see bicubic.resize.
         """
-        shrunk = resize(high_res, scale=1 / float(self))
+        shrunk = resize(high_res, scale=1 / float(self), border=border)
         y, x = low.top - int(high.top / self.fraction), low.left - int(high.left / self.fraction)
         height, width = low.shape
         return shrunk[..., y : y + height, x : x + width]

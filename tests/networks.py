@@ -33,4 +33,4 @@ def random_model(scale=4.0, gain=1.0, process=PROCESS, **settings):
                 torch.nn.init.normal_(parameter, std=gain / math.sqrt(parameter[0].numel()))
         unet.residual_std.fill_(0.12)
         unet.scale.fill_(scale)
-    return LoadedModel(unet.eval().requires_grad_(False), process, 1)
+    return LoadedModel(unet.eval().requires_grad_(False), process, {}, 1)

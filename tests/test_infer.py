@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.pth"
     loaded = random_model()
-    content = {"unet": loaded.unet.config.to_dict(), "process": PROCESS, "step": 7}
-    save_checkpoint(path, {**content, "ema": loaded.unet.state_dict()})
+    content = {"network": loaded.network.config.to_dict(), "process": PROCESS, "step": 7}
+    save_checkpoint(path, {**content, "ema": loaded.network.state_dict()})
     return path
 
 
@@ -96,7 +96,7 @@ def test_export_is_read_wherever_a_checkpoint_is(weights, picture, tmp_path):
     assert done.stdout.startswith(str(model))
     original, exported = load_model(weights), load_model(model)
     assert exported.process == original.process
-    assert exported.unet.config == original.unet.config
+    assert exported.network.config == original.network.config
     assert model.stat().st_size < 0.7 * weights.stat().st_size
     write_image(tmp_path / "photo.png", picture)
     outputs = []

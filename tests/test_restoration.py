@@ -27,7 +27,7 @@ from restoration.denoiser import TiledDenoiser, Windows
 from restoration.tiling import Field, Scale, Window, bytes_on_disk, plan_tiles, row_bands
 from samplers import SCHEDULERS, draw_noise, noise_stream
 from tests.networks import PROCESS, random_model
-from unet import UNet
+from unet import Condition, UNet
 
 CPU = torch.device("cpu")
 unhurried = settings(deadline=None)  # the first example pays for imports and caches
@@ -137,6 +137,7 @@ CONFIGURATIONS = {
     "attention": {"conditioning": "both"},
     "patch 4": {"conditioning": "concat", "patch_size": 4, "dim_mults": (1, 2)},
     "group normalisation": {"conditioning": "concat", "norm": "group", "gain": 0.3},
+    "predictor": {"conditioning": "concat", "predictor_blocks": 2},
 }
 
 
@@ -144,13 +145,13 @@ CONFIGURATIONS = {
 def test_windows_give_what_one_piece_gives_and_no_seams(name, picture):
     loaded = random_model(**CONFIGURATIONS[name])
     if name == "convolutions only":
-        for transformer in loaded.unet.transformers:
+        for transformer in loaded.network.transformers:
             transformer.block.self_attention.out.weight.zero_()
     whole = run(picture, loaded, tile=0, steps=4).pixels.astype(float)
     tiled = run(picture, loaded, tile=256, steps=4).pixels.astype(float)
     assert whole.std() > 20
     assert psnr(whole, tiled) >= 45
-    config = loaded.unet.config
+    config = loaded.network.config
     multiple = config.size_multiple * config.attention_window
     overlap = math.ceil(64 / multiple) * multiple
     for axis in (0, 1):
@@ -182,7 +183,7 @@ def test_windows_begin_at_multiples_and_are_as_large_as_was_asked(side, overlap,
 
 
 def test_a_network_says_where_windows_begin(model):
-    config = model.unet.config
+    config = model.network.config
     multiple = config.size_multiple * config.attention_window
     assert Restorer(model, RestoreConfig(), CPU).windows.multiple == multiple
 
@@ -283,16 +284,70 @@ def test_peak_memory_hardly_grows_with_the_image():
 def test_one_piece_is_what_the_generator_gives(model, picture):
     low_res = to_model_range(pixels_to_unit(picture))[None]
     for steps in (1, 3):
-        expected = ResidualGenerator().generate_images(model.unet, low_res, 1, steps, seed=5)
+        expected = ResidualGenerator().generate_images(model.network, low_res, 1, steps, seed=5)
         ours = run(picture, model, steps=steps, seed=5).pixels
         assert psnr(ours, np.round(expected[0].permute(1, 2, 0).numpy() * 255)) > 70
+
+
+def test_a_call_is_restore_before_it_rounds(model, picture):
+    restorer = Restorer(model, RestoreConfig(steps=2, num_images=2, consistency=True), CPU)
+    low_res = pixels_to_unit(picture)
+    called = restorer(low_res)
+    assert called.shape == (3, 384, 320)
+    assert called.dtype == torch.float32
+    pixels = restorer.restore(picture).pixels
+    assert np.abs(called.permute(1, 2, 0).numpy() * 255 - pixels).max() < 0.51
+    tiled = Restorer(model, RestoreConfig(steps=2, num_images=2, consistency=True, tile=192), CPU)
+    assert psnr(tiled(low_res).numpy() * 255, called.numpy() * 255) > 45
+
+
+def test_what_an_image_of_a_batch_becomes_does_not_depend_on_the_others(model, picture):
+    low_res = pixels_to_unit(picture[:16, :24])
+    several = torch.stack([low_res, 1 - low_res, low_res.flip(2)])
+    for config in (RestoreConfig(steps=3), RestoreConfig(num_images=2, steps=2, batch_size=6)):
+        restorer = Restorer(model, config, CPU)
+        together = restorer(several)
+        assert together.shape == (3, 3, 64, 96)
+        torch.testing.assert_close(together[1], restorer(several[1]), rtol=0, atol=1e-4)
+
+
+def test_grey_is_called_with_one_channel_and_gives_one(model, picture):
+    restorer = Restorer(model, RestoreConfig(), CPU)
+    grey = pixels_to_unit(picture[..., 0])
+    assert restorer(grey).shape == (1, 384, 320)
+    torch.testing.assert_close(restorer(grey)[0], restorer(grey.expand(3, -1, -1)).mean(0))
+    for wrong in (torch.zeros(8, 8), torch.zeros(2, 8, 8), torch.zeros(1, 1, 3, 8, 8), torch.zeros(3, 0, 8)):
+        with pytest.raises(ValueError, match=r"\("):
+            restorer(wrong)
 
 
 def test_a_scale_kept_in_single_precision_gives_the_size_it_stands_for(picture):
     loaded = random_model(scale=2.4)
     low_res = to_model_range(pixels_to_unit(picture[:50, :30]))[None]
-    assert ResidualGenerator().generate_images(loaded.unet, low_res, 1, 1, seed=0).shape == (1, 3, 120, 72)
+    assert ResidualGenerator().generate_images(loaded.network, low_res, 1, 1, seed=0).shape == (1, 3, 120, 72)
     assert run(picture[:50, :30], loaded, steps=1).pixels.shape == (120, 72, 3)
+
+
+def test_fidelity_is_the_mean_of_a_network_that_predicts_one(picture):
+    """No seed changes it, and windows whose margin its convolutions do not cross have it exactly."""
+    loaded = random_model(predictor_blocks=2, conditioning="concat")
+    whole = run(picture, loaded, mode="fidelity", tile=0).pixels
+    assert np.array_equal(whole, run(picture, loaded, mode="fidelity", tile=0, seed=7).pixels)
+    tiled = run(picture, loaded, mode="fidelity", tile=192).pixels.astype(int)
+    assert loaded.network.mean_reach <= 16
+    assert np.abs(tiled - whole).max() <= 1
+    low_res = to_model_range(pixels_to_unit(picture))[None]
+    upscaled = resize(low_res, scale=4).clamp(-1, 1)
+    _, mean = loaded.network.encode_context(Condition(upscaled))
+    expected = (upscaled + float(loaded.network.residual_std) * mean).clamp(-1, 1)[0].permute(1, 2, 0)
+    assert np.abs(whole - (expected.numpy() + 1) * 127.5).max() < 0.51
+    assert psnr(whole, run(picture, loaded, steps=1).pixels) < 40
+
+
+def test_only_a_network_that_predicts_a_mean_restores_in_no_steps(model, picture):
+    with pytest.raises(OptionError) as caught:
+        run(picture, model, steps=0)
+    assert (caught.value.field, caught.value.value) == ("steps", 0)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, picture):
@@ -312,7 +367,7 @@ def test_mean_and_deviation_are_those_of_the_samples(model, picture):
     restorer = Restorer(model, RestoreConfig(steps=2, num_images=3), CPU)
     result = restorer.restore(picture, deviation=True)
     low_res = to_model_range(pixels_to_unit(picture))[None]
-    samples = ResidualGenerator().generate_images(model.unet, low_res, 3, 2, seed=0)
+    samples = ResidualGenerator().generate_images(model.network, low_res, 3, 2, seed=0)
     mean = samples.mean(0).permute(1, 2, 0).numpy()
     assert np.abs(result.pixels / 255 - mean).max() < 0.6 / 255
     expected = samples.var(0).mean(0).sqrt().numpy()
@@ -398,7 +453,7 @@ def test_a_wrong_setting_is_refused_by_name(field, value):
 
 @pytest.mark.parametrize(
     ("wrong", "field"),
-    [({"steps": 0}, "steps"), ({"steps": 1001}, "steps"), ({"eta": 0.5}, "eta"), ({"eta": 1.5}, "eta")],
+    [({"steps": -1}, "steps"), ({"steps": 1001}, "steps"), ({"eta": 0.5}, "eta"), ({"eta": 1.5}, "eta")],
 )
 def test_what_the_process_cannot_do_is_refused_before_the_work(wrong, field, model):
     with pytest.raises(OptionError) as caught:
@@ -407,7 +462,7 @@ def test_what_the_process_cannot_do_is_refused_before_the_work(wrong, field, mod
 
 
 def test_a_network_that_cannot_restore_is_refused():
-    untrained = LoadedModel(UNet(base_dim=8), PROCESS, 0)
+    untrained = LoadedModel(UNet(base_dim=8), PROCESS, {}, 0)
     with pytest.raises(ValueError, match="never trained"):
         Restorer(untrained, RestoreConfig(), CPU)
 

@@ -18,6 +18,13 @@ from diffusers.schedulers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion import (
+    SCHEDULES,
+    cosine_alpha_bar,
+    linear_alpha_bar,
+    sigmoid_alpha_bar,
+    variance_preserving,
+)
 from engine.options import OptionError
 from samplers import (
     DEFAULT_SCHEDULER,
@@ -32,12 +39,6 @@ from samplers import (
     sample,
     trailing_timesteps,
 )
-from schedules import (
-    cosine_alpha_bar,
-    linear_alpha_bar,
-    sigmoid_alpha_bar,
-    zero_terminal_alpha_bar,
-)
 
 T = 1000
 unhurried = settings(deadline=None)  # the first example pays for imports and caches
@@ -45,30 +46,7 @@ DEVIATIONS = (0.1, 0.2, 0.4, 1.0)
 MEAN = 0.3
 
 
-def preserving(alpha_bar):
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-
-def flow(total):
-    """Lipman et al. 2023, Liu et al. 2023."""
-    t = torch.arange(1, total + 1, dtype=torch.float64) / total
-    return 1 - t, t
-
-
-def resshift(total, kappa=2.0):
-    """Yue et al. 2023, in terms of the residual; sqrt(eta) here grows evenly in its logarithm."""
-    root = torch.logspace(-1.5, -0.0005, total, dtype=torch.float64)
-    return 1 - root**2, kappa * root
-
-
-PAIRS = {
-    "cosine": preserving(cosine_alpha_bar(T)),
-    "linear": preserving(linear_alpha_bar(T)),
-    "sigmoid": preserving(sigmoid_alpha_bar(T)),
-    "zero_terminal_snr": preserving(zero_terminal_alpha_bar(T)),
-    "flow": flow(T),
-    "resshift": resshift(T),
-}
+PAIRS = {name: scales(T) for name, scales in SCHEDULES.items()}
 COSINE = PAIRS["cosine"]
 ALPHA_BAR = cosine_alpha_bar(T)
 
@@ -135,7 +113,7 @@ def test_one_step_is_the_clean_estimate_at_the_noisiest_timestep(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("total", [1, 2, 7, 60])
 def test_every_step_count_ends_in_its_last_clean_estimate(name, total):
-    sampler = Sampler(name, *preserving(cosine_alpha_bar(total)))
+    sampler = Sampler(name, *variance_preserving(cosine_alpha_bar(total)))
     for count in range(1, total + 1):
         steps = sampler.steps(count)
         last = steps[-1]
@@ -216,7 +194,7 @@ PREDICTS_CLEAN = {"prediction_type": "sample"}
 
 def diffusers_pair(schedule):
     alpha_bar = DDIMScheduler(num_train_timesteps=T, **DIFFUSERS_SCHEDULES[schedule]).alphas_cumprod.double()
-    return preserving(alpha_bar)
+    return variance_preserving(alpha_bar)
 
 
 def sent(reference, timesteps, sigmas, repeats=1):
@@ -295,7 +273,7 @@ def test_ddim_is_that_of_diffusers_where_the_step_count_divides_t(schedule, coun
     alpha_bar = reference.alphas_cumprod.double().clamp(min=LEAST_ALPHA_BAR)
     reference.alphas_cumprod = alpha_bar
     reference.set_timesteps(count)
-    steps = Sampler("ddim", *preserving(alpha_bar)).steps(count, eta)
+    steps = Sampler("ddim", *variance_preserving(alpha_bar)).steps(count, eta)
     assert [step.timestep for step in steps] == reference.timesteps.tolist()
     generator = torch.Generator().manual_seed(0)
     noisy, clean, noise = torch.randn(3, 1, 3, 8, 8, generator=generator, dtype=torch.float64)
