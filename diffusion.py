@@ -581,12 +581,20 @@ class ResidualGenerator:
     ) -> Tensor:
         """Restore images whose upscaled version is at hand: (B, C, H, W) in [0, 1]."""
         streams = [noise_stream(seed, sample) for _ in upscaled]
-        residual = self._residual(model, low_res, upscaled, self.plan(steps, eta), streams)
+        residual = self._residual(model, low_res, upscaled, self.plan(model, steps, eta), streams)
         return to_unit_range((upscaled + residual).clamp(-1, 1))
 
-    def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
-        """The steps of the sampler, or for 0 the one that takes the mean; OptionError for a wrong number."""
-        return self.sampler.steps(steps, eta) if steps else (Step(MEAN_ALONE, 0.0, (1.0,)),)
+    def plan(self, model: Network, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
+        """The steps of the sampler, or for 0 the one that takes the mean which the network predicts.
+
+        Raises:
+            OptionError: a number that the sampler, or a network without a mean, cannot take.
+        """
+        if steps:
+            return self.sampler.steps(steps, eta)
+        if not model.mean_reach:
+            raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
+        return (Step(MEAN_ALONE, 0.0, (1.0,)),)
 
     def encode(self, model: Network, condition: Condition) -> Encoded:
         """The condition as `estimate` takes it, encoded once and in this generator's precision."""
@@ -611,21 +619,16 @@ class ResidualGenerator:
 
         Returns:
             (B, C, H, W), clipped so that upscaled + residual lies in [-1, 1].
-
-        Raises:
-            OptionError: the mean is asked for, and the network predicts none.
         """
-        if timestep == MEAN_ALONE:
-            if encoded.mean is None:
-                raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
-            clean = encoded.mean
-        else:
-            clean = self._clean(model, noisy, timestep, encoded)
+        clean = self._clean(model, noisy, timestep, encoded)
         # residual_std stays on its device: reading it here would make a GPU wait at every step.
         return clean.clamp((-1 - upscaled) / model.residual_std, (1 - upscaled) / model.residual_std)
 
     def _clean(self, model: Network, noisy: Tensor, timestep: int, encoded: Encoded) -> Tensor:
         """The estimate (B, C, H, W) before it is clipped."""
+        if timestep == MEAN_ALONE:
+            assert encoded.mean is not None, "the network has a mean_reach but gave no mean"
+            return encoded.mean
         t = torch.full((len(noisy),), timestep, device=noisy.device)
         if encoded.mean is not None:
             noisy = noisy - _at(self.diffusion.signal_scale, t) * encoded.mean
@@ -662,7 +665,7 @@ class ResidualGenerator:
     ) -> Tensor:
         """(B * num_images, C, H, W) residuals in [-2, 2], those of one image next to each other."""
         seed = torch.seed() % 2**62 if seed is None else seed
-        plan = self.plan(steps, eta)
+        plan = self.plan(model, steps, eta)
         residuals = [
             self._residual(model, low_res, upscaled, plan, [noise_stream(seed, number) for _ in upscaled])
             for number in range(num_images)

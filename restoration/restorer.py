@@ -179,7 +179,7 @@ class Restorer:
         steps = config.budget.steps
         if config.budget == PRESETS["fidelity"] and config.steps is None and self.network.mean_reach:
             steps = 0  # the mean that the network predicts is its most faithful answer, and needs no sampling
-        self.steps = self.generator.plan(steps, config.eta)
+        self.steps = self.generator.plan(self.network, steps, config.eta)
         self.residual_std, factor = float(self.network.residual_std), float(self.network.scale)
         if self.residual_std <= 0 or factor <= 0:
             raise ValueError("this network was never trained: it knows no scale; give a trained checkpoint")
@@ -254,7 +254,7 @@ class Restorer:
         if alpha.min() == alpha.max():
             return np.full(self.scale.high_size(*alpha.shape), alpha.flat[0], alpha.dtype)
         mask = grey_picture(alpha)
-        steps = self.generator.plan(0 if self.network.mean_reach else 1)
+        steps = self.generator.plan(self.network, 0 if self.network.mean_reach else 1)
         with torch.inference_mode():
             mean, _ = self._average(mask.low_res[None].to(self.device), steps, 1, False, _silent)
         return mask.to_pixels(mean)

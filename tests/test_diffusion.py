@@ -491,7 +491,7 @@ def test_what_the_mean_leaves_is_sampled_and_both_are_added():
     with torch.inference_mode():
         for steps in (1, 4):
             *_, left = sample(
-                generator.plan(steps), noise, denoise, lambda step, noisy, cleans: step.advance(noisy, cleans)
+                generator.plan(network, steps), noise, denoise, lambda step, noisy, cleans: step.advance(noisy, cleans)
             )
             residual = generator.generate_residuals(network, low_res, 1, steps, seed=5)
             torch.testing.assert_close(residual, (mean + left) * network.residual_std, atol=1e-4, rtol=0)

@@ -16,6 +16,7 @@ from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, write_image
 from tests.networks import PROCESS, random_model
 from tests.test_restoration import psnr
+from unet import UNet
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,7 +95,7 @@ def test_export_is_read_wherever_a_checkpoint_is(weights, picture, tmp_path):
     done = script("--weights_path", weights, "--export", model)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(model))
-    original, exported = load_model(weights), load_model(model)
+    original, exported = load_model(weights, UNet), load_model(model, UNet)
     assert exported.process == original.process
     assert exported.network.config == original.network.config
     assert model.stat().st_size < 0.7 * weights.stat().st_size
@@ -309,7 +310,7 @@ def test_an_interrupted_run_leaves_whole_files_only(weights, picture, tmp_path, 
 
 def test_an_existing_export_is_kept(weights, tmp_path, capsys):
     target = tmp_path / "model.safetensors"
-    export_safetensors(load_model(weights), target)
+    export_safetensors(load_model(weights, UNet), target)
     before = target.stat().st_mtime_ns
     assert here("--weights_path", weights, "--export", target) == 2
     assert "exists already" in capsys.readouterr().err
