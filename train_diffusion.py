@@ -27,7 +27,7 @@ from engine.processes import Processes, started_processes
 from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
-from imaging.sizes import default_memory
+from imaging.sizes import default_cache_dir
 from schedules import Mode, Schedule, TimestepDensity
 from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError
 from unet import Condition, UNet, UNetConfig, parameter_count
@@ -188,7 +188,7 @@ def make_datasets(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]
             augment=args.augment,
             seed=args.seed,
             reader=reader,
-            memory=default_memory(),
+            cache_dir=default_cache_dir(),
         )
 
     everything = dataset(list_images(args.image_folder), True)
