@@ -568,22 +568,6 @@ class ResidualGenerator:
         low_res, upscaled = self._inputs(model, low_resolution_image)
         return self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
 
-    def restore(
-        self,
-        model: Network,
-        low_res: Tensor,
-        upscaled: Tensor,
-        steps: int,
-        seed: int,
-        *,
-        sample: int = 0,
-        eta: float = 0.0,
-    ) -> Tensor:
-        """Restore images whose upscaled version is at hand: (B, C, H, W) in [0, 1]."""
-        streams = [noise_stream(seed, sample) for _ in upscaled]
-        residual = self._residual(model, low_res, upscaled, self.plan(steps, eta), streams)
-        return to_unit_range((upscaled + residual).clamp(-1, 1))
-
     def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
         """The steps of the sampler, none for 0; ValueError for a number it or the process cannot take."""
         return self.sampler.steps(steps, eta) if steps else ()

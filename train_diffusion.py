@@ -42,7 +42,7 @@ from engine.run import RunFiles, locked, new_folder
 from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
-from imaging.sizes import default_memory
+from imaging.sizes import default_cache_dir
 from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError, learning_rate_at
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import Augmentation, ImageDataset
@@ -205,7 +205,7 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
             augment=data.augment,
             seed=seed,
             reader=reader,
-            memory=default_memory(),
+            cache_dir=default_cache_dir(),
             degradation=settings.degradation,
         )
 

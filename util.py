@@ -239,7 +239,7 @@ class ImageDataset(Dataset[Sample]):
         augment: "none", "flip" (left-right) or "dihedral" (all 8 flips and rotations).
         seed: of crops and flips.
         reader: path -> (H, W, 3) uint8, for instance a cache around `images.read_rgb`.
-        memory: folder to remember the sizes of the images in, see imaging.sizes.
+        cache_dir: folder to remember the sizes of the images in, see imaging.sizes.
         degradation: makes the low resolution; by default bicubic by downscale_factor.
 
     Raises:
@@ -257,7 +257,7 @@ class ImageDataset(Dataset[Sample]):
         augment: Augmentation = "flip",
         seed: int = 0,
         reader: Callable[[Path], npt.NDArray[np.uint8]] = read_rgb,
-        memory: Path | None = None,
+        cache_dir: Path | None = None,
         degradation: Degradation | None = None,
     ) -> None:
         self.degradation = degradation or Bicubic(scale=downscale_factor)
@@ -273,7 +273,7 @@ class ImageDataset(Dataset[Sample]):
         self.seed = seed
         self.reader = reader
         found = list_images(images) if isinstance(images, str | Path) else list(images)
-        self.paths, self.left_out = _usable(found, img_size, memory)
+        self.paths, self.left_out = _usable(found, img_size, cache_dir)
         if not self.paths:
             where = images if isinstance(images, str | Path) else f"{len(found)} files"
             raise ValueError(
@@ -348,11 +348,13 @@ class CropDataset(Dataset[Tensor]):
         return int(self.images.failed.sum())
 
 
-def _usable(paths: Sequence[Path], img_size: int, memory: Path | None) -> tuple[list[Path], dict[Path, str]]:
+def _usable(
+    paths: Sequence[Path], img_size: int, cache_dir: Path | None
+) -> tuple[list[Path], dict[Path, str]]:
     """Split into images at least img_size on both sides, by their headers, and the others with the reason."""
     usable: list[Path] = []
     left_out: dict[Path, str] = {}
-    for path, size in zip(paths, image_sizes(paths, memory), strict=True):
+    for path, size in zip(paths, image_sizes(paths, cache_dir), strict=True):
         if isinstance(size, UnreadableImageError):
             left_out[path] = str(size)
         elif min(size) < img_size:

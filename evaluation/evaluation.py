@@ -39,7 +39,7 @@ from evaluation.wasserstein import (
     pyramid_patches,
 )
 from imaging.files import list_images, pixels_to_unit, unit_to_pixels
-from restoration.restorer import ImageRestorer, RestoreConfig
+from restoration import RestoreConfig, Restorer
 from unet import UNet
 
 CPU = torch.device("cpu")
@@ -190,15 +190,17 @@ class TrainedModel:
                 f"{self.path.name} was trained for scale {trained:g}, not {scale:g}: "
                 f"use --scale {trained:g} or another model"
             )
-        restorer = ImageRestorer(self.loaded, how, self.device, self.precision)
-        steps, samples = how.effort
+        restorer = Restorer(self.loaded, how, self.device, self.precision)
+        samples = how.budget.num_images
 
         def restore(low_res: Tensor) -> Estimate:
             found = restorer.restore(unit_to_pixels(low_res), deviation=samples > 1)
             deviation = None if found.deviation is None else torch.from_numpy(found.deviation)
             return Estimate(pixels_to_unit(found.pixels), deviation)
 
-        return Method(Label(how.mode or "model", how.scheduler, steps, samples), restore, self.device)
+        return Method(
+            Label(how.mode or "model", how.scheduler, restorer.step_count, samples), restore, self.device
+        )
 
     def describe(self) -> dict[str, Json]:
         """What identifies the model and how it is computed."""

@@ -1,16 +1,20 @@
 """Validation during training: a fixed set of images, restored and measured with the averaged weights."""
 
 import logging
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import DiffusionModel, Network, ResidualGenerator
+from diffusion import DiffusionModel, Network
+from engine.checkpoint import LoadedModel
 from engine.processes import Processes
 from evaluation import metrics
 from evaluation.table import METRICS, Conditions, Pair
 from imaging.files import to_unit_range
+from restoration import RestoreConfig, Restorer
+from restoration.restorer import Preset
 from training import NonFiniteError, Validation
 from unet import Condition
 from util import ImageDataset, Sample, degrade
@@ -28,8 +32,8 @@ logger = logging.getLogger(__name__)
 class Validator:
     """Restores the dataset's images with a network, and measures; for DiffusionModel.train.
 
-    The scalars are the metrics of METRICS that say so, of one step (the posterior mean), averaged over the
-    images that are not flat. Pictures are shown of one step and of ten, the loss by timestep. The noise is
+    The scalars are the metrics of METRICS that say so, of the mode fidelity, averaged over the images that
+    are not flat. Pictures are shown of fidelity and of detail, the loss by timestep. The noise is
     the same at every call. Every process restores a part of the images.
 
     Args:
@@ -48,7 +52,7 @@ class Validator:
     ) -> None:
         self.diffusion = diffusion
         self.processes = processes or Processes(diffusion.device)
-        self.generator = ResidualGenerator.of(diffusion.process, self.processes.device, precision)
+        self.precision = precision
         self.conditions = Conditions(metrics.Protocol(crop=round(dataset.downscale_factor)))
         crops = [dataset.crop(index) for index in range(len(dataset))]
         self.batches = [
@@ -82,9 +86,9 @@ class Validator:
         model = cast(Network, network)
         scalars = self._measure_all(model)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
-        sample = self._restore(model, first, min(10, self.diffusion.timesteps))
+        sample = self._restore(model, first, "detail")
         images = {
-            "low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, 1)),
+            "low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, "fidelity")),
             "low_bicubic_sample_original": comparison_grid(first, sample),
         }
         curves = {"loss_by_timestep": self._loss_by_timestep(model, first)}
@@ -96,7 +100,7 @@ class Validator:
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
             batch, counted = self.batches[index], self.counted[index]
-            restored = self._restore(model, batch, 1)
+            restored = self._restore(model, batch, "fidelity")
             gain = self._psnr(batch, restored) - self.bicubic_psnr[index]
             values = [*self._scores(batch, restored), gain, torch.ones(len(counted))]
             sums += torch.stack([value[counted].clamp(max=PERFECT_PSNR).double().sum() for value in values])
@@ -107,17 +111,24 @@ class Validator:
 
     def _scores(self, batch: Sample, restored: Tensor) -> list[Tensor]:
         """(B,) of every metric in SCALARS, on the CPU."""
-        truth, low_res = to_unit_range(batch.original), to_unit_range(batch.low_res)
+        truth, low_res = to_unit_range(batch.original).cpu(), to_unit_range(batch.low_res).cpu()
         pair = Pair(restored, truth, low_res, self.conditions)
         return [metric.of_image(pair).cpu() for metric in SCALARS if metric.of_image is not None]
 
     def _psnr(self, batch: Sample, restored: Tensor) -> Tensor:
         """(B,) in dB on the CPU, at most PERFECT_PSNR."""
-        psnr = metrics.psnr(restored, to_unit_range(batch.original), self.conditions.protocol)
-        return psnr.clamp(max=PERFECT_PSNR).cpu()
+        truth = to_unit_range(batch.original).cpu()
+        return metrics.psnr(restored.cpu(), truth, self.conditions.protocol).clamp(max=PERFECT_PSNR)
 
-    def _restore(self, model: Network, batch: Sample, steps: int) -> Tensor:
-        restored = self.generator.restore(model, batch.low_res, batch.upscaled, steps, VALIDATION_SEED)
+    def _restore(self, model: Network, batch: Sample, mode: Preset) -> Tensor:
+        """(B, C, H, W) in [0, 1] on the CPU, as infer.py restores."""
+        config = RestoreConfig(mode=mode, seed=VALIDATION_SEED, tile=0, batch_size=len(batch.low_res))
+        steps = min(config.budget.steps, self.diffusion.timesteps)
+        config = replace(config, steps=steps) if steps < config.budget.steps else config
+        loaded = LoadedModel(cast(nn.Module, model), self.diffusion.process.to_dict(), {}, 0)
+        restored = Restorer(loaded, config, self.processes.device, self.precision)(
+            to_unit_range(batch.low_res)
+        )
         if not torch.isfinite(restored).all():
             raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
         return restored

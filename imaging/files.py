@@ -222,7 +222,10 @@ def decode_image(path: str | Path) -> DecodedImage:
             an image, is camera raw, has more than MAX_PIXELS, does not fit in memory, or holds samples that
             are not 8- or 16-bit integers.
     """
-    path = Path(path)
+    return _decode(Path(path), with_metadata=True)
+
+
+def _decode(path: Path, *, with_metadata: bool) -> DecodedImage:
     with _naming(path), path.open("rb") as file:
         if _is_bmp(path, file):
             return _decode_bmp(path, file)
@@ -233,12 +236,13 @@ def decode_image(path: str | Path) -> DecodedImage:
         if is_png and not png_is_whole(file):
             raise UnreadableImageError("damaged or cut short (its end is missing)")
         frames = png_frames(file) if is_png else _pages(image)
-        metadata = read_metadata(image, file, exif)
+        metadata = read_metadata(image, file, exif) if with_metadata else Metadata()
         if image.interpretation == "cmyk":
             metadata = replace(metadata, icc_profile=None)
         samples = _upright(_read_samples(_as_grey_or_rgb(image)), read_orientation(image, exif))
     colours = 3 if samples.shape[-1] >= 3 else 1
-    has_alpha = image.hasalpha() and samples.shape[-1] > colours and exif.get(_EXTRA_SAMPLES) not in {0, (0,)}
+    extra = exif.get(_EXTRA_SAMPLES) if exif else None  # 0: not alpha
+    has_alpha = image.hasalpha() and samples.shape[-1] > colours and extra not in {0, (0,)}
     if frames > 1 and has_alpha:
         has_alpha = (
             samples[..., colours].min() < np.iinfo(samples.dtype).max
@@ -257,7 +261,7 @@ def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
     Raises:
         UnreadableImageError: as ``decode_image``.
     """
-    return as_rgb8(decode_image(path).pixels)
+    return as_rgb8(_decode(Path(path), with_metadata=False).pixels)
 
 
 def as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
@@ -348,12 +352,11 @@ def _open(path: Path) -> pyvips.Image:
     return image
 
 
-def _check_readable(image: pyvips.Image, exif: Image.Exif) -> None:
+def _check_readable(image: pyvips.Image, exif: Image.Exif | None) -> None:
     """Refuse what is no picture yet, too large or too deep."""
     # in a camera's TIFF the first picture is a preview
-    if image.get("vips-loader").startswith("tiff") and (
-        exif.get(_NEW_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in exif
-    ):
+    is_tiff = image.get("vips-loader").startswith("tiff")
+    if is_tiff and exif and (exif.get(_NEW_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in exif):
         raise UnreadableImageError(_DEVELOP)
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImageError(
@@ -481,7 +484,7 @@ def write_image(
     has_alpha = alpha is not None
     name = check_format(path, height, width, samples.dtype, has_alpha=has_alpha, metadata=metadata)
     _warn_of_losses(path, name, metadata)
-    described = metadata.resized(height, width)
+    described = metadata.resized(height, width, path)
     try:
         if name == "TIFF":
             encoded = _encode_tiff(samples, described)

@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import BinaryIO
 
 import pyvips
@@ -71,8 +72,8 @@ class Metadata:
     text: dict[str, str] = field(default_factory=dict)
     colour: dict[bytes, bytes] = field(default_factory=dict)
 
-    def resized(self, height: int, width: int) -> "Metadata":
-        """The same with the sizes that EXIF and XMP state replaced."""
+    def resized(self, height: int, width: int, path: Path) -> "Metadata":
+        """The same with the sizes that EXIF and XMP state replaced, for the file that is to hold it."""
         xmp = self.xmp
         for name, size in ((b"PixelXDimension", width), (b"PixelYDimension", height)):
             xmp = xmp and re.sub(rb"(exif:" + name + rb"(?:=[\"']|>))\d+", rb"\g<1>%d" % size, xmp)
@@ -86,12 +87,12 @@ class Metadata:
                     directory.update({tag: size for tag in tags if tag in directory})
             return replace(self, xmp=xmp, exif=exif.tobytes())
         except DAMAGE_ERRORS as error:
-            logger.warning("EXIF left out, because it cannot be written (%s)", error)
+            logger.warning("%s: EXIF that cannot be written (%s): left out", path, error)
             return replace(self, xmp=xmp, exif=None)
 
 
-def read_exif(image: pyvips.Image, file: BinaryIO) -> Image.Exif:
-    """The EXIF of an image that was opened from file, orientation included; empty where it is damaged."""
+def read_exif(image: pyvips.Image, file: BinaryIO) -> Image.Exif | None:
+    """The EXIF of an image that was opened from file, orientation included; None where it is damaged."""
     exif = Image.Exif()
     try:
         loader = image.get("vips-loader")
@@ -100,29 +101,30 @@ def read_exif(image: pyvips.Image, file: BinaryIO) -> Image.Exif:
             exif.load_from_fp(file)
         elif loader.startswith("png"):
             with Image.open(io.BytesIO(png_without_pixels(file)), formats=["PNG"]) as head:
-                exif = head.getexif()
+                exif = Image.Image.getexif(head)  # a PNG's own would look for more behind the pixels
         elif image.get_typeof("exif-data"):
             exif.load(image.get("exif-data"))
-    except DAMAGE_ERRORS as error:
-        logger.warning("EXIF left out, because it is damaged (%s)", error)
+    except DAMAGE_ERRORS:
+        return None
     return exif
 
 
-def read_orientation(image: pyvips.Image, exif: Image.Exif) -> int:
+def read_orientation(image: pyvips.Image, exif: Image.Exif | None) -> int:
     """How the stored samples are turned, 1 to 8 as in EXIF: what EXIF says, or else XMP."""
     if image.get("vips-loader").startswith("heif"):
         return 1  # turned while it is decoded
     xmp = image.get("xmp-data") if image.get_typeof("xmp-data") else b""
     found = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp)
-    orientation = exif.get(ORIENTATION) or (int(found[1]) if found else 1)
+    stated = exif.get(ORIENTATION) if exif else None
+    orientation = stated or (int(found[1]) if found else 1)
     return orientation if orientation in range(1, 9) else 1
 
 
-def read_metadata(image: pyvips.Image, file: BinaryIO, exif: Image.Exif) -> Metadata:
-    """What the file of an opened image says, for the picture turned upright; exif loses its orientation."""
+def read_metadata(image: pyvips.Image, file: BinaryIO, exif: Image.Exif | None) -> Metadata:
+    """What the file of an opened image says, for the picture turned upright."""
     loader = image.get("vips-loader")
     if loader.startswith("png"):
-        metadata = _of_png(png_without_pixels(file))
+        metadata = _of_png(png_without_pixels(file), file.name)
     else:
         icc_profile, xmp = (
             image.get(name) if image.get_typeof(name) else None for name in ("icc-profile-data", "xmp-data")
@@ -134,10 +136,13 @@ def read_metadata(image: pyvips.Image, file: BinaryIO, exif: Image.Exif) -> Meta
         )
     # The picture is going to be upright, whatever XMP said.
     xmp = metadata.xmp and re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", metadata.xmp)
-    return replace(metadata, xmp=xmp, exif=_exif_block(exif, loader.startswith("tiff")))
+    if exif is None:
+        logger.warning("%s: its EXIF is damaged: left out", file.name)
+        return replace(metadata, xmp=xmp)
+    return replace(metadata, xmp=xmp, exif=_exif_block(exif, loader.startswith("tiff"), file.name))
 
 
-def _exif_block(exif: Image.Exif, is_tiff: bool) -> bytes | None:
+def _exif_block(exif: Image.Exif, is_tiff: bool, name: str) -> bytes | None:
     """The block without orientation and, from a TIFF, without what says how its samples are stored."""
     try:
         # A copy with all that the first one refers to.
@@ -148,7 +153,7 @@ def _exif_block(exif: Image.Exif, is_tiff: bool) -> bytes | None:
                 copied[tag] = inner
         return copied.tobytes() if len(copied) else None
     except DAMAGE_ERRORS as error:
-        logger.warning("EXIF left out, because it cannot be written again (%s)", error)
+        logger.warning("%s: its EXIF cannot be written again (%s): left out", name, error)
         return None
 
 
@@ -222,7 +227,7 @@ def _bytes_at(file: BinaryIO, start: int, length: int) -> bytes:
     return file.read(length)
 
 
-def _of_png(head: bytes) -> Metadata:
+def _of_png(head: bytes, name: str) -> Metadata:
     """What the chunks of a PNG say, but for EXIF."""
     stream = io.BytesIO(head)
     chunks = {kind: head[start + 8 : end - 4] for kind, start, end in png_chunks(stream)}
@@ -235,7 +240,7 @@ def _of_png(head: bytes) -> Metadata:
         with Image.open(stream, formats=["PNG"]) as image:
             info = image.info
     except DAMAGE_ERRORS as error:
-        logger.warning("profile and texts left out, because they are damaged (%s)", error)
+        logger.warning("%s: its profile and texts are damaged (%s): left out", name, error)
         return Metadata(colour=colour)
     text = {str(key): value for key, value in info.items() if isinstance(value, str)}
     packet = text.pop(_XMP_KEY, "").encode() or None

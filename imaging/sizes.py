@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from tqdm import tqdm
 from imaging.atomic import write_atomically
 from imaging.files import UnreadableImageError, image_size
 
+logger = logging.getLogger(__name__)
+
 MANY = 2000  # from this many files on, reading their headers shows its progress
 CHUNK = 500  # files handed to the threads at a time: the bar moves with the reading
 THREADS = 16  # reading headers mostly waits, most of all on a network drive
@@ -19,17 +22,18 @@ THREADS = 16  # reading headers mostly waits, most of all on a network drive
 Size = tuple[int, int]
 
 
-def image_sizes(paths: Sequence[Path], memory: Path | None = None) -> list[Size | UnreadableImageError]:
+def image_sizes(paths: Sequence[Path], cache_dir: Path | None = None) -> list[Size | UnreadableImageError]:
     """The (height, width) of every file, upright, or why it cannot be read.
 
     Args:
         paths: image files.
-        memory: a folder to remember sizes in. A file that has changed since (by its time or its length) is
-            read again, one that could not be read is tried again; None remembers nothing.
+        cache_dir: a folder to remember sizes in. A file that has changed since (by its time or its length) is
+            read again, one that could not be read is tried again. None, or one that cannot be written
+            (a warning says so), remembers nothing.
     """
     resolved = [Path(os.path.abspath(path)) for path in paths]
     stamps = [_stamp(path) for path in resolved]
-    index = None if memory is None else memory / _index_name(resolved)
+    index = None if cache_dir is None else cache_dir / _index_name(resolved)
     known = _load(index)
     sizes: list[Size | UnreadableImageError | None] = [
         _recall(known.get(str(path)), stamp) for path, stamp in zip(resolved, stamps, strict=True)
@@ -45,13 +49,21 @@ def image_sizes(paths: Sequence[Path], memory: Path | None = None) -> list[Size 
     complete = [size for size in sizes if size is not None]
     assert len(complete) == len(paths)
     if index is not None and unread:
-        _save(index, resolved, stamps, complete)
+        try:
+            _save(index, resolved, stamps, complete)
+        except OSError as error:
+            logger.warning("image sizes are not remembered (%s): reading them takes as long next time", error)
     return complete
 
 
-def default_memory() -> Path:
-    """The user's cache folder, $XDG_CACHE_HOME or ~/.cache, and in it this project's."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "residual-diffusion"
+def default_cache_dir() -> Path | None:
+    """The user's cache folder, $XDG_CACHE_HOME or ~/.cache, and in it this project's; None without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a user that the system does not know
+        logger.warning("image sizes are not remembered (%s): set XDG_CACHE_HOME to a folder", error)
+        return None
+    return Path(base) / "residual-diffusion"
 
 
 def _read(path: Path) -> Size | UnreadableImageError:
@@ -73,7 +85,7 @@ def _stamp(path: Path) -> list[int]:
 def _index_name(paths: Sequence[Path]) -> str:
     """One file for each folder of images, named after where it is."""
     folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    return f"sizes-{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
+    return f"sizes-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json"
 
 
 def _recall(entry: object, stamp: list[int]) -> Size | None:
@@ -85,7 +97,7 @@ def _recall(entry: object, stamp: list[int]) -> Size | None:
 
 def _load(index: Path | None) -> dict[str, object]:
     """What is remembered; an index that is missing or damaged is only slower, never wrong."""
-    if index is None or not index.is_file():
+    if index is None:
         return {}
     try:
         known = json.loads(index.read_text(encoding="utf-8"))

@@ -155,6 +155,7 @@ class Restorer:
 
     Attributes:
         windows: how large images are cut; smaller once memory has run out.
+        step_count, steps: of the sampler; none where the network's mean is the result.
 
     Raises:
         ValueError: the network was never trained or is not for RGB images, or the configuration asks for what
@@ -173,7 +174,8 @@ class Restorer:
         self.device = device
         process = ProcessConfig.from_dict(model.process)
         self.generator = ResidualGenerator.of(process, device, precision, config.scheduler)
-        self.steps = self.generator.plan(self._step_count(), config.eta)
+        self.step_count = self._step_count()
+        self.steps = self.generator.plan(self.step_count, config.eta)
         self.residual_std, factor = float(self.network.residual_std), float(self.network.scale)
         if self.residual_std <= 0 or factor <= 0:
             raise ValueError("this network was never trained: it knows no scale; give a trained checkpoint")

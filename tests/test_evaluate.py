@@ -33,7 +33,7 @@ from evaluation.table import METRICS
 from evaluation.wasserstein import sliced_wasserstein_distance
 from examples.dead_leaves import dead_leaves
 from imaging.files import pixels_to_unit, read_rgb, write_image
-from restoration.restorer import ImageRestorer, RestoreConfig
+from restoration import RestoreConfig, Restorer
 from tests.networks import tiny_unet
 from unet import UNet
 
@@ -179,7 +179,7 @@ OPTIONS = [
 def test_a_model_row_is_what_the_restorer_writes(leaves, random_weights, how):
     images = read_image_set(leaves, config())
     row = measured(leaves, random_weights, [how]).rows[1]
-    restorer = ImageRestorer(load_model(random_weights, UNet), RestoreConfig(**how), CPU)
+    restorer = Restorer(load_model(random_weights, UNet), RestoreConfig(**how), CPU)
     expected = []
     for picture in images:
         restored = restorer.restore(picture.low_res.permute(1, 2, 0).numpy()).pixels

@@ -1,13 +1,14 @@
-"""Tests of scan.py: right sizes, read once, never a stale one."""
+"""Tests of imaging/sizes.py: right sizes, read once, never a stale one."""
 
+import errno
 import os
 
 import numpy as np
 import pytest
 
-from imaging import sizes as scan
+from imaging import sizes
 from imaging.files import UnreadableImageError, image_size, write_image
-from imaging.sizes import default_memory, image_sizes
+from imaging.sizes import default_cache_dir, image_sizes
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def reads(monkeypatch):
         calls.append(path.name)
         return image_size(path)
 
-    monkeypatch.setattr(scan, "image_size", counting)
+    monkeypatch.setattr(sizes, "image_size", counting)
     return calls
 
 
@@ -37,20 +38,20 @@ def test_sizes_are_those_of_the_headers(folder):
 
 def test_a_second_scan_reads_nothing(folder, tmp_path, reads):
     paths = sorted(folder.iterdir())
-    first = image_sizes(paths, tmp_path / "memory")
+    first = image_sizes(paths, tmp_path / "cache")
     assert sorted(reads) == [path.name for path in paths]
     reads.clear()
-    assert image_sizes(paths, tmp_path / "memory") == first
+    assert image_sizes(paths, tmp_path / "cache") == first
     assert reads == []
 
 
 def test_a_changed_or_new_file_is_read_again(folder, tmp_path, reads):
     paths = sorted(folder.iterdir())
-    image_sizes(paths[:4], tmp_path / "memory")
+    image_sizes(paths[:4], tmp_path / "cache")
     reads.clear()
     write_image(paths[1], np.zeros((30, 40, 3), np.uint8))
     os.utime(paths[1], ns=(1, 1))
-    assert image_sizes(paths, tmp_path / "memory")[1] == (30, 40)
+    assert image_sizes(paths, tmp_path / "cache")[1] == (30, 40)
     assert sorted(reads) == ["1.png", "4.png"]
 
 
@@ -59,25 +60,62 @@ def test_a_file_that_cannot_be_read_says_so_and_is_tried_again(folder, tmp_path,
     broken.write_bytes(b"nothing")
     paths = sorted(folder.iterdir())
     for _ in range(2):
-        sizes = image_sizes([*paths, folder / "gone.png"], tmp_path / "memory")
-        assert isinstance(sizes[paths.index(broken)], UnreadableImageError)
-        assert isinstance(sizes[-1], UnreadableImageError)
+        found = image_sizes([*paths, folder / "gone.png"], tmp_path / "cache")
+        assert isinstance(found[paths.index(broken)], UnreadableImageError)
+        assert isinstance(found[-1], UnreadableImageError)
     assert reads.count("broken.png") == reads.count("gone.png") == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'{"x": 1}'])
-def test_a_damaged_memory_is_only_slower(folder, tmp_path, content):
+def test_a_damaged_index_is_only_slower(folder, tmp_path, content):
     paths = sorted(folder.iterdir())
-    first = image_sizes(paths, tmp_path / "memory")
-    (index,) = (tmp_path / "memory").iterdir()
+    first = image_sizes(paths, tmp_path / "cache")
+    (index,) = (tmp_path / "cache").iterdir()
     index.write_bytes(content)
-    assert image_sizes(paths, tmp_path / "memory") == first
+    assert image_sizes(paths, tmp_path / "cache") == first
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(folder, tmp_path, caplog):
+    paths = sorted(folder.iterdir())
+    (tmp_path / "file").touch()
+    assert image_sizes(paths, tmp_path / "file" / "cache") == image_sizes(paths)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_full_disk_under_the_cache_is_a_warning(folder, tmp_path, caplog, monkeypatch):
+    def fail(path, write):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sizes, "write_atomically", fail)
+    paths = sorted(folder.iterdir())
+    assert image_sizes(paths, tmp_path / "cache") == image_sizes(paths)
+    assert "No space left" in caplog.text
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch, caplog):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(sizes.Path, "home", unknown)
+    assert default_cache_dir() is None
+    assert "home directory" in caplog.text
+
+
+def test_names_that_are_not_utf_8_are_remembered(tmp_path, reads):
+    folder = tmp_path / os.fsdecode(b"ordn\xfcng")
+    folder.mkdir()
+    path = folder / os.fsdecode(b"caf\xe9.png")
+    write_image(path, np.zeros((8, 9, 3), np.uint8))
+    for _ in range(2):
+        assert image_sizes([path], tmp_path / "cache") == [(8, 9)]
+    assert len(reads) == 1
 
 
 def test_no_files_have_no_sizes(tmp_path):
-    assert image_sizes([], tmp_path / "memory") == []
+    assert image_sizes([], tmp_path / "cache") == []
 
 
-def test_the_memory_is_in_the_user_s_cache(monkeypatch, tmp_path):
+def test_the_cache_is_in_the_user_s_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_memory() == tmp_path / "residual-diffusion"
+    assert default_cache_dir() == tmp_path / "residual-diffusion"

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.pth"
     loaded = random_model()
-    content = {"unet": loaded.network.config.to_dict(), "process": PROCESS, "step": 7}
+    content = {"network": loaded.network.config.to_dict(), "process": PROCESS, "step": 7}
     save_checkpoint(path, {**content, "ema": loaded.network.state_dict()})
     return path
 
