@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -22,8 +22,7 @@ from engine.options import OptionError, add_flags, from_args, with_flag
 from evaluation.evaluation import EvaluationConfig, Method, TrainedModel, evaluate, read_image_set
 from evaluation.report import Json, Report, perception_distortion_figure
 from imaging.atomic import write_atomically, write_text_atomically
-from restoration.restorer import DEFAULT_OVERLAP, PRESETS, RestoreConfig
-from samplers import DEFAULT_SCHEDULER, SCHEDULERS
+from restoration import PRESETS, RestoreConfig
 
 DEFAULT_STEPS = (1, 4, 10, 50)
 
@@ -61,17 +60,9 @@ def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
     samples = "samples to average, instead of the mode's; one sample has no uncertainty"
     group.add_argument("--num_images", type=int, nargs="+", help=samples)
     group.add_argument("--num_samples", type=int, help="N: the same as --num_images 1 N")
-    shown = "(default: %(default)s)"
-    scheduler = f"how to step from noise to image {shown}"
-    group.add_argument("--scheduler", choices=SCHEDULERS, default=DEFAULT_SCHEDULER, help=scheduler)
-    group.add_argument("--eta", type=float, default=0.0, help=f"fresh noise of ddim, 0 to 1 {shown}")
-    group.add_argument("--tile", type=int, help="side of the windows, 0: one piece (default: by the size)")
-    group.add_argument("--overlap", type=int, default=DEFAULT_OVERLAP, help=f"pixels windows share {shown}")
-    batch = f"windows or samples computed together {shown}"
-    group.add_argument("--batch_size", type=int, default=1, help=batch)
-    consistency = "make the bicubic downscale of the result equal the input"
-    group.add_argument("--consistency", action="store_true", help=consistency)
-    group.add_argument("--self_ensemble", action="store_true", help="average over 8 flips and rotations")
+    add_flags(group, RestoreConfig, skip=["mode", "steps", "num_images", "seed", "tile"])
+    tile = "side of the windows a large image is restored in; 0: in one piece (default: auto, by its size)"
+    group.add_argument("--tile", type=lambda text: None if text == "auto" else int(text), help=tile)
 
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
@@ -89,16 +80,7 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     for flag, values in (("mode", args.mode), ("steps", steps), ("num_images", numbers or [])):
         if len(set(values)) < len(values):
             raise ValueError(f"--{flag} is {' '.join(map(str, values))}: give each once")
-    common = RestoreConfig(
-        scheduler=args.scheduler,
-        eta=args.eta,
-        seed=args.seed,
-        tile=args.tile,
-        overlap=args.overlap,
-        batch_size=args.batch_size,
-        consistency=args.consistency,
-        self_ensemble=args.self_ensemble,
-    )
+    common = from_args(RestoreConfig, args, mode=None, steps=None, num_images=None)
     modes = [replace(common, mode=mode, num_images=n) for mode in args.mode for n in numbers or [None]]
     return modes + [replace(common, steps=count, num_images=n) for count in steps for n in numbers or [1]]
 
@@ -106,7 +88,7 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
 def describe_restoring(how: RestoreConfig) -> dict[str, Json]:
     """What all rows of the model have in common."""
     own = {"mode", "steps", "num_images"}
-    return {name: value for name, value in asdict(how).items() if name not in own}
+    return {name: value for name, value in how.to_dict().items() if name not in own}
 
 
 def check_targets(targets: Sequence[Path]) -> None:
@@ -203,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except OptionError as error:
-        print(f"evaluate.py: error: {with_flag(error, [EvaluationConfig])}", file=sys.stderr)
+        print(f"evaluate.py: error: {with_flag(error, [EvaluationConfig, RestoreConfig])}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from evaluation.evaluation import EvaluationConfig, TrainedModel, evaluate, read
 from evaluation.report import Scores
 from evaluation.table import BY_NAME
 from imaging.atomic import write_text_atomically
-from restoration.restorer import RestoreConfig
+from restoration import RestoreConfig
 
 RESULTS = Path("weights/RESULTS.md")
 # (scale, set): the numbers of steps; ten steps of x2 on BSD100 would take a quarter of an hour on one core.

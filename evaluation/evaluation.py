@@ -39,7 +39,7 @@ from evaluation.wasserstein import (
     pyramid_patches,
 )
 from imaging.files import list_images, pixels_to_unit, unit_to_pixels
-from restoration.restorer import ImageRestorer, RestoreConfig
+from restoration import RestoreConfig, Restorer
 from unet import UNet
 
 CPU = torch.device("cpu")
@@ -190,8 +190,9 @@ class TrainedModel:
                 f"{self.path.name} was trained for scale {trained:g}, not {scale:g}: "
                 f"use --scale {trained:g} or another model"
             )
-        restorer = ImageRestorer(self.loaded, how, self.device, self.precision)
-        steps, samples = how.effort
+        restorer = Restorer(self.loaded, how, self.device, self.precision)
+        samples = how.budget.num_images
+        steps = how.budget.steps or len(restorer.steps)  # a network that predicts no mean takes one
 
         def restore(low_res: Tensor) -> Estimate:
             found = restorer.restore(unit_to_pixels(low_res), deviation=samples > 1)

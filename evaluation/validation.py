@@ -1,16 +1,19 @@
 """Validation during training: a fixed set of images, restored and measured with the averaged weights."""
 
 import logging
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import DiffusionModel, Network, ResidualGenerator
+from diffusion import DiffusionModel, Network
+from engine.checkpoint import LoadedModel
 from engine.processes import Processes
 from evaluation import metrics
 from evaluation.table import METRICS, Conditions, Pair
 from imaging.files import to_unit_range
+from restoration import RestoreConfig, Restorer
 from training import NonFiniteError, Validation
 from unet import Condition
 from util import ImageDataset, Sample, degrade
@@ -20,6 +23,7 @@ VALIDATION_BATCH = 8
 GRID_IMAGES = 4
 LOSS_BARS = 20
 PERFECT_PSNR = 100.0  # dB; what an image counts that is restored exactly
+FAITHFUL = RestoreConfig(mode="fidelity", seed=VALIDATION_SEED, batch_size=VALIDATION_BATCH)
 SCALARS = [metric for metric in METRICS if metric.in_training]
 
 logger = logging.getLogger(__name__)
@@ -28,8 +32,8 @@ logger = logging.getLogger(__name__)
 class Validator:
     """Restores the dataset's images with a network, and measures; for DiffusionModel.train.
 
-    The scalars are the metrics of METRICS that say so, of one step (the posterior mean), averaged over the
-    images that are not flat. Pictures are shown of one step and of ten, the loss by timestep. The noise is
+    The scalars are the metrics of METRICS that say so, in the mode "fidelity", averaged over the images that
+    are not flat. Pictures are shown of this and of a sample of ten steps, the loss by timestep. The noise is
     the same at every call. Every process restores a part of the images.
 
     Args:
@@ -48,7 +52,8 @@ class Validator:
     ) -> None:
         self.diffusion = diffusion
         self.processes = processes or Processes(diffusion.device)
-        self.generator = ResidualGenerator.of(diffusion.process, self.processes.device, precision)
+        self.precision = precision
+        self.degradation = dataset.degradation
         self.conditions = Conditions(metrics.Protocol(crop=round(dataset.downscale_factor)))
         crops = [dataset.crop(index) for index in range(len(dataset))]
         self.batches = [
@@ -79,24 +84,23 @@ class Validator:
 
     def __call__(self, network: nn.Module) -> Validation:
         """Restore, measure, and draw."""
-        model = cast(Network, network)
-        scalars = self._measure_all(model)
+        scalars = self._measure_all(network)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
-        sample = self._restore(model, first, min(10, self.diffusion.timesteps))
+        sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
         images = {
-            "low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, 1)),
-            "low_bicubic_sample_original": comparison_grid(first, sample),
+            "low_bicubic_mean_original": comparison_grid(first, self._restore(network, first, FAITHFUL)),
+            "low_bicubic_sample_original": comparison_grid(first, self._restore(network, first, sampled)),
         }
-        curves = {"loss_by_timestep": self._loss_by_timestep(model, first)}
+        curves = {"loss_by_timestep": self._loss_by_timestep(cast(Network, network), first)}
         return Validation(scalars["psnr"], scalars, images, curves)
 
-    def _measure_all(self, model: Network) -> dict[str, float]:
+    def _measure_all(self, model: nn.Module) -> dict[str, float]:
         """Means over the images of all processes; this one restores its part."""
         names = [*(metric.name for metric in SCALARS), "psnr_over_bicubic"]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
             batch, counted = self.batches[index], self.counted[index]
-            restored = self._restore(model, batch, 1)
+            restored = self._restore(model, batch, FAITHFUL)
             gain = self._psnr(batch, restored) - self.bicubic_psnr[index]
             values = [*self._scores(batch, restored), gain, torch.ones(len(counted))]
             sums += torch.stack([value[counted].clamp(max=PERFECT_PSNR).double().sum() for value in values])
@@ -116,8 +120,10 @@ class Validator:
         psnr = metrics.psnr(restored, to_unit_range(batch.original), self.conditions.protocol)
         return psnr.clamp(max=PERFECT_PSNR).cpu()
 
-    def _restore(self, model: Network, batch: Sample, steps: int) -> Tensor:
-        restored = self.generator.restore(model, batch.low_res, batch.upscaled, steps, VALIDATION_SEED)
+    def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig) -> Tensor:
+        loaded = LoadedModel(model, self.diffusion.process.to_dict(), self.degradation.to_dict(), 0)
+        restorer = Restorer(loaded, how, self.processes.device, self.precision)
+        restored = restorer(to_unit_range(batch.low_res)).to(self.processes.device)
         if not torch.isfinite(restored).all():
             raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
         return restored

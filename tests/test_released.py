@@ -13,7 +13,7 @@ from evaluation import metrics
 from evaluation.evaluation import EvaluationConfig, TrainedModel, evaluate, read_image_set
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, write_image
-from restoration.restorer import RestoreConfig, restore
+from restoration import RestoreConfig, restore
 from unet import UNet
 
 SCALES = [4, 2]
