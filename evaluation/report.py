@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -14,7 +14,7 @@ from evaluation.table import BY_NAME, METRICS, Metric
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Json: TypeAlias = "str | int | float | list[Json] | dict[str, Json] | None"
+Json: TypeAlias = "str | int | float | Sequence[Json] | Mapping[str, Json] | None"
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,14 @@ class Report:
             meaning = str(meanings[metric.name])
             if metric in shown or meaning.startswith("unavailable"):
                 notes.append(f"- {metric.heading}: {meaning}")
-        if isinstance(protocol["model"], dict):
-            model = ", ".join(f"{name} {value}" for name, value in protocol["model"].items())
-            notes.append(f"- model: {model}")
-            how = ", ".join(f"{name} {value}" for name, value in _as_dict(protocol["restoring"]).items())
-            notes.append(f"- restoring: {how}")
+        for name in ("model", "restoring"):
+            facts = ", ".join(f"{key} {value}" for key, value in _as_dict(protocol[name]).items())
+            notes += [f"- {name}: {facts}"] if facts else []
         return [*notes, f"- seed {protocol['seed']}; {protocol['device']}"]
 
 
-def _as_dict(value: Json) -> dict[str, Json]:
-    return value if isinstance(value, dict) else {}
+def _as_dict(value: Json) -> Mapping[str, Json]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _finite(value: float | None) -> float | str | None:

@@ -14,7 +14,6 @@ from evaluation import metrics
 from evaluation.table import METRICS, Conditions, Pair
 from imaging.files import to_unit_range
 from restoration import RestoreConfig, Restorer
-from restoration.restorer import Preset
 from training import NonFiniteError, Validation
 from unet import Condition
 from util import ImageDataset, Sample, degrade
@@ -24,6 +23,7 @@ VALIDATION_BATCH = 8
 GRID_IMAGES = 4
 LOSS_BARS = 20
 PERFECT_PSNR = 100.0  # dB; what an image counts that is restored exactly
+FAITHFUL = RestoreConfig(mode="fidelity", seed=VALIDATION_SEED, batch_size=VALIDATION_BATCH)
 SCALARS = [metric for metric in METRICS if metric.in_training]
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 class Validator:
     """Restores the dataset's images with a network, and measures; for DiffusionModel.train.
 
-    The scalars are the metrics of METRICS that say so, of the mode fidelity, averaged over the images that
-    are not flat. Pictures are shown of fidelity and of detail, the loss by timestep. The noise is
+    The scalars are the metrics of METRICS that say so, in the mode "fidelity", averaged over the images that
+    are not flat. Pictures are shown of this and of a sample of ten steps, the loss by timestep. The noise is
     the same at every call. Every process restores a part of the images.
 
     Args:
@@ -53,6 +53,7 @@ class Validator:
         self.diffusion = diffusion
         self.processes = processes or Processes(diffusion.device)
         self.precision = precision
+        self.degradation = dataset.degradation
         self.conditions = Conditions(metrics.Protocol(crop=round(dataset.downscale_factor)))
         crops = [dataset.crop(index) for index in range(len(dataset))]
         self.batches = [
@@ -83,24 +84,23 @@ class Validator:
 
     def __call__(self, network: nn.Module) -> Validation:
         """Restore, measure, and draw."""
-        model = cast(Network, network)
-        scalars = self._measure_all(model)
+        scalars = self._measure_all(network)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
-        sample = self._restore(model, first, "detail")
+        sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
         images = {
-            "low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, "fidelity")),
-            "low_bicubic_sample_original": comparison_grid(first, sample),
+            "low_bicubic_mean_original": comparison_grid(first, self._restore(network, first, FAITHFUL)),
+            "low_bicubic_sample_original": comparison_grid(first, self._restore(network, first, sampled)),
         }
-        curves = {"loss_by_timestep": self._loss_by_timestep(model, first)}
+        curves = {"loss_by_timestep": self._loss_by_timestep(cast(Network, network), first)}
         return Validation(scalars["psnr"], scalars, images, curves)
 
-    def _measure_all(self, model: Network) -> dict[str, float]:
+    def _measure_all(self, model: nn.Module) -> dict[str, float]:
         """Means over the images of all processes; this one restores its part."""
         names = [*(metric.name for metric in SCALARS), "psnr_over_bicubic"]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
             batch, counted = self.batches[index], self.counted[index]
-            restored = self._restore(model, batch, "fidelity")
+            restored = self._restore(model, batch, FAITHFUL)
             gain = self._psnr(batch, restored) - self.bicubic_psnr[index]
             values = [*self._scores(batch, restored), gain, torch.ones(len(counted))]
             sums += torch.stack([value[counted].clamp(max=PERFECT_PSNR).double().sum() for value in values])
@@ -120,15 +120,10 @@ class Validator:
         truth = to_unit_range(batch.original).cpu()
         return metrics.psnr(restored.cpu(), truth, self.conditions.protocol).clamp(max=PERFECT_PSNR)
 
-    def _restore(self, model: Network, batch: Sample, mode: Preset) -> Tensor:
-        """(B, C, H, W) in [0, 1] on the CPU, as infer.py restores."""
-        config = RestoreConfig(mode=mode, seed=VALIDATION_SEED, tile=0, batch_size=len(batch.low_res))
-        steps = min(config.budget.steps, self.diffusion.timesteps)
-        config = replace(config, steps=steps) if steps < config.budget.steps else config
-        loaded = LoadedModel(cast(nn.Module, model), self.diffusion.process.to_dict(), {}, 0)
-        restored = Restorer(loaded, config, self.processes.device, self.precision)(
-            to_unit_range(batch.low_res)
-        )
+    def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig) -> Tensor:
+        loaded = LoadedModel(model, self.diffusion.process.to_dict(), self.degradation.to_dict(), 0)
+        restorer = Restorer(loaded, how, self.processes.device, self.precision)
+        restored = restorer(to_unit_range(batch.low_res)).to(self.processes.device)
         if not torch.isfinite(restored).all():
             raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
         return restored

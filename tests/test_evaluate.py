@@ -186,10 +186,12 @@ def test_a_model_row_is_what_the_restorer_writes(leaves, random_weights, how):
         pair = pixels_to_unit(restored)[None], picture.truth[None] / 255
         expected.append(metrics.psnr(*pair, metrics.Protocol(crop=2)).item())
     assert row["psnr"] == pytest.approx(np.mean(expected), abs=1e-9)
-    effort = RestoreConfig(**how).effort
-    label = Label(how.get("mode", "model"), how.get("scheduler", "unipc"), effort.steps, effort.num_images)
+    budget = RestoreConfig(**how).budget
+    label = Label(
+        how.get("mode", "model"), how.get("scheduler", "unipc"), max(1, budget.steps), budget.num_images
+    )
     assert row.label == label
-    assert (row["uncertainty_pearson"] is None) == (effort.num_images == 1)
+    assert (row["uncertainty_pearson"] is None) == (budget.num_images == 1)
 
 
 def test_averaging_samples_removes_noise_and_has_an_uncertainty(leaves, random_weights):
@@ -609,13 +611,13 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
         (["--weights_path", "small/small.png"], "small.png"),
         (["--scale", "1"], "scale is 1"),
         (["--scale", "nan"], "scale is nan"),
-        (["--steps", "0"], "0"),
+        (["--steps", "0", "--weights_path", "MODEL"], "--steps is 0"),
         (["--steps", "4", "4"], "4 4"),
-        (["--num_samples", "0"], "0"),
+        (["--num_samples", "0"], "--num_images is 0"),
         (["--num_samples", "2", "--num_images", "3"], "--num_images"),
-        (["--eta", "2"], "2.0"),
-        (["--overlap", "1"], "1"),
-        (["--limit", "0"], "0"),
+        (["--eta", "2", "--scheduler", "ddim", "--weights_path", "MODEL"], "2.0"),
+        (["--overlap", "1"], "--overlap is 1"),
+        (["--limit", "0"], "limit is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--crop", "-1"], "--crop is -1"),
         (["--device", "tpu"], "'tpu'"),

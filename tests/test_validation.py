@@ -69,11 +69,16 @@ def test_a_network_that_restores_exactly_has_a_finite_score(photo_folder, tmp_pa
 class OneConvolution(nn.Module):
     """The least that is a diffusion.Network."""
 
+    image_channels, window_multiple, mean_reach = 3, 1, 0
+
     def __init__(self):
         super().__init__()
         self.layer = nn.Conv2d(6, 3, 1)
         self.register_buffer("residual_std", torch.tensor(0.1))
         self.register_buffer("scale", torch.tensor(float(SCALE)))
+
+    def encode_tokens(self, low_res):
+        return None
 
     def encode_context(self, condition):
         return condition.upscaled, None
