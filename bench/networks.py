@@ -6,7 +6,7 @@ Shape legend: B batch, H x W pixels, T timesteps.
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -19,7 +19,7 @@ from degradation import Bicubic
 from diffusion import DiffusionModel, Network, ResidualGenerator
 from engine.checkpoint import load_checkpoint, load_weights
 from evaluation import metrics
-from evaluation.evaluation import ImageSet
+from evaluation.images import Picture
 from imaging.files import to_model_range
 from training import TrainingConfig
 from unet import Condition
@@ -130,12 +130,12 @@ def train_for(
     return network.eval(), steps
 
 
-def one_step_psnr(network: nn.Module, images: ImageSet, device: torch.device) -> float:
+def one_step_psnr(network: nn.Module, images: Iterable[Picture], device: torch.device) -> float:
     """Mean luma PSNR in dB of every image restored in one step."""
     generator = ResidualGenerator(device=device)
     protocol = metrics.Protocol(crop=SCALE)
     values = []
-    for picture in images.pictures:
+    for picture in images:
         low_res = to_model_range(picture.low_res[None].float() / 255)
         restored = generator.generate_images(cast(Network, network), low_res, 1, 1, seed=0).cpu()
         truth = picture.truth[None].float() / 255
@@ -144,7 +144,11 @@ def one_step_psnr(network: nn.Module, images: ImageSet, device: torch.device) ->
 
 
 def qualities(
-    networks: Mapping[str, nn.Module], seconds: float, photos: Path, images: ImageSet, device: torch.device
+    networks: Mapping[str, nn.Module],
+    seconds: float,
+    photos: Path,
+    images: Iterable[Picture],
+    device: torch.device,
 ) -> dict[str, Quality]:
     """Train every network for the same time from nothing, and measure."""
     works = {

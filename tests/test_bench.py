@@ -10,7 +10,7 @@ from bench.networks import denoising_step, floating_point_operations, one_step_p
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from bicubic import downscale_image
-from evaluation.evaluation import ImageSet, Picture
+from evaluation.images import Picture
 from examples.dead_leaves import dead_leaves
 from tests.networks import tiny_unet
 
@@ -66,7 +66,7 @@ def test_a_peer_sees_the_upscaled_image_and_can_be_trained_and_measured():
     peer.scale.fill_(4)
     for parameter in peer.parameters():
         parameter.data.zero_()  # a silent network: the residual is 0, and the result is bicubic
-    found = one_step_psnr(peer, ImageSet("one", [Picture("a", pixels, low_res)], ""), CPU)
+    found = one_step_psnr(peer, [Picture("a", pixels, low_res)], CPU)
     assert 10 < found < 40
 
 
