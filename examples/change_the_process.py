@@ -35,9 +35,9 @@ def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Ten
     """Original, bicubic and restored images (4, 3, H, W) in [-1, 1], of drawn images."""
     torch.manual_seed(0)
     paths = draw_dead_leaves_folder(folder / "images", 12, 64, seed=0, min_radius=4)
-    unet = UNet(base_dim=32, dim_mults=(1, 2), conditioning="concat")
+    unet = UNet(base_dim=16, dim_mults=(1, 2), conditioning="concat", predictor_blocks=2, predictor_dim=32)
     config = TrainingConfig(max_steps=max_steps, batch_size=8, learning_rate=2e-3, ema_decay=0.9)
-    diffusion = DiffusionModel(schedule="circle", mode="clean", timestep_density="high_noise")
+    diffusion = DiffusionModel(schedule="circle")
     diffusion.train(
         unet,
         ImageDataset(paths[4:], 32, 2),
@@ -57,7 +57,7 @@ def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Ten
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.change_the_process", description=__doc__)
-    parser.add_argument("--max_steps", type=int, default=100, help="of the training (default 100)")
+    parser.add_argument("--max_steps", type=int, default=60, help="of the training (default 60)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         original, *others = train_and_restore(Path(folder), args.max_steps)
