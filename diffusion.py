@@ -272,9 +272,14 @@ class DiffusionModel:
         )
 
     @classmethod
-    def of(cls, process: ProcessConfig, device: torch.device | str = "cpu") -> "DiffusionModel":
+    def of(
+        cls,
+        process: ProcessConfig,
+        device: torch.device | str = "cpu",
+        objective: LossConfig | None = None,
+    ) -> "DiffusionModel":
         """The model of a recorded process."""
-        return cls(process.timesteps, device, process.mode, process.schedule)
+        return cls(device=device, **process.to_dict(), **(objective or LossConfig()).to_dict())  # type: ignore[arg-type]
 
     def q_sample(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Diffuse (B, C, H, W) to timestep t in one go (Ho et al. 2020, Eq. 4)."""
@@ -366,6 +371,7 @@ class DiffusionModel:
         processes: Processes | None = None,
         precision: torch.dtype | None = None,
         settings: dict[str, dict[str, Plain]] | None = None,
+        held_out: Sequence[str] = (),
         progress: bool = True,
         profile: bool = False,
     ) -> tuple[RunFiles, int | None]:
@@ -384,6 +390,7 @@ class DiffusionModel:
             processes: this process among those of the run.
             precision: dtype to autocast to.
             settings: further sections of plain values to keep in the checkpoint.
+            held_out: names of the validation images, kept there so that a resumed run has the same.
             progress, profile: see training.train.
 
         Returns:
@@ -410,7 +417,8 @@ class DiffusionModel:
             "degradation": dataset.degradation.to_dict(),
             **(settings or {}),
         }
-        run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", sections)
+        name = f"diffusion_model_{self.mode}"
+        run = RunFiles(checkpoint_dir, log_dir, name, sections, {"held_out": list(held_out)})
         received = train(
             state,
             self.restoration_loss(dataset.degradation),

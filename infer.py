@@ -10,7 +10,6 @@ import functools
 import glob
 import logging
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import NamedTuple, Never
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from bicubic import upscale_image
@@ -31,11 +29,13 @@ from imaging.files import (
     IMAGE_SUFFIXES,
     DecodedImage,
     Pixels,
+    check_format,
     decode_image,
     list_images,
     read_rgb,
     write_image,
 )
+from imaging.pictures import comparison_picture
 from restoration import Restoration, RestoreConfig, Restorer
 from restoration.restorer import Progress
 from unet import UNet
@@ -188,50 +188,6 @@ def find_original(named: Path, relative: Path) -> Path:
 # ---------------------------------------------------------------------------------------------- the pictures
 
 
-def comparison_picture(
-    source: Pixels, restored: Pixels, scale: float, truth: Pixels | None = None
-) -> npt.NDArray[np.uint8]:
-    """Panels (H', W', 3) side by side, labelled: input (nearest), bicubic, restored, and the original.
-
-    Args:
-        source: (h, w) or (h, w, 3), uint8 or uint16.
-        restored: (H, W) or (H, W, 3).
-        scale: H / h.
-        truth: (H, W, 3), cropped or padded with black to the size of the result.
-    """
-    height, width = restored.shape[:2]
-    rows = np.minimum((np.arange(height) / scale).astype(int), len(source) - 1)
-    columns = np.minimum((np.arange(width) / scale).astype(int), source.shape[1] - 1)
-    panels = {
-        "input": source[rows][:, columns],
-        "bicubic": upscale_image(source, scale),
-        "restored": restored,
-    }
-    if truth is not None:
-        panels["original"] = truth
-    return labelled_row(panels, height, width)
-
-
-def labelled_row(panels: dict[str, Pixels], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """A picture (height + 24, W', 3) of labelled panels, each cropped or padded with black to one size."""
-    gap, label = 8, 24
-    picture = Image.new("RGB", (len(panels) * (width + gap) - gap, height + label), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
-    for index, (name, pixels) in enumerate(panels.items()):
-        left = index * (width + gap)
-        draw.text((left + 4, 2), name, fill="black", font=font)
-        panel = Image.fromarray(_as_rgb8(pixels)).crop((0, 0, width, height))
-        picture.paste(panel, (left, label))
-    return np.asarray(picture)
-
-
-def _as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
-    """Pixels as (H, W, 3) uint8."""
-    narrow = pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257)
-    colour = narrow if narrow.ndim == 3 else np.stack([narrow] * 3, axis=-1)
-    return colour.astype(np.uint8)
-
-
 def write_uncertainty(path: Path, deviation: npt.NDArray[np.float32]) -> None:
     """Write path.npy, and path.png in which white is the largest deviation."""
     largest = max(float(deviation.max()), 1e-9)
@@ -257,7 +213,15 @@ def restore_file(task: Task, restorer: Restorer, overwrite: bool, progress: Prog
     source = decode_image(task.source)
     truth = None if task.truth is None else read_rgb(task.truth)
     task.target.parent.mkdir(parents=True, exist_ok=True)
-    check_format(task.target, source)
+    height, width = restorer.scale.high_size(*source.pixels.shape[:2])
+    check_format(
+        task.target,
+        height,
+        width,
+        source.pixels.dtype,
+        has_alpha=source.alpha is not None,
+        metadata=source.metadata,
+    )
     restoration = restorer.restore(source, deviation=task.uncertainty is not None, progress=progress)
     write_results(task, source, restoration, float(restorer.scale), truth)
     return f"first of {source.frames} frames" if source.frames > 1 else ""
@@ -268,7 +232,8 @@ def write_results(
 ) -> None:
     """Write the side results, then the restored image: where that exists, all of them do."""
     if task.comparison is not None:
-        picture = comparison_picture(source.pixels, restoration.pixels, scale, truth)
+        bicubic = upscale_image(source.pixels, scale)
+        picture = comparison_picture(source.pixels, bicubic, restoration.pixels, truth)
         write_image(task.comparison, picture)
     if task.uncertainty is not None and restoration.deviation is not None:
         write_uncertainty(task.uncertainty, restoration.deviation)
@@ -286,17 +251,6 @@ def check_targets(task: Task, overwrite: bool) -> None:
             raise ValueError(f"{target}: is the input itself; give another --output")
         if target.exists() and not overwrite:
             raise ValueError(f"{target}: exists already; use --overwrite or another --output")
-
-
-def check_format(target: Path, source: DecodedImage) -> None:
-    """Write one pixel in the target's format: what it cannot hold is found before the work is done."""
-    alpha = None if source.alpha is None else source.alpha[:1, :1]
-    with tempfile.TemporaryDirectory() as folder:
-        probe = Path(folder) / target.name
-        try:
-            Restoration(source.pixels[:1, :1], alpha, None, source.icc_profile, source.exif).save(probe)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(probe), str(target))) from error
 
 
 def restore_all(tasks: Sequence[Task], restorer: Restorer, overwrite: bool) -> int:

@@ -6,23 +6,25 @@ python train_diffusion.py --weights_path checkpoints/<run>/diffusion_model_v_pre
 """
 
 import argparse
+import contextlib
 import functools
+import hashlib
 import logging
+import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
-import numpy as np
 import torch
 
 from degradation import Bicubic, Degradation
 from diffusion import DiffusionModel, LossConfig, ProcessConfig
-from engine.checkpoint import Checkpoint, load_model, load_weights, read_for_resume
-from engine.device import autocast_dtype, compile_network
+from engine.checkpoint import Checkpoint, LoadedModel, load_model, load_weights, read_for_resume
+from engine.device import autocast_dtype, compile_network, is_out_of_memory
 from engine.options import (
     OptionError,
     Options,
@@ -35,15 +37,19 @@ from engine.options import (
     with_flag,
 )
 from engine.processes import Processes, started_processes
+from engine.recipes import expand_recipes
+from engine.run import RunFiles, locked, new_folder
 from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
 from imaging.sizes import default_memory
-from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError
+from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError, learning_rate_at
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import Augmentation, ImageDataset
 
+logger = logging.getLogger(__name__)
 MOST_VALIDATION_IMAGES = 64
+FEWEST_STEPS = 1000  # a run of fewer learns next to nothing of photos
 
 
 @dataclass(frozen=True)
@@ -98,18 +104,11 @@ DEFAULTS = {"training": {"accumulation_steps": 64}, "network": {"predictor_block
 WITHOUT_FLAG = {"network": ("in_channels", "out_channels")}
 
 
-class RecipeParser(argparse.ArgumentParser):
-    """An ArgumentParser whose @files hold flags as on a command line, with # comments."""
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split one line of a recipe."""
-        return shlex.split(arg_line, comments=True)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag of the script."""
-    parser = RecipeParser(
-        description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None, fromfile_prefix_chars="@"
+    """Every flag of the script; recipes (@file) are expanded before, see engine.recipes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None,
+        epilog="@FILE stands for the flags in it; flags after it win.",
     )
     parser.add_argument("--weights_path", help="a checkpoint to resume from; needs no other flag")
     for section, kind in SECTIONS.items():
@@ -124,26 +123,44 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     Raises:
         ValueError: a flag has a wrong value or contradicts the checkpoint; the message names flag and value.
     """
+    arguments = expand_recipes(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     if args.weights_path is None:
+        _make_absolute(args)
         sections = {name: from_args(kind, args) for name, kind in SECTIONS.items()}
         return Settings(**sections), None  # type: ignore[arg-type]  # each of its own class
-    checkpoint = read_for_resume(args.weights_path)
+    checkpoint = read_for_resume(_named("weights_path", args.weights_path))
     if not set(SECTIONS) <= set(checkpoint.content):
         raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    given = vars(parser.parse_args(argv))
-    sections = {
-        name: kind.from_dict(_resumed(kind, checkpoint.content.get(name, {}), given, checkpoint.path))
+    args = parser.parse_args(arguments)
+    _make_absolute(args)
+    given = vars(args)
+    resumed = {
+        name: kind.from_dict(_resumed(kind, checkpoint.content[name], given, checkpoint.path))
         for name, kind in SECTIONS.items()
     }
-    training, run = cast(TrainingConfig, sections["training"]), cast(RunOptions, sections["run"])
     if "epochs" in given and "max_steps" not in given:
-        sections["training"] = replace(training, max_steps=None)
-    sections["run"] = replace(run, init_weights=None)
-    return Settings(**sections), checkpoint  # type: ignore[arg-type]  # each of its own class
+        resumed["training"] = replace(cast(TrainingConfig, resumed["training"]), max_steps=None)
+    resumed["run"] = replace(cast(RunOptions, resumed["run"]), init_weights=None)
+    return Settings(**resumed), checkpoint  # type: ignore[arg-type]
+
+
+def _make_absolute(args: argparse.Namespace) -> None:
+    """Folders that a resumed run finds from anywhere."""
+    for name in ("image_folder", "val_folder", "log_dir", "checkpoint_dir", "init_weights"):
+        value = getattr(args, name, None)
+        if value is not None:
+            setattr(args, name, os.path.abspath(_named(name, value)))
+
+
+def _named(flag: str, value: str) -> str:
+    """A path that is not empty."""
+    if not value:
+        raise ValueError(f"--{flag} is empty: give a path or leave the flag out")
+    return value
 
 
 def _resumed(
@@ -170,8 +187,13 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def make_datasets(settings: Settings) -> tuple[ImageDataset, ImageDataset]:
-    """Training and validation images; the split depends on the seed and the files alone."""
+def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple[ImageDataset, ImageDataset]:
+    """Training and validation images, which have no file in common.
+
+    Args:
+        settings: of the run.
+        held_out: names, below the image folder, of what a resumed run validates on; None chooses them.
+    """
     data, seed = settings.data, settings.training.seed
     reader = CachedReader(round(data.cache_gb * 2**30))
 
@@ -187,28 +209,64 @@ def make_datasets(settings: Settings) -> tuple[ImageDataset, ImageDataset]:
             degradation=settings.degradation,
         )
 
-    everything = dataset(list_images(data.image_folder), True)
+    root = Path(data.image_folder)
     if data.val_folder is not None:
-        return everything, dataset(list_images(data.val_folder)[:MOST_VALIDATION_IMAGES], False)
-    paths = everything.paths
-    if len(paths) == 1:
-        logging.warning("only one image: it is validated on, too; give more images or --val_folder")
-        return everything, dataset(paths, False)
-    count = min(MOST_VALIDATION_IMAGES, max(1, round(data.val_fraction * len(paths))))
-    chosen = set(np.random.default_rng(seed).permutation(len(paths))[:count].tolist())
-    held_out = [path for index, path in enumerate(paths) if index in chosen]
-    return dataset([path for path in paths if path not in set(held_out)], True), dataset(held_out, False)
+        validation = dataset(list_images(data.val_folder)[:MOST_VALIDATION_IMAGES], False)
+        apart = {path.resolve() for path in validation.paths}
+        found = list_images(root)
+        others = [path for path in found if path.resolve() not in apart]
+        if len(others) < len(found):
+            logger.warning("%d images of --val_folder are not trained on", len(found) - len(others))
+        return dataset(others, True), validation
+    everything = dataset(list_images(root), True)
+    if len(everything) == 1:
+        logger.warning("only one image: it is validated on, too; give more images or --val_folder")
+        return everything, dataset(everything.paths, False)
+    names = {path: path.relative_to(root).as_posix() for path in everything.paths}
+    if held_out is None:
+        held_out = choose_held_out(list(names.values()), data.val_fraction, seed)
+    training = dataset([path for path in everything.paths if names[path] not in held_out], True)
+    training.left_out = everything.left_out
+    return training, dataset([path for path in everything.paths if names[path] in held_out], False)
+
+
+def choose_held_out(names: Sequence[str], fraction: float, seed: int) -> list[str]:
+    """The files to validate on, at least one: those whose names have the lowest hashes."""
+    count = min(MOST_VALIDATION_IMAGES, max(1, round(fraction * len(names))))
+    return sorted(
+        names, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+    )[:count]
 
 
 def make_model(settings: Settings, device: torch.device) -> UNet:
-    """The network on its device, with the weights it starts from if there are any."""
+    """The network on its device, with the weights it starts from if there are any.
+
+    Raises:
+        ValueError: those weights are of another enlargement, process or network.
+    """
     torch.manual_seed(settings.training.seed)
     model, run = UNet.from_config(settings.network), settings.run
     if run.init_weights is not None:
-        load_weights(model, load_model(run.init_weights, UNet).network.state_dict(), run.init_weights)
+        loaded = load_model(run.init_weights, UNet)
+        _check_start(loaded, settings, run.init_weights)
+        load_weights(model, loaded.network.state_dict(), run.init_weights)
     if run.residual_std is not None:
         model.residual_std.fill_(run.residual_std)
     return model.to(memory_format=torch.channels_last).to(device)
+
+
+def _check_start(loaded: LoadedModel[UNet], settings: Settings, path: str) -> None:
+    """Refuse weights that mean something else in this run; say where they have learnt from other images."""
+    scale, own_scale = float(loaded.network.scale), settings.degradation.scale
+    if abs(scale - own_scale) > 1e-4:
+        raise ValueError(
+            f"--init_weights {path} enlarges by {scale:g}, but --downscale_factor is {own_scale:g}"
+        )
+    recorded = ProcessConfig.from_dict(loaded.process)
+    if recorded != settings.process:
+        raise ValueError(f"--init_weights {path} is of {recorded}, but this run has {settings.process}")
+    if loaded.degradation and loaded.degradation != settings.degradation.to_dict():
+        logger.warning("%s has learnt from another degradation: %s", path, loaded.degradation)
 
 
 def describe_model(model: UNet, settings: Settings, device: torch.device) -> str:
@@ -237,52 +295,83 @@ def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path
     run = settings.run
     if checkpoint is not None:
         folder = checkpoint.path.resolve().parent
-        return folder, Path(run.log_dir) / folder.name
-    name = f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(run.checkpoint_dir) / name, Path(run.log_dir) / name
+    else:
+        name = f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = new_folder(Path(run.checkpoint_dir), name)
+    return folder, Path(run.log_dir) / folder.name
+
+
+def describe_run(
+    settings: Settings, plan: BatchPlan, config: TrainingConfig, training: ImageDataset, images: int
+) -> Iterator[str]:
+    """What a person should know before the first step."""
+    yield f"{len(training)} training and {images} validation images, {len(training.left_out)} left out"
+    yield f"{config.max_steps} steps of up to {plan.group_size} crops, {plan.steps_per_epoch} steps per epoch"
+    if cast(int, config.max_steps) < FEWEST_STEPS:
+        yield (
+            f"warning: {config.max_steps} steps teach a network little. For so few images take a recipe, "
+            "such as @recipes/x4.args, or --accumulation_steps 1 and --max_steps 4000 or more"
+        )
+    yield f"watch it: tensorboard --logdir {shlex.quote(settings.run.log_dir)}"
+
+
+def describe_resume(checkpoint: Checkpoint, config: TrainingConfig) -> Iterator[str]:
+    """Where a resumed run stands."""
+    step, former = checkpoint.content["step"], checkpoint.content["training"]["max_steps"]
+    yield f"resuming {checkpoint.path} at step {step} of {config.max_steps}"
+    if step >= cast(int, config.max_steps):
+        yield "this run is finished: raise --max_steps to go on with it"
+    elif config.max_steps != former:
+        before = TrainingConfig.from_dict(checkpoint.content["training"])
+        yield (
+            f"the run is {config.max_steps} steps long instead of {former}, so the learning rate goes on at "
+            f"{learning_rate_at(step, config):.2g}, after {learning_rate_at(max(0, step - 1), before):.2g}"
+        )
 
 
 def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processes) -> int:
     """Set everything up, train, and say what came of it; returns the exit status."""
-    device, run_options = processes.device, settings.run
+    device, options = processes.device, settings.run
     say = functools.partial(print, flush=True) if processes.is_main else _say_nothing
-    precision = autocast_dtype(device, run_options.precision)
-    training, validation = make_datasets(settings)
+    precision = autocast_dtype(device, options.precision)
+    held_out = None if checkpoint is None else checkpoint.content.get("held_out")
+    training, validation = make_datasets(settings, held_out)
     plan = BatchPlan.of(settings.training, len(training), processes.world_size)
     config = settings.training.resolved(plan.steps_per_epoch)
-    process, objective = settings.process, settings.objective
-    diffusion = DiffusionModel(
-        process.timesteps,
-        device,
-        process.mode,
-        process.schedule,
-        objective.min_snr_gamma,
-        objective.timestep_density,
-    )
+    diffusion = DiffusionModel.of(settings.process, device, settings.objective)
     model = make_model(settings, device)
-    checkpoint_dir, log_dir = run_folders(settings, checkpoint)
     say(describe_model(model, settings, device))
-    if run_options.compile:
+    if options.compile:
         compile_network(model, device)
     say(f"device {device}, {'bf16 autocast' if precision else 'fp32'}, {processes.world_size} process(es)")
-    say(
-        f"{len(training)} training and {len(validation)} validation images, {len(training.left_out)} left out"
-    )
-    say(f"{parameter_count(model) / 1e6:.2f} M parameters, {config.max_steps} steps")
-    say(f"watch it: tensorboard --logdir {shlex.quote(run_options.log_dir)}")
-    run, received = diffusion.train(
-        model,
-        training,
-        config,
-        checkpoint_dir=checkpoint_dir,
-        log_dir=log_dir,
-        validate=Validator(diffusion, validation, precision, processes),
-        resume=checkpoint,
-        processes=processes,
-        precision=precision,
-        settings={"data": settings.data.to_dict(), "run": run_options.to_dict()},
-        profile=run_options.profile,
-    )
+    say(f"{parameter_count(model) / 1e6:.2f} M parameters")
+    for line in describe_run(settings, plan, config, training, len(validation)):
+        say(line)
+    for line in () if checkpoint is None else describe_resume(checkpoint, config):
+        say(line)
+    root = Path(settings.data.image_folder)
+    names = [path.relative_to(root).as_posix() for path in validation.paths if path.is_relative_to(root)]
+    checkpoint_dir, log_dir = run_folders(settings, checkpoint) if processes.is_main else (Path(), Path())
+    with locked(checkpoint_dir) if processes.is_main else contextlib.nullcontext():
+        run, received = diffusion.train(
+            model,
+            training,
+            config,
+            checkpoint_dir=checkpoint_dir,
+            log_dir=log_dir,
+            validate=Validator(diffusion, validation, precision, processes),
+            resume=checkpoint,
+            processes=processes,
+            precision=precision,
+            settings={"data": settings.data.to_dict(), "run": options.to_dict()},
+            held_out=names,
+            profile=options.profile,
+        )
+    return report_end(run, received, say)
+
+
+def report_end(run: RunFiles, received: int | None, say: Callable[[str], None]) -> int:
+    """Name the files and what to do next; returns the exit status."""
     if run.best.exists():
         say(f"best:   {run.best}")
     say(f"newest: {run.last}")
@@ -304,15 +393,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, checkpoint = parse(argv)
         with started_processes(settings.run.device) as processes:
             return train(settings, checkpoint, processes)
-    except OptionError as error:
-        print(f"train_diffusion.py: error: {with_flag(error, tuple(SECTIONS.values()))}", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as error:
-        print(f"train_diffusion.py: error: {error}", file=sys.stderr)
+        kinds = tuple(SECTIONS.values())
+        message = with_flag(error, kinds) if isinstance(error, OptionError) else str(error)
+        print(f"train_diffusion.py: error: {message}", file=sys.stderr)
         return 2
     except (NonFiniteError, WorkerError) as error:
-        print(f"train_diffusion.py: {error}", file=sys.stderr)
+        print(f"train_diffusion.py: error: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "train_diffusion.py: error: out of memory: lower --batch_size and raise --accumulation_steps as "
+            "much; the checkpoints are as they were",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("train_diffusion.py: stopped; the checkpoints are as they were", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

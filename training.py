@@ -110,7 +110,7 @@ class NonFiniteError(RuntimeError):
 
 
 class WorkerError(RuntimeError):
-    """A process that reads images died; the message names the files it was to read."""
+    """The data gave out: a process that reads it died, or nothing can be read any more; names the files."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,17 +261,31 @@ def optimizer_for(config: TrainingConfig, device: torch.device) -> str:
     """The name of the optimiser, with "auto" decided."""
     if config.optimizer != "auto":
         return config.optimizer
-    return "adamw8bit" if device.type == "cuda" else "adamw"
+    if device.type != "cuda":
+        return "adamw"
+    try:
+        _eight_bit_adamw()
+    except ValueError as error:
+        logger.warning("training with AdamW in full precision: %s", error)
+        return "adamw"
+    return "adamw8bit"
+
+
+def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
+    """AdamW8bit of bitsandbytes; ValueError where that cannot be imported."""
+    try:
+        from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this optimiser alone
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"optimizer is 'adamw8bit', but bitsandbytes fails ({reason}): use adamw") from error
+    return cast(Callable[..., torch.optim.Optimizer], AdamW8bit)
 
 
 def _optimizer(name: str, parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW, fused, or bitsandbytes' AdamW8bit (Dettmers et al. 2022)."""
     betas, decay = (0.9, config.beta2), config.weight_decay
     if name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this branch alone
-
-        eight_bit = AdamW8bit(parameters, lr=config.learning_rate, betas=betas, weight_decay=decay)
-        return cast(torch.optim.Optimizer, eight_bit)
+        return _eight_bit_adamw()(parameters, lr=config.learning_rate, betas=betas, weight_decay=decay)
     fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(parameters, config.learning_rate, betas, weight_decay=decay, fused=fused)
 
@@ -550,7 +564,7 @@ class _Batches:
                 samples: Tensor = next(self.iterator)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
-                    raise
+                    raise WorkerError(str(error)) from error
                 reading = self.watched.names() or "no image"
                 raise WorkerError(
                     f"a process that reads images died while reading {reading} ({error})"

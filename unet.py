@@ -263,8 +263,8 @@ class Predictor(nn.Module):
     """Predicts the mean of the residual and the features that refining it starts from, once per image.
 
     Predict and refine (Whang et al. 2022, section 3). All but the last layer works at the resolution of the
-    patches, so a pass costs little. With pixel normalisation nothing has an influence beyond the convolutions'
-    `reach`: that far from its edges, a window of an image has exactly the mean of the whole.
+    patches, so a pass costs little. With pixel normalisation nothing has an influence beyond the reach of
+    the convolutions: that far from its edges, a window of an image has exactly the mean of the whole.
 
     Args:
         config: its predictor_blocks, predictor_dim, channels, patch_size and norm.

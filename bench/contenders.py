@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.device import compile_network
 from train_diffusion import build_parser, make_model
 from unet import Condition, UNetConfig
 
@@ -108,10 +107,7 @@ def our_network(device: torch.device) -> nn.Module:
     return make_model(args, device)
 
 
-def contenders(device: torch.device, compiled: bool = False) -> dict[str, nn.Module]:
+def contenders(device: torch.device) -> dict[str, nn.Module]:
     """Every network, untrained, on its device."""
     torch.manual_seed(0)
-    networks = {OURS: our_network(device)} | {name: build().to(device) for name, build in PEERS.items()}
-    if compiled:
-        compile_network(networks[OURS], device)
-    return networks
+    return {OURS: our_network(device)} | {name: build().to(device) for name, build in PEERS.items()}

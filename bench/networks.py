@@ -112,13 +112,19 @@ def train_for(
         validate_every=steps,
         save_every=steps,
     )
-    network.residual_std.zero_()
+    cast(Restorer, network).residual_std.zero_()
     training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
     diffusion = DiffusionModel(device=device, timestep_density="high_noise")
     precision = torch.bfloat16 if device.type == "cuda" else None
     with tempfile.TemporaryDirectory() as folder:
-        places = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "logs"}
-        run, _ = diffusion.train(network, training, config, precision=precision, **places)
+        run, _ = diffusion.train(
+            network,
+            training,
+            config,
+            precision=precision,
+            checkpoint_dir=Path(folder),
+            log_dir=Path(folder) / "logs",
+        )
         averaged = load_checkpoint(run.last, device)["ema"]
     load_weights(network, cast(dict[str, torch.Tensor], averaged), "the run that just ended")
     return network.eval(), steps

@@ -13,7 +13,7 @@ from skimage.data import astronaut
 
 from bicubic import downscale_image, upscale_image
 from imaging.files import write_image
-from infer import labelled_row
+from imaging.pictures import labelled_row
 from restoration import RestoreConfig, restore
 
 SCALE = 4

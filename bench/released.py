@@ -1,8 +1,5 @@
 """The results of the released weights, from the weights themselves: `make results` writes weights/RESULTS.md.
 
-Beside the diffusion models, x4 has a row of the same network trained without diffusion (L1 regression, on the
-same budget): what diffusion costs in PSNR, and what it buys.
-
 Photos come from the folder that SR_DATA names, with test/Set5 and test/BSD100 in it.
 """
 
@@ -10,14 +7,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from bench.tables import table
-from engine.checkpoint import RELEASED, load_model, released_model
+from engine.checkpoint import load_model, released_model
 from engine.device import select_device
 from evaluation import metrics
 from evaluation.evaluation import ImageSet, Settings, evaluate, load_trained, read_image_set
@@ -29,7 +25,6 @@ from restoration import RestoreConfig, Restorer
 RESULTS = Path("weights/RESULTS.md")
 # (scale, set): the numbers of steps; ten steps of x2 on BSD100 would take a quarter of an hour on one core.
 MEASURED = {(4, "Set5"): (1, 4, 10), (4, "BSD100"): (1, 10), (2, "Set5"): (1, 10), (2, "BSD100"): (1,)}
-REGRESSION = {4: RELEASED / "regression_x4.safetensors"}
 CONSISTENT = {(4, "Set5"): (1, 10), (2, "Set5"): (1, 10)}
 HEADINGS = ("method", "PSNR", "SSIM", "LR-PSNR", "HF energy", "SWD")
 
@@ -70,10 +65,6 @@ def measure(scale: int, name: str, weights: Path, photos: Path, device: torch.de
     rows += [as_cells(row, f"{row.steps} step{'s' if row.steps != 1 else ''}") for row in report.rows[1:]]
     for steps in CONSISTENT.get((scale, name), ()):
         rows.append(consistent(weights, scale, images, steps, device))
-    if scale in REGRESSION:
-        baseline = load_trained(REGRESSION[scale], device)
-        report = evaluate(images, replace(settings, steps=(1,)), baseline, device=device, progress=True)
-        rows.append(as_cells(report.rows[1], "regression (L1)"))
     return [f"## {name}, x{scale}", "", *table(HEADINGS, rows)]
 
 

@@ -219,7 +219,7 @@ def released_model(scale: float = 4) -> Path:
 
 def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
     """Write the averaged weights in half precision, what rebuilds the network in the header, atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     keep = {"residual_std", "scale"}  # two numbers that every pixel depends on stay in single precision
     weights = {
@@ -231,7 +231,9 @@ def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
     header = {"format": str(FORMAT), "version": VERSION, "step": str(model.step), "sha256": _digest(weights)}
     header |= {name: json.dumps(values) for name, values in sections.items()}
     try:
-        write_atomically(Path(path), lambda temporary: save_file(weights, str(temporary), metadata=header))
+        # Not save_file, which makes a file that its owner alone can read.
+        encoded = save(weights, metadata=header)
+        write_atomically(Path(path), lambda temporary: temporary.write_bytes(encoded))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}") from error
 
@@ -254,7 +256,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.get("format") not in map(str, READABLE):
+        if header.get("format") not in {str(number) for number in READABLE}:
             raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: its header has no format up to {FORMAT}")
         if "sha256" in header and header["sha256"] != _digest(weights):
             raise CheckpointError(f"{path} is damaged: its weights have another checksum than when written")

@@ -38,6 +38,21 @@ class Processes:
         return values
 
 
+def _world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"WORLD_SIZE is {given!r}: it must be a number of processes; torchrun sets it")
+    missing = [
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
+    if int(given) > 1 and missing:
+        raise ValueError(
+            f"WORLD_SIZE is {given} without {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE"
+        )
+    return int(given)
+
+
 @contextmanager
 def started_processes(device_name: str) -> Iterator[Processes]:
     """Join the other processes of the run, or stand alone if torchrun did not start this one.
@@ -47,7 +62,7 @@ def started_processes(device_name: str) -> Iterator[Processes]:
     Raises:
         ValueError: the device cannot be had, or is of a kind that cannot be shared by processes.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     device = select_device(device_name)
     if world_size == 1:
         yield Processes(device)

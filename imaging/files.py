@@ -3,80 +3,76 @@
 Shapes: H height, W width, C channels. Ranges: uint8 [0, 255] or uint16 [0, 65535] in files, [0, 1] ("unit")
 in metrics, [-1, 1] ("model range") inside the model.
 
-Reading decodes with Pillow, which also verifies the whole file; colours of 16 bits are then taken from
-OpenCV, because Pillow cuts them to 8. Writing replaces the target file in one step: it holds either the old
-bytes or all of the new ones.
+libvips reads (Pillow a BMP) and writes what Pillow cannot: PNG of 16 bits, and TIFF.
 """
 
 import io
+import logging
 import os
-import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyvips
 import torch
-from PIL import Image
-from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 
 from imaging.atomic import write_atomically
+from imaging.metadata import (
+    DAMAGE_ERRORS,
+    DESCRIPTIVE_TAGS,
+    EXIF_DIRECTORY,
+    GPS_DIRECTORY,
+    Metadata,
+    common_options,
+    png_frames,
+    png_is_whole,
+    png_options,
+    png_with_metadata,
+    read_exif,
+    read_metadata,
+    read_orientation,
+)
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+logger = logging.getLogger(__name__)
+logging.getLogger("pyvips").setLevel(logging.ERROR)  # it repeats what its errors say
+pyvips.cache_set_max(0)  # a file that changes under the same name is read again
 
 Pixels: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
-# A closed list: Pillow would otherwise run an external program to open PostScript.
-_READABLE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
-_FORMAT_OF_SUFFIX = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".bmp": "BMP",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
-# What Pillow's parsers raise on damaged bytes (found by feeding them such bytes).
-_DAMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
-_GREY_MODES = {"1", "L", "LA", "La"}
-_COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX"}
+MAX_PIXELS = 2**30  # 3 GB of 8-bit RGB: more is taken for a decompression bomb
 
-_ORIENTATION_TAG = 0x0112
-# TIFF keeps the layout of the pixels and the description of the picture in one directory. These are the
-# description: text, resolution, date, author, XMP, rights, and the Exif and GPS directories.
-_DESCRIPTIVE_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 700, 33432, 34665, 34853}
-# Where Pillow finds an orientation in a PNG: the EXIF chunk, ImageMagick's text form of it, and XMP.
-_PNG_ORIENTATION_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
-# EXIF orientation -> what turns the stored samples (H, W, ...) upright.
-_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
-    1: lambda samples: samples,
-    2: lambda samples: samples[:, ::-1],
-    3: lambda samples: samples[::-1, ::-1],
-    4: lambda samples: samples[::-1],
-    5: lambda samples: samples.swapaxes(0, 1),
-    6: lambda samples: samples.swapaxes(0, 1)[:, ::-1],
-    7: lambda samples: samples[::-1, ::-1].swapaxes(0, 1),
-    8: lambda samples: samples.swapaxes(0, 1)[::-1],
+_FORMAT_OF_SUFFIX = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **{".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"},
 }
+WRITABLE_SUFFIXES = frozenset(_FORMAT_OF_SUFFIX)
+IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".gif", ".avif"}
+
+_LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383, "BMP": 2**31 - 1, "PNG": 2**31 - 1, "TIFF": 2**31 - 1}
+_RAW_SUFFIXES = frozenset(
+    ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 "
+    ".rwl .sr2 .srf .srw .x3f".split()
+)
+_HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+_OTHER_SUFFIXES = frozenset(".exr .hdr .j2k .jp2 .jxl .pbm .pgm .pnm .ppm .psd .svg .tga".split())
+_DEVELOP = "camera raw is not a picture yet: develop it first, into a TIFF or JPEG"
+_CONVERT = "save it as PNG, JPEG or TIFF first"
+_ROWS = 256  # decoded at a time
+_NEW_SUBFILE_TYPE, _EXTRA_SAMPLES, _DNG_VERSION = 254, 338, 50706
+_STRIP_OFFSETS = 273
+_DTYPES: dict[str, type[np.uint8] | type[np.uint16]] = {"uchar": np.uint8, "ushort": np.uint16}
+_LARGEST_FILE = 2**32 - 2**24  # offsets of 32 bits
+_JPEG_SEGMENT = 65500
 
 
 class UnreadableImageError(ValueError):
@@ -94,19 +90,15 @@ class DecodedImage:
         path: the file it came from.
         pixels: (H, W) grey or (H, W, 3) RGB, uint8 or uint16, without the effect of alpha.
         alpha: (H, W) of the same dtype (0 transparent), or None where the file has no transparency.
-        icc_profile: the colour profile that describes ``pixels``, or None. The profile of a CMYK file is left
-            out: it does not describe the RGB values made from it.
-        exif: the EXIF block with its orientation removed (it has been applied), or None where the file has
-            none or one too damaged to parse. From a TIFF only the tags that describe the picture are kept.
+        metadata: what else the file says. The profile of CMYK is used up: its pixels are sRGB.
         frames: how many frames or pages the file has; ``pixels`` is the first.
     """
 
     path: Path
     pixels: Pixels
-    alpha: Pixels | None
-    icc_profile: bytes | None
-    exif: bytes | None
-    frames: int
+    alpha: Pixels | None = None
+    metadata: Metadata = field(default_factory=Metadata)
+    frames: int = 1
 
 
 # ------------------------------------------------------------------------------------------- range conversion
@@ -163,7 +155,9 @@ def unit_to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Pixels:
 def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
     """List the image files of a folder (those with one of IMAGE_SUFFIXES in either case), sorted by path.
 
-    With ``recursive`` its subfolders are searched too. Hidden files and folders (".name") are skipped.
+    With ``recursive`` its subfolders are searched too, linked ones as well, each once. Hidden files and
+    folders (".name") are skipped. Pictures of a kind that cannot be read, links to nothing and folders that
+    may not be entered are counted in one warning.
 
     Raises:
         ValueError: where the folder is missing, is not a folder, or holds no image.
@@ -173,55 +167,85 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
         raise ValueError(f"{folder}: no such folder; give the path of a folder of images")
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder; give the folder that holds the images")
-    found = sorted(
-        path
-        for path in folder.glob("**/*" if recursive else "*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    passed_over: Counter[str] = Counter()
+    found = []
+    for path in _files_below(folder, recursive, passed_over):
+        suffix = path.suffix.lower()
+        if suffix in _RAW_SUFFIXES:
+            passed_over[f"{suffix} ({_DEVELOP})"] += 1
+        elif suffix in _HEIC_SUFFIXES | _OTHER_SUFFIXES:
+            passed_over[f"{suffix} ({_CONVERT})"] += 1
+        elif suffix in IMAGE_SUFFIXES and path.is_file():
+            found.append(path)
+        elif suffix in IMAGE_SUFFIXES:
+            passed_over[f"{suffix} that is a link to nothing or no ordinary file"] += 1
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+    if kinds:
+        logger.warning("%s: passed over: %s", folder, kinds)
     if not found:
         where = "or its subfolders" if recursive else "itself (subfolders were not searched)"
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{folder}: no image in this folder {where}; looked for files named {suffixes}")
-    return found
+        raise ValueError(
+            f"{folder}: no image in this folder {where}; looked for files named {suffixes}"
+            + (f"; passed over: {kinds}" if kinds else "")
+        )
+    return sorted(found)
+
+
+def _files_below(folder: Path, recursive: bool, passed_over: Counter[str]) -> Iterator[Path]:
+    """Every file that is not hidden; each folder once, so that links cannot lead in circles."""
+    entered: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        passed_over[f"folder that may not be read ({error.filename})"] += 1
+
+    for name, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(name)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        visible = [inner for inner in folders if not inner.startswith(".")] if recursive else []
+        # a folder's own name before a link's
+        folders[:] = sorted(visible, key=lambda inner: (os.path.islink(os.path.join(name, inner)), inner))
+        yield from (Path(name, file) for file in files if not file.startswith("."))
 
 
 def decode_image(path: str | Path) -> DecodedImage:
-    """Read one image file of any kind in IMAGE_SUFFIXES (or GIF), upright, at its own bit depth.
+    """Read one file of a kind in IMAGE_SUFFIXES, or HEIC where libvips can, upright and at its own bit depth.
 
-    Grey stays grey; palette, CMYK and other colour spaces become RGB; one bit becomes 0 and 255. Samples of
-    16 bits stay so, except in CMYK. Of an animation or a multi-page file the first frame is read.
+    Grey stays grey; palettes become RGB; CMYK becomes sRGB through its profile; one bit becomes 0 and 255;
+    premultiplied alpha is divided out. Of an animation or a multi-page file the first frame is read.
 
     Raises:
         UnreadableImageError: where the file is missing, may not be read, is empty, damaged, cut short or not
-            an image, holds more pixels than Pillow's MAX_IMAGE_PIXELS (a decompression bomb), or holds
-            samples of more than 8 bits that are not 16-bit integers (float, 32-bit, 12-bit).
+            an image, is camera raw, has more than MAX_PIXELS, does not fit in memory, or holds samples that
+            are not 8- or 16-bit integers.
     """
     path = Path(path)
-    encoded = _read_file(path)
-    with _naming(path), Image.open(io.BytesIO(encoded), formats=_READABLE_FORMATS) as image:
-        image.verify()  # the checksums of a PNG, which decoding passes over; leaves the image unusable
-    with _naming(path), Image.open(io.BytesIO(encoded), formats=_READABLE_FORMATS) as image:
-        _check_pixel_count(image)
-        # The further pictures of an MPO are a phone's previews and depth maps, not frames.
-        frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
-        exif, orientation = _split_exif(image)
-        deep = _bits_per_sample(image, encoded) == 16 and image.mode not in {"CMYK", "I", "F"}
-        image.load()  # decodes everything, and so verifies the file for the 16-bit path too
-        samples: Pixels = _deep_samples(image, encoded) if deep else _shallow_samples(image)
-        described = image.mode in _GREY_MODES | _COLOUR_MODES or deep
-        icc_profile = image.info.get("icc_profile") if described else None
-    samples = _UPRIGHT[orientation](samples)  # (H, W, 1 to 4), alpha last
-    pixels = samples[..., :3] if samples.shape[-1] >= 3 else samples[..., 0]
-    return DecodedImage(
-        path=path,
-        pixels=pixels.copy(),  # contiguous, and free of the alpha channel's memory
-        alpha=samples[..., -1].copy() if samples.shape[-1] in {2, 4} else None,
-        icc_profile=icc_profile or None,
-        exif=exif,
-        frames=frames,
-    )
+    with _naming(path), path.open("rb") as file:
+        if _is_bmp(path, file):
+            return _decode_bmp(path, file)
+        image = _open(path)
+        exif = read_exif(image, file)
+        _check_readable(image, exif)
+        is_png = image.get("vips-loader").startswith("png")
+        if is_png and not png_is_whole(file):
+            raise UnreadableImageError("damaged or cut short (its end is missing)")
+        frames = png_frames(file) if is_png else _pages(image)
+        metadata = read_metadata(image, file, exif)
+        if image.interpretation == "cmyk":
+            metadata = replace(metadata, icc_profile=None)
+        samples = _upright(_read_samples(_as_grey_or_rgb(image)), read_orientation(image, exif))
+    colours = 3 if samples.shape[-1] >= 3 else 1
+    has_alpha = image.hasalpha() and samples.shape[-1] > colours and exif.get(_EXTRA_SAMPLES) not in {0, (0,)}
+    if frames > 1 and has_alpha:
+        has_alpha = (
+            samples[..., colours].min() < np.iinfo(samples.dtype).max
+        )  # animations always come with one
+    pixels = _contiguous(samples[..., :3] if colours == 3 else samples[..., 0])
+    alpha = _contiguous(samples[..., colours]) if has_alpha else None
+    return DecodedImage(path, pixels, alpha, metadata, frames)
 
 
 def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
@@ -233,7 +257,11 @@ def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
     Raises:
         UnreadableImageError: as ``decode_image``.
     """
-    pixels = decode_image(path).pixels
+    return as_rgb8(decode_image(path).pixels)
+
+
+def as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
+    """(H, W) or (H, W, 3) uint8 or uint16 as (H, W, 3) uint8, rounded to the nearest."""
     if pixels.dtype == np.uint16:
         # 257 is odd, so no value lies half-way and adding 128 rounds exactly.
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -244,31 +272,19 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """Read (height, width) of the upright image from a file's header, without decoding its pixels.
 
     Raises:
-        UnreadableImageError: where the file is missing, may not be read, or has no valid header. Damage
-            behind the header goes unnoticed.
+        UnreadableImageError: where the file is missing, may not be read, has no valid header, or says there
+            what ``decode_image`` refuses. Damage behind the header goes unnoticed.
     """
     path = Path(path)
-    with _naming(path), path.open("rb") as file, Image.open(file, formats=_READABLE_FORMATS) as image:
-        width, height = image.size
-        # Pillow decodes a whole PNG to look for an orientation behind the pixels: ask only where one may be.
-        known = any(key in image.info for key in _PNG_ORIENTATION_KEYS)
-        asked = image.format != "PNG" or known or _has_late_metadata(file)
-        orientation = _split_exif(image)[1] if asked else 1
-    return (width, height) if orientation >= 5 else (height, width)
-
-
-def _unreadable(path: Path, reason: str) -> UnreadableImageError:
-    """Name the file and the reason in one line."""
-    return UnreadableImageError(f"{path}: {reason}")
-
-
-def _read_file(path: Path) -> bytes:
-    """Read a file whole, so that both decoders see the same bytes."""
-    with _naming(path):
-        encoded = path.read_bytes()
-    if not encoded:
-        raise _unreadable(path, "the file is empty")
-    return encoded
+    with _naming(path), path.open("rb") as file:
+        if _is_bmp(path, file):
+            with Image.open(file, formats=["BMP"]) as bitmap:
+                return bitmap.height, bitmap.width
+        image = _open(path)
+        exif = read_exif(image, file)
+        _check_readable(image, exif)
+        turned = read_orientation(image, exif) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 @contextmanager
@@ -277,130 +293,159 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except UnreadableImageError as error:
-        raise _unreadable(path, str(error)) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _unreadable(path, f"{error} Set PIL.Image.MAX_IMAGE_PIXELS higher to read it") from error
-    except Image.UnidentifiedImageError as error:
-        raise _unreadable(
-            path, "not an image of a kind that can be read, or its header is damaged"
-        ) from error
-    except _DAMAGE_ERRORS as error:
-        # Only the operating system's errors have a number; Pillow's speak of the file's content.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise _unreadable(path, f"cannot be read ({error.strerror})") from error
-        raise _unreadable(path, f"damaged or cut short ({error})") from error
+        raise UnreadableImageError(f"{path}: {error}") from error
+    except (pyvips.Error, MemoryError, Image.DecompressionBombError, *DAMAGE_ERRORS) as error:
+        raise UnreadableImageError(f"{path}: {_reason(path, error)}") from error
 
 
-def _check_pixel_count(image: Image.Image) -> None:
-    """Refuse between once and twice Pillow's limit too, where Pillow only warns."""
-    limit = Image.MAX_IMAGE_PIXELS
-    width, height = image.size
-    if limit is not None and width * height > limit:
-        raise Image.DecompressionBombError(
-            f"{width} x {height} = {width * height} pixels, more than the limit of {limit}."
-        )
+def _reason(path: Path, error: BaseException) -> str:
+    """Why a file cannot be read, in one line."""
+    text = " ".join(str(error).split())
+    # Only the operating system's errors have a number; a decoder's speak of the file's content.
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({error.strerror})"
+    if isinstance(error, MemoryError) or "out of memory" in text:
+        return "does not fit in memory; cut it into pieces or close other programs"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{text} {_CONVERT}"
+    if path.suffix.lower() in _HEIC_SUFFIXES:
+        return f"HEIC that this installation of libvips cannot decode; {_CONVERT}"
+    if "known format" in text or isinstance(error, UnidentifiedImageError):
+        return "not an image of a kind that can be read, or its header is damaged"
+    return f"damaged or cut short ({text})"
 
 
-def _split_exif(image: Image.Image) -> tuple[bytes | None, int]:
-    """Give an image's EXIF block without its orientation, and the orientation (1 to 8) yet to be applied."""
-    orientation, kept = 1, None
-    try:
-        original = image.getexif()
-        # Pillow turns a TIFF upright itself while it decodes.
-        orientation = 1 if image.format == "TIFF" else original.get(_ORIENTATION_TAG, 1)
-        # A copy, because it does so by the tag in the original.
-        exif = Image.Exif()
-        exif.load(original.tobytes())
-        exif.pop(_ORIENTATION_TAG, None)
-        if image.format == "TIFF":
-            _keep_descriptive_tags(exif)
-        kept = exif.tobytes() if len(exif) else None
-    except _DAMAGE_ERRORS:
-        pass  # the picture is whole even where its description is not, and what was found so far holds
-    return kept, orientation if orientation in _UPRIGHT else 1
+def _is_bmp(path: Path, file: BinaryIO) -> bool:
+    """Whether a file is a BMP, which libvips does not read; refuses empty files and camera raw."""
+    if path.suffix.lower() in _RAW_SUFFIXES:
+        raise UnreadableImageError(_DEVELOP)
+    start = file.read(2)
+    file.seek(0)
+    if not start:
+        raise UnreadableImageError("the file is empty")
+    return start == b"BM"
 
 
-def _keep_descriptive_tags(exif: Image.Exif) -> None:
-    """Drop from a TIFF's directory, in place, the tags that say how its samples are stored."""
-    for tag in set(exif) - _DESCRIPTIVE_TAGS:
-        del exif[tag]
+def _decode_bmp(path: Path, file: BinaryIO) -> DecodedImage:
+    with Image.open(file, formats=["BMP"]) as image:
+        mode = "L" if image.mode in {"1", "L"} else "RGBA" if image.mode == "RGBA" else "RGB"
+        samples = np.array(image.convert(mode))
+        metadata = Metadata(dpi=image.info.get("dpi"))
+    if mode != "RGBA":
+        return DecodedImage(path, samples, None, metadata)
+    return DecodedImage(path, samples[..., :3].copy(), samples[..., 3].copy(), metadata)
 
 
-def _has_late_metadata(file: BinaryIO) -> bool:
-    """Say whether a PNG file has EXIF or text chunks behind its pixels, from the chunk headers alone."""
-    resume_at = file.tell()
-    file.seek(8)
-    found, behind_pixels = False, False
-    while len(header := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", header)
-        behind_pixels = behind_pixels or kind == b"IDAT"
-        found = found or (behind_pixels and kind in {b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
-        file.seek(length + 4, os.SEEK_CUR)  # the data and their checksum
-    file.seek(resume_at)
-    return found
+def _open(path: Path) -> pyvips.Image:
+    """Read the header; the pixels are decoded from top to bottom as they are asked for."""
+    # By descriptor: a name need not be UTF-8, and libvips would read options in its brackets. A descriptor of
+    # its own, because it remembers where it is in the file.
+    with path.open("rb") as file:
+        source = pyvips.Source.new_from_descriptor(file.fileno())
+    image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error")
+    if image.get("vips-loader").startswith("svg"):
+        raise UnreadableImageError("a drawing, not an image of a kind that can be read")
+    return image
 
 
-def _bits_per_sample(image: Image.Image, encoded: bytes) -> int:
-    """Find the bit depth that the file stores, which Pillow's mode does not tell."""
-    if image.format == "PNG":
-        return encoded[24]  # in the header chunk, which always comes first
-    if isinstance(image, TiffImageFile):
-        bits = image.tag_v2.get(258, 1)
-        return int(bits[0] if isinstance(bits, tuple) else bits)
-    return 8
-
-
-def _shallow_samples(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Give the samples (H, W, 1 to 4), alpha last, of a decoded image of at most 8 bits."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        kind = "float" if image.mode == "F" else "integer"
+def _check_readable(image: pyvips.Image, exif: Image.Exif) -> None:
+    """Refuse what is no picture yet, too large or too deep."""
+    # in a camera's TIFF the first picture is a preview
+    if image.get("vips-loader").startswith("tiff") and (
+        exif.get(_NEW_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in exif
+    ):
+        raise UnreadableImageError(_DEVELOP)
+    if image.width * image.height > MAX_PIXELS:
         raise UnreadableImageError(
-            f"holds {kind} samples that are not 8 or 16 bits deep; save it with 8 or 16"
+            f"{image.width} x {image.height} = {image.width * image.height} pixels, more than {MAX_PIXELS}; "
+            "cut it into pieces"
         )
-    if image.mode in _GREY_MODES:
-        mode = "LA" if image.has_transparency_data else "L"
-    else:
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-    samples = np.array(image.convert(mode), dtype=np.uint8)  # a copy, which may be written to
-    return samples.reshape(*samples.shape[:2], -1)
+    if image.format not in _DTYPES:
+        raise UnreadableImageError(f"holds samples of type {image.format}; save it with 8 or 16 bits")
 
 
-def _deep_grey_samples(image: Image.Image) -> npt.NDArray[np.uint16]:
-    """Give the samples (H, W, 1 or 2), alpha last, of a decoded 16-bit grey image."""
-    grey = np.asarray(image).astype(np.uint16)  # (H, W); in the file they may be big-endian
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        return np.stack([grey, np.where(grey == transparent, 0, 65535).astype(np.uint16)], axis=-1)
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(262) == 0:
-        grey = 65535 - grey  # stored with 0 for white, which Pillow undoes for 8 bits only
-    return grey[..., None]
+def _pages(image: pyvips.Image) -> int:
+    return int(image.get("n-pages")) if image.get_typeof("n-pages") else 1
 
 
-def _deep_samples(image: Image.Image, encoded: bytes) -> npt.NDArray[np.uint16]:
-    """Give the samples (H, W, 1 to 4), alpha last, of a 16-bit file that Pillow decoded into ``image``."""
-    if image.mode.startswith("I;16"):
-        return _deep_grey_samples(image)
-    import cv2
+def _as_grey_or_rgb(image: pyvips.Image) -> pyvips.Image:
+    """The image in its own grey or RGB; other colour spaces become sRGB."""
+    if image.interpretation == "cmyk":
+        depth = 16 if image.format == "ushort" else 8
+        return image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
+    return image if image.interpretation in {"b-w", "grey16", "srgb", "rgb16"} else image.colourspace("srgb")
 
-    try:
-        stored = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)  # (H, W, 3 or 4)
-    except cv2.error as error:
-        raise UnreadableImageError(f"its 16-bit samples cannot be decoded ({error})") from error
-    if stored is None or stored.dtype != np.uint16 or stored.shape[:2] != (image.height, image.width):
-        raise UnreadableImageError("its 16-bit samples cannot be decoded; save it as a plain 16-bit PNG")
-    has_alpha = image.has_transparency_data and stored.shape[-1] == 4
-    samples = stored[..., [2, 1, 0, 3] if has_alpha else [2, 1, 0]]  # OpenCV's order is BGR
-    # Pillow keeps the upper byte of each sample. Any layout that the two read differently (separate planes,
-    # premultiplied alpha) is refused rather than guessed at.
-    upper_bytes = np.asarray(image)
-    compared = min(upper_bytes.shape[-1], samples.shape[-1])
-    if not np.array_equal(samples[..., :compared] >> 8, upper_bytes[..., :compared]):
-        raise UnreadableImageError("its layout of 16-bit samples is not known; save it as a plain 16-bit PNG")
-    grey_and_alpha = image.format == "PNG" and encoded[25] == 4
-    return samples[..., [0, 3]] if grey_and_alpha else samples
+
+def _read_samples(image: pyvips.Image) -> Pixels:
+    """Decode (H, W, bands)."""
+    dtype = _DTYPES[image.format]
+    samples: Pixels = np.empty((image.height, image.width, image.bands), dtype)
+    # A region decodes in this thread: libvips' own threads are gone after the fork of a data loader, and a
+    # worker that asked for them would wait for ever.
+    region = pyvips.Region.new(image)
+    for top in range(0, image.height, _ROWS):
+        rows = samples[top : top + _ROWS]
+        fetched = region.fetch(0, top, image.width, len(rows))
+        rows[:] = np.frombuffer(fetched, dtype).reshape(rows.shape)
+    return samples
+
+
+def _contiguous(samples: Pixels) -> Pixels:
+    """The same, copied only where it is a part of something larger."""
+    return samples if samples.flags.c_contiguous else samples.copy()
+
+
+def _upright(samples: Pixels, orientation: int) -> Pixels:
+    """Turn (H, W, bands) by EXIF's orientation: 5 to 8 are 1 to 4 of the transposed."""
+    turned = samples.swapaxes(0, 1) if orientation >= 5 else samples
+    flips = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}[orientation]
+    flipped: Pixels = np.flip(turned, flips)
+    return flipped
 
 
 # ---------------------------------------------------------------------------------------------------- writing
+
+
+def check_format(
+    path: str | Path,
+    height: int,
+    width: int,
+    dtype: npt.DTypeLike = np.uint8,
+    *,
+    has_alpha: bool = False,
+    metadata: Metadata | None = None,
+) -> str:
+    """Refuse before any work what the format of this suffix cannot hold; returns the format's name.
+
+    Raises:
+        ValueError: an unknown suffix, or a picture that is too large, too deep, transparent or described in a
+            way that the format has no place for.
+    """
+    path, metadata = Path(path), metadata or Metadata()
+    name = _FORMAT_OF_SUFFIX.get(path.suffix.lower())
+    if name is None:
+        known = ", ".join(sorted(WRITABLE_SUFFIXES))
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r} for writing; use one of {known}")
+    size = height * width * (4 if has_alpha else 3) * np.dtype(dtype).itemsize
+    side = max(height, width)
+    if side > _LARGEST_SIDE[name]:
+        raise ValueError(
+            f"{path}: {name} holds up to {_LARGEST_SIDE[name]} pixels a side, not {side}; write .png"
+        )
+    if name in {"TIFF", "BMP"} and size > _LARGEST_FILE:
+        raise ValueError(f"{path}: {name} holds up to 4 GB, not {size} bytes; write .png")
+    if np.dtype(dtype) == np.uint16 and name not in {"PNG", "TIFF"}:
+        raise ValueError(f"{path}: {name} cannot hold 16 bits; write .png or .tiff")
+    if has_alpha and name in {"JPEG", "BMP"}:
+        raise ValueError(f"{path}: {name} cannot hold alpha; write .png, .tiff or .webp")
+    if name == "BMP" and (metadata.icc_profile or metadata.exif):
+        raise ValueError(f"{path}: BMP cannot hold a profile or EXIF; write .png or .tiff")
+    if metadata.colour and name != "PNG":
+        kinds = ", ".join(kind.decode() for kind in metadata.colour)
+        raise ValueError(f"{path}: {name} cannot hold the colour space that {kinds} state; write .png")
+    if name == "JPEG" and max(len(metadata.exif or b""), len(metadata.xmp or b"")) > _JPEG_SEGMENT:
+        raise ValueError(f"{path}: JPEG holds up to {_JPEG_SEGMENT} bytes of EXIF or XMP; write .png")
+    return name
 
 
 def write_image(
@@ -408,46 +453,48 @@ def write_image(
     pixels: Pixels,
     alpha: Pixels | None = None,
     *,
-    icc_profile: bytes | None = None,
-    exif: bytes | None = None,
+    metadata: Metadata | None = None,
     quality: int = 95,
 ) -> None:
     """Write an image file, replacing an older one in a single step; a failure leaves the older one as it was.
 
     Args:
         path: its suffix picks the format. PNG and TIFF (lossless) hold uint8 and uint16, alpha and metadata;
-            WebP holds uint8, alpha and metadata; JPEG holds uint8 and metadata; BMP uint8 pixels alone.
+            WebP holds uint8, alpha and metadata (the resolution in EXIF alone); JPEG holds uint8 and
+            metadata; BMP uint8 pixels alone.
         pixels: (H, W) grey or (H, W, 3) RGB, uint8 or uint16.
         alpha: (H, W) of the same dtype, 0 for transparent.
-        icc_profile: the colour profile of ``pixels``.
-        exif: an EXIF block as ``decode_image`` gives it. A TIFF keeps the tags that describe the picture.
+        metadata: as ``decode_image`` gives it. The sizes in EXIF and XMP become those of the pixels. What
+            the format has no place for is an error where it says how the pixels look, else a warning.
         quality: 1 to 100, for JPEG (at full chroma resolution) and WebP, which is lossless at 100.
 
     Raises:
-        ValueError: for wrong shapes or dtypes, an unknown suffix, a missing folder, what the format cannot
-            hold (nothing is dropped silently), or what its encoder refuses.
+        ValueError: for wrong shapes or dtypes, a missing folder, what ``check_format`` refuses, or what an
+            encoder refuses.
         OSError: where the disk is full or the folder may not be written.
     """
-    path = Path(path)
-    format_name = _FORMAT_OF_SUFFIX.get(path.suffix.lower())
-    if format_name is None:
-        raise ValueError(
-            f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+    path, metadata = Path(path), metadata or Metadata()
     if not 1 <= quality <= 100:
         raise ValueError(f"quality {quality}: give a value from 1 to 100")
     samples = _joined_samples(pixels, alpha)
-    _check_format_holds(path, format_name, samples, has_metadata=bool(icc_profile or exif))
+    height, width = samples.shape[:2]
+    has_alpha = alpha is not None
+    name = check_format(path, height, width, samples.dtype, has_alpha=has_alpha, metadata=metadata)
+    _warn_of_losses(path, name, metadata)
+    described = metadata.resized(height, width)
     try:
-        if format_name == "TIFF":
-            encoded = _encode_tiff(samples, icc_profile, exif)
+        if name == "TIFF":
+            encoded = _encode_tiff(samples, described)
         elif samples.dtype == np.uint16:
-            encoded = _encode_deep_png(samples, icc_profile, exif)
+            pixels_alone = _as_vips(samples).pngsave_buffer(filter="all", keep="none")
+            encoded = png_with_metadata(pixels_alone, described)
         else:
-            encoded = _encode_shallow(samples, format_name, icc_profile, exif, quality)
-    except _DAMAGE_ERRORS as error:
-        raise ValueError(f"{path}: cannot be encoded as {format_name} ({error})") from error
-    _replace_file(path, encoded)
+            encoded = _encode_with_pillow(samples, name, described, quality)
+    except (pyvips.Error, zlib.error, *DAMAGE_ERRORS) as error:
+        raise ValueError(f"{path}: cannot be encoded as {name} ({error})") from error
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
+    write_atomically(path, lambda temporary: temporary.write_bytes(encoded))
 
 
 def _check_integer_pixels(pixels: Pixels) -> None:
@@ -465,103 +512,79 @@ def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
         raise ValueError(
             f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3); alpha goes in alpha="
         )
-    samples = pixels.reshape(*pixels.shape[:2], -1)
+    samples = _contiguous(pixels).reshape(*pixels.shape[:2], -1)
     if alpha is None:
         return samples
     if alpha.shape != pixels.shape[:2] or alpha.dtype != pixels.dtype:
         raise ValueError(
             f"alpha of shape {alpha.shape} and {alpha.dtype}: expected {pixels.shape[:2]} and {pixels.dtype}"
         )
-    return np.concatenate([samples, alpha[..., None]], axis=-1)
+    joined: Pixels = np.concatenate([samples, alpha[..., None]], axis=-1)
+    return joined
 
 
-def _check_format_holds(path: Path, format_name: str, samples: Pixels, has_metadata: bool) -> None:
-    """Refuse what the format would lose."""
-    if samples.dtype == np.uint16 and format_name not in {"PNG", "TIFF"}:
-        raise ValueError(
-            f"{path}: {format_name} cannot hold 16 bits; write .png or .tiff, or convert to uint8"
-        )
-    if samples.shape[-1] in {2, 4} and format_name in {"JPEG", "BMP"}:
-        raise ValueError(
-            f"{path}: {format_name} cannot hold alpha; write .png, .tiff or .webp, or leave it out"
-        )
-    if samples.dtype == np.uint16 and samples.shape[-1] == 2 and format_name == "TIFF":
-        raise ValueError(f"{path}: few readers know a 16-bit grey TIFF with alpha; write .png, or RGB pixels")
-    if has_metadata and format_name == "BMP":
-        raise ValueError(f"{path}: BMP cannot hold a profile or EXIF; write .png or .tiff, or leave them out")
+def _warn_of_losses(path: Path, name: str, metadata: Metadata) -> None:
+    """Say which descriptions the format has no place for."""
+    if metadata.text and name != "PNG":
+        logger.warning("%s: %s cannot hold a PNG's texts: left out", path, name)
+    if metadata.xmp and name == "BMP":
+        logger.warning("%s: BMP cannot hold XMP: left out", path)
 
 
-def _encode_shallow(
-    samples: Pixels, format_name: str, icc_profile: bytes | None, exif: bytes | None, quality: int
-) -> bytes:
+def _encode_with_pillow(samples: Pixels, name: str, metadata: Metadata, quality: int) -> bytes:
     """Encode uint8 samples (H, W, 1 to 4) as PNG, JPEG, BMP or WebP."""
-    options: dict[str, bytes | int | bool] = {}
-    if icc_profile:
-        options["icc_profile"] = icc_profile
-    if exif:
-        options["exif"] = exif
-    if format_name == "JPEG":
+    options = png_options(metadata) if name == "PNG" else common_options(metadata)
+    if name in {"JPEG", "WEBP"} and metadata.xmp:
+        options["xmp"] = metadata.xmp
+    if name == "JPEG":
         options |= {"quality": quality, "subsampling": 0}
-    if format_name == "WEBP":
+    if name == "WEBP":
         # exact: colours under full transparency are kept as well
         options |= {"quality": quality, "lossless": quality == 100, "exact": True}
     buffer = io.BytesIO()
     image = Image.fromarray(samples[..., 0] if samples.shape[-1] == 1 else samples)
-    image.save(buffer, format_name, **options)
+    image.save(buffer, name, **options)
     return buffer.getvalue()
 
 
-def _encode_deep_png(samples: Pixels, icc_profile: bytes | None, exif: bytes | None) -> bytes:
-    """Encode uint16 samples (H, W, 1 to 4) as PNG (ISO/IEC 15948), which Pillow does for grey alone."""
-    height, width, channels = samples.shape
-    rows = samples.astype(">u2").view(np.uint8).reshape(height, -1)
-    filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
-    filtered[:, 0] = 2  # filter "up": every row is stored as its difference from the row above
-    filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
-    if icc_profile:
-        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc_profile)))
-    if exif:
-        chunks.append((b"eXIf", exif.removeprefix(b"Exif\0\0")))  # the prefix belongs to JPEG
-    chunks += [(b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b"")]
-    encoded = b"\x89PNG\r\n\x1a\n"
-    for kind, data in chunks:
-        encoded += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return encoded
+def _as_vips(samples: Pixels) -> pyvips.Image:
+    """(H, W, 1 to 4) without copying them."""
+    height, width, bands = samples.shape
+    format_name = "uchar" if samples.dtype == np.uint8 else "ushort"
+    spaces = {"uchar": ("b-w", "srgb"), "ushort": ("grey16", "rgb16")}[format_name]
+    image = pyvips.Image.new_from_memory(samples.data, width, height, bands, format_name)
+    return image.copy(interpretation=spaces[bands >= 3])
 
 
-def _encode_tiff(samples: Pixels, icc_profile: bytes | None, exif: bytes | None) -> bytes:
-    """Encode uint8 or uint16 samples (H, W, 1 to 4) as TIFF 6.0: one Deflate strip behind one directory."""
-    height, width, channels = samples.shape
-    strip = zlib.compress(samples.astype(samples.dtype.newbyteorder("<")).tobytes())
-    directory = ImageFileDirectory_v2(prefix=b"II")
-    if exif:
+def _encode_tiff(samples: Pixels, metadata: Metadata) -> bytes:
+    """Encode uint8 or uint16 samples (H, W, 1 to 4) as TIFF, with Deflate.
+
+    libvips writes no EXIF into a TIFF: Pillow writes its directory again, in front of the same strips.
+    """
+    encoded: bytes = _as_vips(samples).tiffsave_buffer(
+        compression="deflate", predictor="horizontal", keep="none"
+    )
+    stream = io.BytesIO(encoded)
+    directory = ImageFileDirectory_v2(encoded[:8])
+    end_of_strips = stream.seek(directory.next)
+    directory.load(stream)
+    directory.update(dict(directory))  # what is not parsed would not be written
+    for tag in (282, 283, 296):  # a resolution that nobody knows
+        del directory[tag]
+    if metadata.exif:
         description = Image.Exif()
-        description.load(exif)
-        _keep_descriptive_tags(description)
-        for tag, value in description.items():
-            directory[tag] = description.get_ifd(tag) if tag in {34665, 34853} else value
-    if icc_profile:
-        directory[34675] = icc_profile
-    directory[256], directory[257] = width, height
-    directory[258] = (8 * samples.dtype.itemsize,) * channels
-    directory[259] = 8  # compression: Deflate
-    directory[262] = 2 if channels >= 3 else 1  # RGB, or grey with 0 for black
-    directory[273] = 0  # where the strip starts: counted from the directory's end, which save() adds
-    directory[277] = channels
-    directory[278] = height  # rows in the strip
-    directory[279] = len(strip)
-    if channels in {2, 4}:
-        directory[338] = 2  # the extra sample is alpha, not multiplied into the colours
+        description.load(metadata.exif)
+        for tag in DESCRIPTIVE_TAGS & set(description):
+            inner = tag in {EXIF_DIRECTORY, GPS_DIRECTORY}
+            directory[tag] = description.get_ifd(tag) if inner else description[tag]
+    if metadata.dpi:
+        directory[282], directory[283], directory[296] = *metadata.dpi, 2
+    if metadata.xmp:
+        directory[700] = metadata.xmp
+    if metadata.icc_profile:
+        directory[34675] = metadata.icc_profile
+    # counted from the directory's end, which save() adds
+    directory[_STRIP_OFFSETS] = tuple(offset - 8 for offset in directory[_STRIP_OFFSETS])
     buffer = io.BytesIO()
     directory.save(buffer)
-    return buffer.getvalue() + strip
-
-
-def _replace_file(path: Path, encoded: bytes) -> None:
-    """Put ``encoded`` on the disk under ``path`` in one step."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
-    write_atomically(path, lambda temporary: temporary.write_bytes(encoded))
+    return buffer.getvalue() + encoded[8:end_of_strips]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion import Encoded, Network, ResidualGenerator
-from engine.device import out_of_memory
+from engine.device import is_out_of_memory
 from restoration.tiling import Field, Scale, Tile, plan_tiles
 from unet import Condition
 
@@ -164,7 +164,7 @@ class TiledDenoiser:
                 self.evaluations += 1
                 return clean
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             # Behind the handler, which holds on to the tensors that filled the memory.
             self.prepared.clear()

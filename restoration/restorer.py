@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
@@ -24,6 +24,7 @@ from engine.checkpoint import LoadedModel, NetworkT, load_model, released_model
 from engine.device import autocast_dtype, select_device
 from engine.options import Options, option
 from imaging.files import Pixels, to_unit_range, write_image
+from imaging.metadata import Metadata
 from restoration.denoiser import TiledDenoiser, Windows, logger
 from restoration.pictures import Restorable, grey_picture, to_deviation, to_input, to_picture
 from restoration.tiling import Field, Scale, Window, bytes_on_disk, row_bands
@@ -103,19 +104,18 @@ class Restoration:
         alpha: (H, W) of the same dtype, or None.
         deviation: (H, W) float32, standard deviation over the samples in [0, 1], root mean square over the
             channels; None unless asked for.
-        icc_profile, exif: as in DecodedImage.
+        metadata: what the input's file says besides.
     """
 
     pixels: Pixels
     alpha: Pixels | None = None
     deviation: npt.NDArray[np.float32] | None = None
-    icc_profile: bytes | None = None
-    exif: bytes | None = None
+    metadata: Metadata = field(default_factory=Metadata)
 
     def save(self, path: str | Path) -> None:
         """Write the picture, replacing an older file in one step; errors as imaging.files.write_image."""
         pixels = self.pixels[..., 0] if self.pixels.shape[2:] == (1,) else self.pixels
-        write_image(path, pixels, self.alpha, icc_profile=self.icc_profile, exif=self.exif)
+        write_image(path, pixels, self.alpha, metadata=self.metadata)
 
 
 def restore(
@@ -221,8 +221,7 @@ class Restorer:
             picture.to_pixels(mean),
             None if picture.alpha is None else self._restore_alpha(picture.alpha),
             None if variance is None else to_deviation(variance),
-            picture.icc_profile,
-            picture.exif,
+            picture.metadata,
         )
 
     def __call__(self, low_res: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from diffusion import (
 from engine.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from evaluation import metrics
 from evaluation.validation import Validator, comparison_grid
-from samplers import SCHEDULERS, draw_noise, noise_stream, sample
+from samplers import SCHEDULERS, Step, draw_noise, noise_stream, sample
 from tests.networks import random_model, tiny_unet
 from training import TrainingConfig, new_state
 from unet import Condition, UNet
@@ -490,9 +490,7 @@ def test_what_the_mean_leaves_is_sampled_and_both_are_added():
     noise = draw_noise([noise_stream(5, 0)], 3, 20, 26)
     with torch.inference_mode():
         for steps in (1, 4):
-            *_, left = sample(
-                generator.plan(network, steps), noise, denoise, lambda step, noisy, cleans: step.advance(noisy, cleans)
-            )
+            *_, left = sample(generator.plan(network, steps), noise, denoise, Step.advance)
             residual = generator.generate_residuals(network, low_res, 1, steps, seed=5)
             torch.testing.assert_close(residual, (mean + left) * network.residual_std, atol=1e-4, rtol=0)
 

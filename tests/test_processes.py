@@ -45,6 +45,13 @@ def test_a_process_alone_is_rank_0():
         assert processes.sum(torch.tensor([3.0])) == 3
 
 
+@pytest.mark.parametrize("given", ["4", "two", "0"])
+def test_a_world_size_without_torchrun_is_refused(given, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(ValueError, match=given), started_processes("cpu"):
+        pass
+
+
 @pytest.mark.parametrize("length", [5, 7, 8])
 def test_shares_cover_every_sample_once_and_meet_equally_often(length):
     plan = BatchPlan(length, batch_size=2, accumulation_steps=2, seed=0, world_size=3)

@@ -22,6 +22,7 @@ from engine.options import OptionError
 from evaluation.metrics import low_resolution_psnr
 from examples.dead_leaves import dead_leaves
 from imaging.files import pixels_to_unit, to_model_range, write_image
+from imaging.metadata import Metadata
 from restoration import PRESETS, RestoreConfig, Restorer, restore
 from restoration.denoiser import TiledDenoiser, Windows
 from restoration.tiling import Field, Scale, Window, bytes_on_disk, plan_tiles, row_bands
@@ -483,11 +484,11 @@ def test_grey_16_bits_and_alpha_stay_what_they_are(model, picture, tmp_path):
     alpha = np.zeros((96, 80), np.uint8)
     alpha[20:60, 30:70] = 255
     path = tmp_path / "cut.png"
-    write_image(path, picture, alpha, icc_profile=b"profile")
+    write_image(path, picture, alpha, metadata=Metadata(b"profile"))
     cut = run(path, model, mode="fidelity")
     assert cut.alpha.shape == (384, 320)
     assert cut.alpha.dtype == np.uint8
-    assert cut.icc_profile == b"profile"
+    assert cut.metadata.icc_profile == b"profile"
     assert np.array_equal(cut.pixels, coarse)
     opaque = tmp_path / "opaque.png"
     write_image(opaque, picture, np.full_like(alpha, 200))

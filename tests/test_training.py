@@ -339,6 +339,27 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoints(tmp_path):
     assert {path: path.read_bytes() for path in run.checkpoint_dir.iterdir()} == intact
 
 
+def test_a_log_that_cannot_be_written_ends_with_a_warning_and_not_the_run(tmp_path, caplog):
+    (tmp_path / "logs").write_text("in the way")
+    state, received = run_training(tmp_path, config(max_steps=3))
+    assert (state.step, received) == (3, None)
+    assert caplog.text.count("logs") == 1
+
+
+def test_images_that_vanish_end_the_run_with_what_was_learnt(tmp_path):
+    class Vanishing(Numbers):
+        def __getitem__(self, key):
+            if key[0] == 1:
+                raise RuntimeError("none of the 10 images can be read any more")
+            return super().__getitem__(key)
+
+    settings = config(save_every=100)
+    state = new_state(small_model(), settings)
+    with pytest.raises(WorkerError, match="10 images"):
+        train(state, noisy_regression, Vanishing(), settings, run_in(tmp_path), progress=False)
+    assert load_checkpoint(run_in(tmp_path).last)["step"] == state.step == 3
+
+
 def test_a_worker_that_dies_is_reported_with_its_files(tmp_path):
     class Deadly(Numbers):
         def __getitem__(self, key):
