@@ -3,7 +3,7 @@
 Shape legend: C channels, H x W pixels of the result, h x w of the input.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,6 +21,7 @@ from imaging.files import (
     unit_to_pixels,
 )
 from imaging.metadata import Metadata
+from imaging.pictures import spread_colours
 from restoration.tiling import Field, row_bands
 from samplers import NOISE_ROWS
 
@@ -41,7 +42,7 @@ class Picture:
         alpha: (h, w), or None.
         shape: (h, w), (h, w, 1) or (h, w, 3), as the caller's pixels without alpha; the result's is alike.
         dtype: of the result.
-        metadata: as in DecodedImage.
+        metadata: what its file says besides.
     """
 
     low_res: Tensor
@@ -101,20 +102,22 @@ def to_deviation(variance: Field) -> npt.NDArray[np.float32]:
     return deviation
 
 
-def _from_decoded(image: DecodedImage) -> Picture:
-    low_res = to_input(pixels_to_unit(image.pixels))
-    return Picture(low_res, image.alpha, image.pixels.shape, image.pixels.dtype, image.metadata)
-
-
-def _from_pixels(pixels: Pixels) -> Picture:
-    kinds = {(): None, (1,): None, (3,): None, (4,): 3}  # shape behind (h, w): where alpha is
-    if pixels.ndim < 2 or pixels.shape[2:] not in kinds or not pixels.size:
+def _from_pixels(pixels: Pixels, metadata: Metadata | None = None) -> Picture:
+    """(h, w), or (h, w, n) with n of 1, 3 or, with alpha behind the colours, 4."""
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or not pixels.size:
         raise ValueError(f"an array of shape {pixels.shape}: {ACCEPTED}")
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"an array of {pixels.dtype}: {ACCEPTED}")
-    alpha = pixels[..., 3] if pixels.shape[2:] == (4,) else None
-    colour = pixels if alpha is None else pixels[..., :3]
-    return Picture(to_input(pixels_to_unit(colour)), alpha, colour.shape, pixels.dtype)
+    if pixels.shape[2:] == (4,):
+        return _from_decoded(DecodedImage(Path(), pixels[..., :3], pixels[..., 3]))
+    return _from_decoded(DecodedImage(Path(), pixels))
+
+
+def _from_decoded(image: DecodedImage) -> Picture:
+    """The colours hidden under transparency do not bleed into those that are seen."""
+    pixels = image.pixels if image.alpha is None else spread_colours(image.pixels, image.alpha)
+    unit = pixels_to_unit(pixels)
+    return Picture(to_input(unit), image.alpha, image.pixels.shape, pixels.dtype, image.metadata)
 
 
 def _from_tensor(image: Tensor) -> Picture:
@@ -127,8 +130,8 @@ def _from_tensor(image: Tensor) -> Picture:
     if not (values.min() >= 0 and values.max() <= 1):  # also where one is not a number
         raise ValueError(f"a tensor of values from {values.min():g} to {values.max():g}: {ACCEPTED}")
     alpha = unit_to_pixels(values[3:]) if len(values) == 4 else None
-    shape = (*values.shape[1:], 3) if len(values) >= 3 else tuple(values.shape[1:])
-    return Picture(to_input(values[:3].float()), alpha, shape, np.uint8)
+    picture = _from_decoded(DecodedImage(Path(), unit_to_pixels(values[:3], np.uint16), alpha))
+    return replace(picture, dtype=np.uint8)
 
 
 def _from_pil(image: Image.Image) -> Picture:
@@ -141,9 +144,14 @@ def _from_pil(image: Image.Image) -> Picture:
         mode = "L" if upright.mode in ("1", "L", "LA", "La") else "RGB"
         upright = upright.convert(mode + "A" if upright.has_transparency_data else mode)
     samples: Pixels = np.asarray(upright, np.uint16) if deep else np.asarray(upright, np.uint8)
-    alpha = samples[..., -1] if samples.shape[2:] in ((2,), (4,)) else None
-    pixels = samples if alpha is None else samples[..., :-1]
-    pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    has_alpha = samples.shape[2:] in ((2,), (4,))
+    pixels = samples[..., :-1] if has_alpha else samples
     exif = upright.getexif()
-    metadata = Metadata(upright.info.get("icc_profile"), exif.tobytes() if exif else None)
-    return _from_decoded(DecodedImage(Path(), pixels, alpha, metadata))
+    return _from_decoded(
+        DecodedImage(
+            Path(),
+            pixels[..., 0] if pixels.shape[2:] == (1,) else pixels,
+            samples[..., -1] if has_alpha else None,
+            Metadata(upright.info.get("icc_profile"), exif.tobytes() if exif else None),
+        )
+    )

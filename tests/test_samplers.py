@@ -262,7 +262,7 @@ def test_a_random_linear_denoiser_is_sampled_as_by_diffusers(schedule, name):
     for count in (2, 3, 5, 10, 25):
         steps = sampler.steps(count)
         timesteps = sorted({step.timestep for step in steps}, reverse=True)
-        *_, ours = sample(steps, noisy, denoise, lambda step, noisy, cleans: step.advance(noisy, cleans))
+        *_, ours = sample(steps, noisy, denoise, Step.advance)
         theirs = run_diffusers(name, timesteps, sigmas[timesteps].tolist(), noisy, denoise)
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
