@@ -3,7 +3,7 @@
 Shapes: H height, W width, C channels. Ranges: uint8 [0, 255] or uint16 [0, 65535] in files, [0, 1] ("unit")
 in metrics, [-1, 1] ("model range") inside the model.
 
-libvips reads (Pillow a BMP) and writes what Pillow cannot: PNG of 16 bits, and TIFF.
+libvips reads PNG, JPEG and TIFF, and writes TIFF and PNG of 16 bits; Pillow does the others.
 """
 
 import io
@@ -21,8 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import pyvips
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from imaging.atomic import write_atomically
@@ -33,6 +38,7 @@ from imaging.metadata import (
     GPS_DIRECTORY,
     Metadata,
     common_options,
+    orientation_of,
     png_frames,
     png_is_whole,
     png_options,
@@ -40,6 +46,8 @@ from imaging.metadata import (
     read_exif,
     read_metadata,
     read_orientation,
+    read_pillow_exif,
+    read_pillow_metadata,
 )
 
 logger = logging.getLogger(__name__)
@@ -69,7 +77,7 @@ _DEVELOP = "camera raw is not a picture yet: develop it first, into a TIFF or JP
 _CONVERT = "save it as PNG, JPEG or TIFF first"
 _ROWS = 256  # decoded at a time
 _NEW_SUBFILE_TYPE, _EXTRA_SAMPLES, _DNG_VERSION = 254, 338, 50706
-_STRIP_OFFSETS = 273
+_STRIP_OFFSETS, _STRIP_LENGTHS, _TILE_OFFSETS, _TILE_LENGTHS = 273, 279, 324, 325
 _DTYPES: dict[str, type[np.uint8] | type[np.uint16]] = {"uchar": np.uint8, "ushort": np.uint16}
 _LARGEST_FILE = 2**32 - 2**24  # offsets of 32 bits
 _JPEG_SEGMENT = 65500
@@ -227,15 +235,14 @@ def decode_image(path: str | Path) -> DecodedImage:
 
 def _decode(path: Path, *, with_metadata: bool) -> DecodedImage:
     with _naming(path), path.open("rb") as file:
-        if _is_bmp(path, file):
-            return _decode_bmp(path, file)
+        plugin = _pillow_plugin(path, file)
+        if plugin is not None:
+            return _decode_with_pillow(path, plugin(file), with_metadata=with_metadata)
         image = _open(path)
         exif = read_exif(image, file)
         _check_readable(image, exif)
-        is_png = image.get("vips-loader").startswith("png")
-        if is_png and not png_is_whole(file):
-            raise UnreadableImageError("damaged or cut short (its end is missing)")
-        frames = png_frames(file) if is_png else _pages(image)
+        _check_whole(image, exif, file)
+        frames = _count_frames(image, file)
         metadata = read_metadata(image, file, exif) if with_metadata else Metadata()
         if image.interpretation == "cmyk":
             metadata = replace(metadata, icc_profile=None)
@@ -243,12 +250,25 @@ def _decode(path: Path, *, with_metadata: bool) -> DecodedImage:
     colours = 3 if samples.shape[-1] >= 3 else 1
     extra = exif.get(_EXTRA_SAMPLES) if exif else None  # 0: not alpha
     has_alpha = image.hasalpha() and samples.shape[-1] > colours and extra not in {0, (0,)}
-    if frames > 1 and has_alpha:
-        has_alpha = (
-            samples[..., colours].min() < np.iinfo(samples.dtype).max
-        )  # animations always come with one
-    pixels = _contiguous(samples[..., :3] if colours == 3 else samples[..., 0])
-    alpha = _contiguous(samples[..., colours]) if has_alpha else None
+    return _split(path, samples, colours + has_alpha, metadata, frames)
+
+
+def _decode_with_pillow(path: Path, image: ImageFile, *, with_metadata: bool) -> DecodedImage:
+    """Decode what libvips does not read, or reads with threads of its own (see _read_samples)."""
+    _check_pixel_count(image.width, image.height)
+    exif = read_pillow_exif(image)
+    metadata = read_pillow_metadata(image, exif, path) if with_metadata else Metadata()
+    orientation = orientation_of(exif, image.info.get("xmp"))
+    mode = ("L" if image.mode in {"1", "L", "LA"} else "RGB") + ("A" if image.has_transparency_data else "")
+    samples = np.array(image.convert(mode), np.uint8).reshape(image.height, image.width, len(mode))
+    frames = getattr(image, "n_frames", 1)
+    return _split(path, _upright(samples, orientation), len(mode), metadata, frames)
+
+
+def _split(path: Path, samples: Pixels, used: int, metadata: Metadata, frames: int) -> DecodedImage:
+    """Part the first `used` bands of (H, W, bands) into colour and alpha."""
+    pixels = _contiguous(samples[..., :3] if used >= 3 else samples[..., 0])
+    alpha = _contiguous(samples[..., used - 1]) if used in {2, 4} else None
     return DecodedImage(path, pixels, alpha, metadata, frames)
 
 
@@ -281,14 +301,17 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """
     path = Path(path)
     with _naming(path), path.open("rb") as file:
-        if _is_bmp(path, file):
-            with Image.open(file, formats=["BMP"]) as bitmap:
-                return bitmap.height, bitmap.width
-        image = _open(path)
-        exif = read_exif(image, file)
-        _check_readable(image, exif)
-        turned = read_orientation(image, exif) >= 5
-    return (image.width, image.height) if turned else (image.height, image.width)
+        plugin = _pillow_plugin(path, file)
+        if plugin is not None:
+            image = plugin(file)
+            _check_pixel_count(image.width, image.height)
+            orientation = orientation_of(read_pillow_exif(image), image.info.get("xmp"))
+        else:
+            image = _open(path)
+            exif = read_exif(image, file)
+            _check_readable(image, exif)
+            orientation = read_orientation(image, exif)
+    return (image.width, image.height) if orientation >= 5 else (image.height, image.width)
 
 
 @contextmanager
@@ -298,7 +321,7 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except UnreadableImageError as error:
         raise UnreadableImageError(f"{path}: {error}") from error
-    except (pyvips.Error, MemoryError, Image.DecompressionBombError, *DAMAGE_ERRORS) as error:
+    except (pyvips.Error, MemoryError, *DAMAGE_ERRORS) as error:
         raise UnreadableImageError(f"{path}: {_reason(path, error)}") from error
 
 
@@ -310,34 +333,29 @@ def _reason(path: Path, error: BaseException) -> str:
         return f"cannot be read ({error.strerror})"
     if isinstance(error, MemoryError) or "out of memory" in text:
         return "does not fit in memory; cut it into pieces or close other programs"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"{text} {_CONVERT}"
     if path.suffix.lower() in _HEIC_SUFFIXES:
         return f"HEIC that this installation of libvips cannot decode; {_CONVERT}"
-    if "known format" in text or isinstance(error, UnidentifiedImageError):
+    if "known format" in text:
         return "not an image of a kind that can be read, or its header is damaged"
     return f"damaged or cut short ({text})"
 
 
-def _is_bmp(path: Path, file: BinaryIO) -> bool:
-    """Whether a file is a BMP, which libvips does not read; refuses empty files and camera raw."""
+def _pillow_plugin(path: Path, file: BinaryIO) -> type[ImageFile] | None:
+    """What of Pillow reads a file, None where libvips does; refuses empty files and camera raw.
+
+    The plugins themselves, because Image.open has a limit of 89 megapixels for the whole process.
+    """
     if path.suffix.lower() in _RAW_SUFFIXES:
         raise UnreadableImageError(_DEVELOP)
-    start = file.read(2)
+    start = file.read(12)
     file.seek(0)
     if not start:
         raise UnreadableImageError("the file is empty")
-    return start == b"BM"
-
-
-def _decode_bmp(path: Path, file: BinaryIO) -> DecodedImage:
-    with Image.open(file, formats=["BMP"]) as image:
-        mode = "L" if image.mode in {"1", "L"} else "RGBA" if image.mode == "RGBA" else "RGB"
-        samples = np.array(image.convert(mode))
-        metadata = Metadata(dpi=image.info.get("dpi"))
-    if mode != "RGBA":
-        return DecodedImage(path, samples, None, metadata)
-    return DecodedImage(path, samples[..., :3].copy(), samples[..., 3].copy(), metadata)
+    if start[4:] in {b"ftypavif", b"ftypavis"}:
+        return AvifImageFile
+    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        return WebPImageFile
+    return GifImageFile if start[:4] == b"GIF8" else BmpImageFile if start[:2] == b"BM" else None
 
 
 def _open(path: Path) -> pyvips.Image:
@@ -358,16 +376,36 @@ def _check_readable(image: pyvips.Image, exif: Image.Exif | None) -> None:
     is_tiff = image.get("vips-loader").startswith("tiff")
     if is_tiff and exif and (exif.get(_NEW_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in exif):
         raise UnreadableImageError(_DEVELOP)
-    if image.width * image.height > MAX_PIXELS:
-        raise UnreadableImageError(
-            f"{image.width} x {image.height} = {image.width * image.height} pixels, more than {MAX_PIXELS}; "
-            "cut it into pieces"
-        )
+    _check_pixel_count(image.width, image.height)
     if image.format not in _DTYPES:
         raise UnreadableImageError(f"holds samples of type {image.format}; save it with 8 or 16 bits")
 
 
-def _pages(image: pyvips.Image) -> int:
+def _check_pixel_count(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"{width} x {height} = {width * height} pixels, more than {MAX_PIXELS}; cut it into pieces"
+        )
+
+
+def _check_whole(image: pyvips.Image, exif: Image.Exif | None, file: BinaryIO) -> None:
+    """Refuse a file without its last bytes, which decoding may not need."""
+    loader = image.get("vips-loader")
+    length = file.seek(0, os.SEEK_END)
+    whole = not loader.startswith("png") or png_is_whole(file)
+    if loader.startswith("tiff") and exif:
+        for tags in ((_STRIP_OFFSETS, _STRIP_LENGTHS), (_TILE_OFFSETS, _TILE_LENGTHS)):
+            offsets, lengths = (np.atleast_1d(exif.get(tag, ())) for tag in tags)
+            if offsets.shape == lengths.shape:  # a directory may leave out the lengths
+                whole = whole and bool((offsets + lengths <= length).all())
+    if not whole:
+        raise UnreadableImageError("damaged or cut short (its end is missing)")
+
+
+def _count_frames(image: pyvips.Image, file: BinaryIO) -> int:
+    """Pages of a TIFF, frames of an animated PNG."""
+    if image.get("vips-loader").startswith("png"):
+        return png_frames(file)
     return int(image.get("n-pages")) if image.get_typeof("n-pages") else 1
 
 
@@ -384,7 +422,7 @@ def _read_samples(image: pyvips.Image) -> Pixels:
     dtype = _DTYPES[image.format]
     samples: Pixels = np.empty((image.height, image.width, image.bands), dtype)
     # A region decodes in this thread: libvips' own threads are gone after the fork of a data loader, and a
-    # worker that asked for them would wait for ever.
+    # worker that asked for them would wait for ever. So do its loaders of WebP, GIF and AVIF, region or not.
     region = pyvips.Region.new(image)
     for top in range(0, image.height, _ROWS):
         rows = samples[top : top + _ROWS]
@@ -569,7 +607,7 @@ def _encode_tiff(samples: Pixels, metadata: Metadata) -> bytes:
     )
     stream = io.BytesIO(encoded)
     directory = ImageFileDirectory_v2(encoded[:8])
-    end_of_strips = stream.seek(directory.next)
+    stream.seek(directory.next)
     directory.load(stream)
     directory.update(dict(directory))  # what is not parsed would not be written
     for tag in (282, 283, 296):  # a resolution that nobody knows
@@ -586,6 +624,7 @@ def _encode_tiff(samples: Pixels, metadata: Metadata) -> bytes:
         directory[700] = metadata.xmp
     if metadata.icc_profile:
         directory[34675] = metadata.icc_profile
+    end_of_strips = directory[_STRIP_OFFSETS][-1] + directory[_STRIP_LENGTHS][-1]
     # counted from the directory's end, which save() adds
     directory[_STRIP_OFFSETS] = tuple(offset - 8 for offset in directory[_STRIP_OFFSETS])
     buffer = io.BytesIO()

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import pyvips
 from PIL import Image, PngImagePlugin
+from PIL.ImageFile import ImageFile
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +110,34 @@ def read_exif(image: pyvips.Image, file: BinaryIO) -> Image.Exif | None:
     return exif
 
 
+def read_pillow_exif(image: ImageFile) -> Image.Exif | None:
+    """As read_exif, for an image that Pillow opened."""
+    try:
+        return image.getexif()
+    except DAMAGE_ERRORS:
+        return None
+
+
 def read_orientation(image: pyvips.Image, exif: Image.Exif | None) -> int:
-    """How the stored samples are turned, 1 to 8 as in EXIF: what EXIF says, or else XMP."""
+    """How the stored samples are turned, 1 to 8 as in EXIF."""
     if image.get("vips-loader").startswith("heif"):
         return 1  # turned while it is decoded
-    xmp = image.get("xmp-data") if image.get_typeof("xmp-data") else b""
-    found = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp)
+    return orientation_of(exif, image.get("xmp-data") if image.get_typeof("xmp-data") else None)
+
+
+def orientation_of(exif: Image.Exif | None, xmp: bytes | None) -> int:
+    """What EXIF says, or else XMP; 1 where both are silent or wrong."""
+    found = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp or b"")
     stated = exif.get(ORIENTATION) if exif else None
     orientation = stated or (int(found[1]) if found else 1)
     return orientation if orientation in range(1, 9) else 1
+
+
+def read_pillow_metadata(image: ImageFile, exif: Image.Exif | None, path: Path) -> Metadata:
+    """As read_metadata, for an image that Pillow opened."""
+    dpi = image.info.get("dpi") if image.format == "BMP" else None  # the others state it in EXIF alone
+    metadata = Metadata(image.info.get("icc_profile") or None, xmp=image.info.get("xmp") or None, dpi=dpi)
+    return _for_upright(metadata, exif, path, is_tiff=False)
 
 
 def read_metadata(image: pyvips.Image, file: BinaryIO, exif: Image.Exif | None) -> Metadata:
@@ -129,20 +149,22 @@ def read_metadata(image: pyvips.Image, file: BinaryIO, exif: Image.Exif | None) 
         icc_profile, xmp = (
             image.get(name) if image.get_typeof(name) else None for name in ("icc-profile-data", "xmp-data")
         )
-        # libvips counts in pixels per mm and has 1 for unknown; other files state it in EXIF alone
-        known = loader.startswith(("jpeg", "tiff")) and not image.xres == image.yres == 1
-        metadata = Metadata(
-            icc_profile, xmp=xmp, dpi=(image.xres * 25.4, image.yres * 25.4) if known else None
-        )
-    # The picture is going to be upright, whatever XMP said.
+        # in pixels per mm
+        dpi = (image.xres * 25.4, image.yres * 25.4) if image.get_typeof("resolution-unit") else None
+        metadata = Metadata(icc_profile, xmp=xmp, dpi=dpi)
+    return _for_upright(metadata, exif, Path(file.name), is_tiff=loader.startswith("tiff"))
+
+
+def _for_upright(metadata: Metadata, exif: Image.Exif | None, path: Path, *, is_tiff: bool) -> Metadata:
+    """Add EXIF; the picture is going to be upright, whatever it and XMP say."""
     xmp = metadata.xmp and re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", metadata.xmp)
     if exif is None:
-        logger.warning("%s: its EXIF is damaged: left out", file.name)
+        logger.warning("%s: its EXIF is damaged: left out", path)
         return replace(metadata, xmp=xmp)
-    return replace(metadata, xmp=xmp, exif=_exif_block(exif, loader.startswith("tiff"), file.name))
+    return replace(metadata, xmp=xmp, exif=_exif_block(exif, is_tiff, path))
 
 
-def _exif_block(exif: Image.Exif, is_tiff: bool, name: str) -> bytes | None:
+def _exif_block(exif: Image.Exif, is_tiff: bool, path: Path) -> bytes | None:
     """The block without orientation and, from a TIFF, without what says how its samples are stored."""
     try:
         # A copy with all that the first one refers to.
@@ -153,7 +175,7 @@ def _exif_block(exif: Image.Exif, is_tiff: bool, name: str) -> bytes | None:
                 copied[tag] = inner
         return copied.tobytes() if len(copied) else None
     except DAMAGE_ERRORS as error:
-        logger.warning("%s: its EXIF cannot be written again (%s): left out", name, error)
+        logger.warning("%s: its EXIF cannot be written again (%s): left out", path, error)
         return None
 
 

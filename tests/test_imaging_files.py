@@ -1,7 +1,8 @@
-"""Tests of images.py: every kind of file it reads and writes, against what Pillow and OpenCV put in them."""
+"""Tests of imaging/files.py and metadata.py: every kind of file, against what other libraries put in it."""
 
 import io
 import itertools
+import multiprocessing
 import os
 import pickle
 import stat
@@ -14,12 +15,16 @@ import pytest
 import pyvips
 import tifffile
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageCms, ImageOps
 
 from imaging import files as images
 from imaging.files import (
     WRITABLE_SUFFIXES,
     UnreadableImageError,
+    check_format,
     decode_image,
     image_size,
     list_images,
@@ -709,3 +714,341 @@ def test_16_bit_png_is_compressed(tmp_path):
     by_opencv = cv2.imencode(".png", ramp)[1]
     assert (tmp_path / "ramp.png").stat().st_size <= len(by_opencv)
     assert np.array_equal(np.array(Image.open(io.BytesIO((tmp_path / "ramp.png").read_bytes()))), ramp)
+
+
+# Properties
+
+
+@st.composite
+def pictures(draw):
+    """A suffix of a lossless format, pixels and alpha that it holds."""
+    suffix = draw(st.sampled_from([".png", ".tif", ".webp", ".bmp"]))
+    dtype = draw(st.sampled_from([np.uint8, np.uint16] if suffix in {".png", ".tif"} else [np.uint8]))
+    size = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
+    grey = draw(st.booleans()) and suffix != ".webp"
+    pixels = draw(arrays(dtype, size if grey else (*size, 3)))
+    alpha = draw(arrays(dtype, size)) if suffix != ".bmp" and draw(st.booleans()) else None
+    if suffix == ".webp" and alpha is not None and alpha.min() == 255:
+        alpha = None  # WebP forgets an alpha that hides nothing
+    return suffix, pixels, alpha
+
+
+@given(picture=pictures())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_picture_comes_back_as_written(tmp_path, picture):
+    suffix, pixels, alpha = picture
+    path = tmp_path / f"image{suffix}"
+    write_image(path, pixels, alpha, quality=100)
+    assert_decodes_to(path, pixels, alpha)
+
+
+WHOLE_FILES = [
+    (suffix, dtype, with_alpha)
+    for suffix, dtypes, alphas in (
+        (".png", (np.uint8, np.uint16), (False, True)),
+        (".tif", (np.uint8, np.uint16), (False, True)),
+        (".webp", (np.uint8,), (False, True)),
+        (".jpg", (np.uint8,), (False,)),
+        (".bmp", (np.uint8,), (False,)),
+    )
+    for dtype in dtypes
+    for with_alpha in alphas
+]
+
+
+@pytest.mark.parametrize(("suffix", "dtype", "with_alpha"), WHOLE_FILES)
+@given(
+    share=st.floats(0, 1, exclude_max=True), channels=st.sampled_from([1, 3]), quality=st.integers(50, 100)
+)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_cut_short_anywhere_is_never_half_a_picture(
+    tmp_path, suffix, dtype, with_alpha, share, channels, quality
+):
+    path = tmp_path / f"image{suffix}"
+    alpha = random_pixels(1, dtype, seed=1) if with_alpha else None
+    write_image(path, random_pixels(channels, dtype), alpha, quality=quality)
+    encoded = path.read_bytes()
+    kept = int(share * len(encoded))
+    # a BMP ends with what fills its last row up to four bytes
+    assume(suffix != ".bmp" or len(encoded) - kept >= 4)
+    path.write_bytes(encoded[:kept])
+    with pytest.raises(UnreadableImageError):
+        decode_image(path)
+
+
+# Kinds of files
+
+
+def test_avif_is_read(tmp_path):
+    pixels = np.kron(random_pixels(3), np.ones((8, 8, 1), np.uint8))
+    image = pyvips.Image.new_from_memory(pixels.tobytes(), *pixels.shape[1::-1], 3, "uchar")
+    image.copy(interpretation="srgb").heifsave(str(tmp_path / "i.avif"), compression="av1", Q=100)
+    decoded = decode_image(tmp_path / "i.avif")
+    assert decoded.pixels.dtype == np.uint8
+    assert np.abs(decoded.pixels.astype(int) - pixels).mean() < 4
+    assert image_size(tmp_path / "i.avif") == pixels.shape[:2]
+
+
+def test_the_first_frame_of_a_gif_is_read(tmp_path):
+    frames = [Image.fromarray(np.full((5, 6, 3), value, np.uint8)) for value in (10, 200)]
+    frames[0].save(tmp_path / "i.gif", save_all=True, append_images=frames[1:])
+    assert assert_decodes_to(tmp_path / "i.gif", np.full((5, 6, 3), 10, np.uint8)).frames == 2
+
+
+@pytest.mark.parametrize("suffix", [".jpe", ".jfif"])
+def test_other_names_of_jpeg_are_jpeg(tmp_path, suffix):
+    write_image(tmp_path / f"i{suffix}", random_pixels(3))
+    assert Image.open(tmp_path / f"i{suffix}").format == "JPEG"
+    assert list_images(tmp_path) == [tmp_path / f"i{suffix}"]
+
+
+def test_heic_without_a_decoder_is_refused_by_its_name(tmp_path):
+    (tmp_path / "i.heic").write_bytes(struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic")
+    assert_unreadable(tmp_path / "i.heic", "HEIC")
+
+
+@pytest.mark.parametrize("tag", [(254, "I", 1, 1, False), (50706, "B", 4, (1, 4, 0, 0), False)])
+def test_the_preview_in_a_camera_s_tiff_is_refused(tmp_path, tag):
+    extra = {"subfiletype": 1} if tag[0] == 254 else {"extratags": [tag]}
+    tifffile.imwrite(tmp_path / "raw.tif", random_pixels(3), photometric="rgb", **extra)
+    assert_unreadable(tmp_path / "raw.tif", "raw")
+    with pytest.raises(UnreadableImageError, match="raw"):
+        image_size(tmp_path / "raw.tif")
+
+
+@pytest.mark.parametrize("suffix", [".dng", ".NEF", ".cr2", ".arw"])
+def test_camera_raw_is_refused_by_its_suffix(tmp_path, suffix):
+    tifffile.imwrite(tmp_path / f"raw{suffix}", random_pixels(3), photometric="rgb")
+    assert_unreadable(tmp_path / f"raw{suffix}", "raw")
+
+
+def test_what_does_not_fit_in_memory_names_its_file(tmp_path, monkeypatch):
+    write_image(tmp_path / "image.png", random_pixels(3))
+
+    def refuse(shape, dtype):
+        raise MemoryError
+
+    monkeypatch.setattr(images.np, "empty", refuse)
+    assert_unreadable(tmp_path / "image.png", "memory")
+
+
+def test_names_that_are_not_utf_8_or_hold_brackets_work(tmp_path):
+    for name in (os.fsdecode(b"caf\xe9.png"), "a[page=3].tif", "a b'c.jpg"):
+        write_image(tmp_path / name, random_pixels(3))
+        assert decode_image(tmp_path / name).pixels.shape == (HEIGHT, WIDTH, 3)
+        assert image_size(tmp_path / name) == (HEIGHT, WIDTH)
+    with pytest.raises(UnreadableImageError):
+        decode_image(tmp_path / os.fsdecode(b"gone\xe9.png"))
+
+
+def test_a_forked_worker_decodes_after_its_parent_has_read_and_written(tmp_path):
+    paths = [tmp_path / name for name in ("i.png", "i.tif", "i.jpg", "i.webp", "i.bmp")]
+    for path in paths:
+        dtype = np.uint16 if path.suffix in {".png", ".tif"} else np.uint8
+        write_image(path, random_pixels(3, dtype))
+    photo = pyvips.Image.black(300, 300, bands=3).copy(interpretation="srgb")
+    photo.pngsave(str(tmp_path / "interlaced.png"), interlace=True)
+    photo.jpegsave(str(tmp_path / "progressive.jpg"), interlace=True)
+    photo.tiffsave(str(tmp_path / "tiled.tif"), tile=True, pyramid=True)
+    photo.heifsave(str(tmp_path / "i.avif"), compression="av1")
+    photo.gifsave(str(tmp_path / "i.gif"))
+    photo.icc_transform("cmyk", input_profile="srgb").jpegsave(str(tmp_path / "cmyk.jpg"))
+    paths = sorted(tmp_path.iterdir())
+    for path in paths:
+        decode_image(path)
+    worker = multiprocessing.get_context("fork").Process(target=lambda: [decode_image(p) for p in paths])
+    worker.start()
+    worker.join(30)
+    stuck = worker.is_alive()
+    worker.kill()
+    assert not stuck
+    assert worker.exitcode == 0
+
+
+# Folders
+
+
+def test_kinds_that_cannot_be_read_are_named_once_with_their_numbers(tmp_path, caplog):
+    for name in ("a.png", "b.heic", "c.HEIC", "d.nef", "e.txt", "f.jxl"):
+        (tmp_path / name).touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert list_images(tmp_path) == [tmp_path / "a.png"]
+    (record,) = caplog.records
+    for said in ("2 .heic", "1 .nef", "1 .jxl", "1 .png"):
+        assert said in record.getMessage()
+    assert "txt" not in record.getMessage()
+
+
+def test_a_folder_of_nothing_else_says_what_it_passed_over(tmp_path):
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(ValueError, match=r"1 \.heic"):
+        list_images(tmp_path)
+
+
+def test_linked_folders_are_followed_once_and_not_in_circles(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "photos" / "b").mkdir(parents=True)
+    for name in ("elsewhere/1.png", "photos/b/2.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "photos" / "a_linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "a_twice").symlink_to(tmp_path / "photos" / "b")
+    (tmp_path / "photos" / "circle").symlink_to(tmp_path / "photos")
+    (tmp_path / "linked").symlink_to(tmp_path / "photos")
+    for folder in (tmp_path / "photos", tmp_path / "linked"):
+        assert list_images(folder) == [folder / "a_linked" / "1.png", folder / "b" / "2.png"]
+
+
+# What a file says besides its pixels
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" exif:PixelXDimension="99"/>'
+COLOURS = {
+    b"gAMA": struct.pack(">I", 100000),
+    b"cHRM": struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_png_hands_on_all_that_it_says(tmp_path, dtype):
+    said = Metadata(
+        PROFILE,
+        exif_block(),
+        XMP.replace(b'"6"', b'"1"').replace(b'"99"', b'"%d"' % WIDTH),
+        (299.9994, 149.987),
+        {"Author": "Mé", "Title": "日本", "Comment": "a" * 5000},
+        {b"cICP": bytes([9, 16, 0, 1])},
+    )
+    write_image(tmp_path / "1.png", random_pixels(3, dtype), metadata=said)
+    write_image(
+        tmp_path / "2.png", random_pixels(3, dtype), metadata=decode_image(tmp_path / "1.png").metadata
+    )
+    assert decode_image(tmp_path / "2.png").metadata == said
+    with Image.open(tmp_path / "2.png") as image:  # Pillow's own reading
+        image.load()
+        assert image.text["Title"] == "日本"
+        assert image.info["icc_profile"] == PROFILE
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_gamma_and_primaries_of_a_png_are_kept(tmp_path, dtype):
+    write_image(tmp_path / "i.png", random_pixels(3, dtype), metadata=Metadata(colour=COLOURS))
+    assert decode_image(tmp_path / "i.png").metadata.colour == COLOURS
+    assert Image.open(tmp_path / "i.png").info["gamma"] == 1
+
+
+@pytest.mark.parametrize(
+    ("chunks", "kept"),
+    [
+        ({b"gAMA": struct.pack(">I", 45455)}, {}),
+        ({**COLOURS, b"sRGB": b"\0"}, {}),
+        ({b"cICP": bytes([1, 13, 0, 1])}, {}),
+        ({**COLOURS, b"cICP": bytes([9, 16, 0, 1])}, {b"cICP": bytes([9, 16, 0, 1])}),
+        (COLOURS, COLOURS),
+    ],
+)
+def test_only_another_colour_space_than_srgb_is_kept(tmp_path, chunks, kept):
+    write_image(tmp_path / "i.png", random_pixels(3))
+    encoded = png_with_chunks((tmp_path / "i.png").read_bytes(), list(chunks.items()))
+    (tmp_path / "i.png").write_bytes(encoded)
+    assert decode_image(tmp_path / "i.png").metadata.colour == kept
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".bmp"])
+def test_the_resolution_is_kept(tmp_path, suffix):
+    write_image(tmp_path / f"i{suffix}", random_pixels(3), metadata=Metadata(dpi=(300, 300)))
+    assert decode_image(tmp_path / f"i{suffix}").metadata.dpi == pytest.approx((300, 300), abs=0.02)
+    assert Image.open(tmp_path / f"i{suffix}").info["dpi"] == pytest.approx((300, 300), abs=0.02)
+    write_image(tmp_path / f"none{suffix}", random_pixels(3))
+    assert decode_image(tmp_path / f"none{suffix}").metadata.dpi == (
+        None if suffix != ".bmp" else pytest.approx((96, 96), abs=0.02)  # Pillow always writes one
+    )
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_xmp_is_kept_for_the_upright_picture_and_its_new_size(tmp_path, suffix):
+    path = tmp_path / f"i{suffix}"
+    write_image(path, random_pixels(3), metadata=Metadata(xmp=XMP))
+    decoded = decode_image(path)
+    if suffix != ".tif":  # which states an orientation besides
+        assert decoded.pixels.shape[:2] == (WIDTH, HEIGHT)  # turned by what XMP says alone
+    write_image(path, np.zeros((50, 60, 3), np.uint8), metadata=decoded.metadata)
+    assert decode_image(path).metadata.xmp == XMP.replace(b'"6"', b'"1"').replace(b'"99"', b'"60"')
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_exif_states_the_new_size(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0100], exif[0x0101] = 10, 20
+    exif.get_ifd(0x8769).update({0xA002: 10, 0xA003: 20, 0x9003: "2020:02:03 04:05:06"})
+    path = tmp_path / f"i{suffix}"
+    write_image(path, np.zeros((50, 60, 3), np.uint8), metadata=Metadata(exif=exif.tobytes()))
+    written = parsed_exif(decode_image(path).metadata.exif)
+    assert (written.get_ifd(0x8769)[0xA002], written.get_ifd(0x8769)[0xA003]) == (60, 50)
+    assert written.get_ifd(0x8769)[0x9003] == "2020:02:03 04:05:06"
+    assert (written.get(0x0100, 60), written.get(0x0101, 50)) == (60, 50)
+
+
+def test_exif_that_cannot_be_written_is_said_and_the_picture_is_written(tmp_path, caplog):
+    write_image(tmp_path / "i.png", random_pixels(3), metadata=Metadata(exif=b"Exif\0\0garbage"))
+    assert str(tmp_path / "i.png") in caplog.text
+    assert_decodes_to(tmp_path / "i.png", random_pixels(3))
+
+
+def test_damaged_exif_is_said_for_the_picture_and_not_at_every_reading_of_pixels(tmp_path, caplog):
+    Image.fromarray(random_pixels(3)).save(tmp_path / "i.jpg", exif=b"Exif\0\0garbage")
+    read_rgb(tmp_path / "i.jpg")
+    assert caplog.records == []
+    decode_image(tmp_path / "i.jpg")
+    assert str(tmp_path / "i.jpg") in caplog.text
+
+
+def test_texts_that_a_format_cannot_hold_are_said(tmp_path, caplog):
+    write_image(tmp_path / "i.jpg", random_pixels(3), metadata=Metadata(text={"Author": "Me"}))
+    assert str(tmp_path / "i.jpg") in caplog.text
+
+
+def test_large_texts_and_profiles_of_a_png_are_read_and_written(tmp_path):
+    profile = PROFILE + np.random.default_rng(0).bytes(3_000_000)
+    said = Metadata(profile, text={"Notes": "abc" * 1_000_000})
+    write_image(tmp_path / "i.png", random_pixels(3), metadata=said)
+    assert assert_decodes_to(tmp_path / "i.png", random_pixels(3)).metadata == said
+
+
+def test_a_tiff_of_many_strips_keeps_its_pixels_beside_exif(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 65535, (700, 300, 3), np.uint16)
+    write_image(tmp_path / "i.tif", pixels, metadata=Metadata(PROFILE, exif_block(), XMP.replace(b"6", b"1")))
+    assert len(tifffile.TiffFile(tmp_path / "i.tif").pages[0].dataoffsets) > 1
+    assert np.array_equal(cv2.imread(str(tmp_path / "i.tif"), cv2.IMREAD_UNCHANGED)[..., ::-1], pixels)
+    assert_decodes_to(tmp_path / "i.tif", pixels)
+
+
+def test_the_metadata_of_a_large_png_is_not_under_pillow_s_limit(tmp_path, monkeypatch):
+    write_image(tmp_path / "i.png", random_pixels(3), metadata=Metadata(exif=exif_block(6), text={"a": "b"}))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    decoded = decode_image(tmp_path / "i.png")
+    assert decoded.pixels.shape == (WIDTH, HEIGHT, 3)
+    assert decoded.metadata.text == {"a": "b"}
+
+
+# Before the work
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "dtype", "value"),
+    [
+        ("a.webp", (100, 16384), np.uint8, "16384"),
+        ("a.jpg", (65501, 100), np.uint8, "65501"),
+        ("a.tif", (40_000, 40_000), np.uint8, "4 GB"),
+        ("a.jpg", (1, 1), np.uint16, "16 bits"),
+        ("a.pgn", (1, 1), np.uint8, r"\.pgn"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_known_from_sizes_alone(name, size, dtype, value):
+    with pytest.raises(ValueError, match=value):
+        check_format(name, *size, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("a.webp", (16383, 16383)), ("a.jpg", (65500, 9)), ("a.png", (99_999, 99_999))]
+)
+def test_what_just_fits_is_not_refused(name, size):
+    check_format(name, *size)

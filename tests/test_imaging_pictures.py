@@ -1,0 +1,79 @@
+"""Tests of imaging/pictures.py: panels in place, transparent pictures without fringes."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.ndimage import distance_transform_edt
+
+from bicubic import upscale_image
+from imaging.pictures import comparison_picture, labelled_row, spread_colours
+
+SIZE = 24
+
+
+def over_white(pixels, alpha):
+    """(H, W, 3) of 8 bits in front of white."""
+    opacity = alpha[..., None] / 255
+    return pixels * opacity + 255 * (1 - opacity)
+
+
+@pytest.fixture
+def white_disc():
+    """A white disc with a soft edge on transparent black: (pixels, alpha)."""
+    rows, columns = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    alpha = np.clip((8 - np.hypot(rows, columns)) * 255 + 127, 0, 255).astype(np.uint8)
+    return np.where(alpha[..., None] > 0, 255, 0).astype(np.uint8) * np.ones(3, np.uint8), alpha
+
+
+def test_a_white_disc_on_transparent_black_gets_no_dark_edge_from_bicubic(white_disc):
+    pixels, alpha = white_disc
+    large_alpha = upscale_image(alpha, 4)
+    assert over_white(upscale_image(pixels, 4), large_alpha).min() < 220  # what happens without
+    assert over_white(upscale_image(spread_colours(pixels, alpha), 4), large_alpha).min() >= 254
+
+
+@given(
+    pixels=arrays(np.uint16, (9, 7, 3)),
+    alpha=arrays(np.uint16, (9, 7), elements=st.sampled_from([0, 1, 65535])),
+)
+def test_colours_that_are_seen_stay_and_hidden_ones_become_those_of_the_nearest(pixels, alpha):
+    spread = spread_colours(pixels, alpha)
+    assert spread.dtype == pixels.dtype
+    assert np.array_equal(spread[alpha > 0], pixels[alpha > 0])
+    if (alpha > 0).any():
+        distances = distance_transform_edt(alpha == 0)
+        rows, columns = np.nonzero(alpha > 0)
+        for row, column in np.argwhere(alpha == 0):
+            far = np.hypot(rows - row, columns - column)
+            # OpenCV's distance with a mask of 5 x 5 is within 3 % of the Euclidean one
+            near = far <= distances[row, column] * 1.03 + 1e-9
+            candidates = pixels[rows[near], columns[near]]
+            assert (candidates == spread[row, column]).all(axis=-1).any()
+    else:
+        assert np.array_equal(spread, pixels)
+
+
+def test_grey_pixels_are_spread_too(white_disc):
+    _, alpha = white_disc
+    assert spread_colours(np.where(alpha > 0, 200, 0).astype(np.uint8), alpha).min() == 200
+
+
+def test_panels_are_side_by_side_in_their_order():
+    red, deep = np.zeros((4, 6, 3), np.uint8), np.full((4, 6), 65535, np.uint16)
+    red[..., 0] = 255
+    row = labelled_row({"red": red, "white": deep}, 4, 6)
+    assert row.shape == (24 + 4, 6 + 8 + 6, 3)
+    assert np.array_equal(row[24:, :6], red)
+    assert (row[24:, -6:] == 255).all()
+
+
+def test_a_comparison_shows_the_input_enlarged_by_the_nearest_pixel():
+    source = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    large = np.full((8, 8, 3), 7, np.uint8)
+    picture = comparison_picture(source, large, large + 1, truth=np.full((3, 20, 3), 9, np.uint8))
+    panels = [picture[24:, start : start + 8] for start in range(0, picture.shape[1], 16)]
+    assert np.array_equal(panels[0], source.repeat(4, axis=0).repeat(4, axis=1))
+    assert [int(panel[0, 0, 0]) for panel in panels[1:]] == [7, 8, 9]
+    assert (panels[3][3:] == 0).all()  # the original is padded to the result's size
