@@ -59,6 +59,7 @@ def assert_equal_gradients(eager, compiled, call):
         assert difference < 1e-4, f"gradient of {name}"
 
 
+@pytest.mark.slow
 def test_the_traced_network_has_the_gradients_of_the_eager_one():
     """What torch.compile makes of the graph, forward and backward, before it writes C++ for it."""
     eager = tiny_unet(conditioning="both", dim_mults=(1,), blocks_per_level=1)

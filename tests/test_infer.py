@@ -56,6 +56,7 @@ def here(*arguments):
 # ---------------------------------------------------------------------------------------- in its own process
 
 
+@pytest.mark.slow
 def test_one_photo_as_the_readme_says(weights, picture, tmp_path, monkeypatch, capsys):
     write_image(tmp_path / "photo.png", picture)
     flags = ("--weights_path", weights, "--input", "photo.png", "--output", "out/")

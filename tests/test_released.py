@@ -36,6 +36,7 @@ def test_an_enlargement_that_is_not_there_is_named():
         released_model(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_an_image_nobody_trained_on_gets_better(scale):
     """Drawn images, not photos: nothing like them was trained on."""
@@ -65,6 +66,7 @@ def set5_x4(sr_data):
     return rows_of(sr_data / "test" / "Set5", 4, [1, 10], lpips=True, lpips_weights=str(features))
 
 
+@pytest.mark.slow
 def test_set5_reads_as_it_did_when_the_weights_were_released(set5_x4):
     bicubic, mean, sample = set5_x4
     assert bicubic["psnr"] == pytest.approx(28.43, abs=0.005)
@@ -78,6 +80,7 @@ def test_lpips_reads_as_with_torchvision_s_download(set5_x4):
     assert mean["lpips"] == pytest.approx(0.176, abs=0.0005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_one_step_reaches_the_bar(sr_data, set5_x4, scale):
     mean = set5_x4[1] if scale == 4 else rows_of(sr_data / "test" / "Set5", scale, [1])[1]
@@ -85,6 +88,7 @@ def test_one_step_reaches_the_bar(sr_data, set5_x4, scale):
     assert mean["lr_psnr"] >= 45
 
 
+@pytest.mark.slow
 def test_photos_of_another_set_read_as_measured(sr_data):
     """The first twelve of BSD100."""
     bicubic, mean = rows_of(sr_data / "test" / "BSD100", 4, [1], limit=12)

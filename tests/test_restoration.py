@@ -270,6 +270,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_hardly_grows_with_the_image():
     def peak(side):
         script = MEASURE.format(root=str(Path(__file__).parent.parent), side=side)

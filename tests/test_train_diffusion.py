@@ -116,6 +116,7 @@ def test_the_checkpoint_rebuilds_the_network(finished):
     assert float(loaded.network.scale) == 2
 
 
+@pytest.mark.slow
 def test_resuming_needs_only_the_checkpoint_and_continues_bit_for_bit(photo_folder, tmp_path):
     def run(folder, *more):
         assert main(flags(photo_folder, folder, "--validate_every", "2", "--warmup_steps", "1", *more)) == 0
@@ -158,6 +159,7 @@ def logged(folder, tag="train/loss"):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit_and_its_curve_is_one(photo_folder, tmp_path):
     """SIGKILL, as a power cut or the kernel's out-of-memory killer sends it, in the middle of an epoch."""
     more = ["--max_steps", "40", "--save_every", "4", "--log_every", "1", "--validate_every", "20"]
@@ -204,6 +206,7 @@ def test_bf16_and_fp32_learn_alike(photo_folder, tmp_path):
     assert not torch.equal(curves[0], curves[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_whole_job_saves_and_prints_how_to_go_on(photo_folder, tmp_path, number):
     """As a terminal, SLURM or systemd send it: the workers that read images get it, too."""
