@@ -192,7 +192,6 @@ class TrainedModel:
             )
         restorer = Restorer(self.loaded, how, self.device, self.precision)
         samples = how.budget.num_images
-        steps = how.budget.steps or len(restorer.steps)  # a network that predicts no mean takes one
 
         def restore(low_res: Tensor) -> Estimate:
             found = restorer.restore(unit_to_pixels(low_res), deviation=samples > 1)

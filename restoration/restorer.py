@@ -23,7 +23,7 @@ from engine.device import autocast_dtype, select_device
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
 from imaging.metadata import Metadata
-from restoration.denoiser import TiledDenoiser, Windows, logger
+from restoration.denoiser import ALL_VIEWS, UPRIGHT, Base, TiledDenoiser, Windows, logger
 from restoration.pictures import Restorable, grey_picture, to_deviation, to_input, to_picture
 from restoration.tiling import Field, Scale, Window, bytes_on_disk, row_bands
 from samplers import (
@@ -101,7 +101,7 @@ class Restoration:
         alpha: (H, W) of the same dtype, or None.
         deviation: (H, W) float32, standard deviation over the samples in [0, 1], root mean square over the
             channels; None unless asked for.
-        metadata: what the input's file says besides.
+        metadata: as in imaging.files.DecodedImage.
     """
 
     pixels: Pixels
