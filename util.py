@@ -239,7 +239,7 @@ class ImageDataset(Dataset[Sample]):
         train: a random crop and augmentation; False: the central crop.
         augment: "none", "flip" (left-right) or "dihedral" (all 8 flips and rotations).
         seed: of crops and flips.
-        reader: path -> (H, W, 3) uint8, for instance a cache around `images.read_rgb`.
+        reader: path -> (H, W, 3) uint8, for instance a `CachedReader`.
         cache_dir: folder to remember the sizes of the images in, see sizes.image_sizes.
 
     Raises:
