@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench results clean
+.PHONY: demo test quick lint bench results clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# The inner loop: no lint, no slow tests.
+quick: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -26,17 +30,17 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps keep a second call from installing anything again.
-$(VENV)/installed: requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@ $(VENV)/installed
 
-$(VENV)/installed-bench: bench/requirements.txt $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -r bench/requirements.txt
-	touch $@
+$(VENV)/installed-bench: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf demo_output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf demo_output build *.egg-info .mypy_cache .ruff_cache .pytest_cache

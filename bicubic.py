@@ -16,6 +16,7 @@ grows with the length of a line and not with its square, and gradients for free.
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args, overload
@@ -58,8 +59,8 @@ def resize(
 ) -> Tensor:
     """Resize a tensor (..., H, W) as MATLAB's ``imresize(image, scale or size, "bicubic")`` does.
 
-    The sums are made in float64 whatever the dtype, which neither autocast nor TF32 can then coarsen. The
-    result is differentiable with respect to a floating ``image``.
+    Differentiable with respect to a floating ``image``. The sums are made in float64 whatever the dtype:
+    neither autocast nor TF32 can coarsen them.
 
     Args:
         image: floating values of any range, or uint8.
@@ -68,15 +69,13 @@ def resize(
         border: what lies outside the image: "mirror" reflects it with its edge pixel repeated (MATLAB today),
             "replicate" repeats the edge pixel (older MATLAB, and data sets made with it).
         rounding: "uint8" rounds half up and clamps to [0, 255] after each direction, as MATLAB does to a
-            uint8 image, and takes uint8 only. "none" does so to uint8 once, at the end, and never to floating
-            values.
+            uint8 image, and takes uint8 only. "none" does so to uint8 once, at the end.
 
     Returns:
         (..., out_H, out_W), of the dtype and on the device of ``image``.
 
     Raises:
-        ValueError: for both or neither of scale and size, values of them that are not positive, an empty
-            image, a dtype that is neither floating nor uint8, an unknown border or rounding.
+        ValueError: both or neither of scale and size, or an image or option that is not as said here.
     """
     if image.ndim < 2:
         raise ValueError(f"an image of shape {tuple(image.shape)}: expected (..., H, W)")
@@ -117,6 +116,12 @@ def _resize_float64(
     if rounding == "uint8":
         work = _shift_to_round(work, 255).floor_()
     return passes[1](work)
+
+
+def exact_scale(factor: float) -> Fraction:
+    """The scale that a number stands for: 12/5 for 2.4, also where single precision made it 2.4000001."""
+    nearby = Fraction(factor).limit_denominator(1000)
+    return nearby if abs(nearby - Fraction(factor)) < 1e-6 * factor else Fraction(factor)
 
 
 def _resize_rows(image: Tensor, blocks: tuple[_Block, ...]) -> Tensor:

@@ -1,54 +1,222 @@
 """Residual diffusion: the process, the model of it that is trained, and the generator that samples it.
 
-    clean   = (high_res - upscaled) / residual_std                       unit variance
-    noisy   = signal_scale clean + noise_scale noise                     signal_scale^2 = alpha_bar_t
-    v       = signal_scale noise - noise_scale clean                     noise_scale^2 = 1 - alpha_bar_t
+    clean = (high_res - upscaled) / residual_std - mean        mean: the network's own prediction, or 0
+    noisy = signal_scale clean + noise_scale noise
+    clean = c_skip noisy + c_out output                        what its output stands for
+
+A process is the pair (signal_scale, noise_scale) of its schedule; what the network predicts is the pair
+(c_skip, c_out) and the weight of its squared error. Both are tables below: a new schedule or prediction is
+one line.
 
 Shape legend: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, T timesteps.
-`t` is int64 (B,) in [0, T); t = T - 1 is the noisiest. Images are in [-1, 1], clean residuals have unit
-variance and are not bounded by 1.
+`t` is int64 (B,) in [0, T); t = T - 1 is the noisiest. Images are in [-1, 1], clean has unit variance.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from bicubic import upscale_image
-from engine.checkpoint import CheckpointError, Plain, StateDict, load_checkpoint, load_model, load_weights
+from bicubic import exact_scale, upscale_image
+from degradation import Degradation
+from engine.checkpoint import Checkpoint, CheckpointError, load_model, load_weights, read_for_resume
+from engine.options import Options, Plain, option
 from engine.processes import Processes
+from engine.run import RunFiles
 from imaging.files import to_unit_range
-from samplers import DEFAULT_SCHEDULER, HISTORY, SchedulerName, Step, build_scheduler, draw_noise
-from schedules import Mode, ProcessConfig, Schedule, TimestepDensity, alpha_bar_of, timestep_quantile
-from training import (
-    Run,
-    TrainingConfig,
-    TrainState,
-    Validation,
-    new_state,
-    noise_seed,
-    restore_state,
-    train,
-)
-from unet import Condition, UNetConfig
-from util import CropDataset, ImageDataset, UpscaleFunction, degrade
+from samplers import DEFAULT_SCHEDULER, Sampler, SchedulerName, Step, draw_noise, noise_stream, sample
+from training import TrainingConfig, TrainState, Validation, new_state, restore_state, train
+from unet import Condition
+from util import CropDataset, ImageDataset, degrade
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
 
+# --------------------------------------------------------------------------------------------------
+# Schedules: timesteps T -> signal_scale and noise_scale, each (T,) float64
+# --------------------------------------------------------------------------------------------------
 
-class Restorer(Protocol):
-    """What a generator needs of a network: prediction, condition, and the numbers it was trained with."""
+Scales = tuple[Tensor, Tensor]
 
-    config: UNetConfig
+
+def variance_preserving(alpha_bar: Tensor) -> Scales:
+    """signal_scale^2 = alpha_bar, noise_scale^2 = 1 - alpha_bar (Ho et al. 2020, Eq. 4)."""
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def cosine_alpha_bar(timesteps: int, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
+    """(T,) float64, the cosine schedule (Nichol & Dhariwal 2021, Eq. 17), each beta at most max_beta."""
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    f = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
+    betas = (1 - f[1:] / f[:-1]).clamp(max=max_beta)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def linear_alpha_bar(timesteps: int) -> Tensor:
+    """(T,) float64; betas from 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4); any T ends alike."""
+    stretch = 1000 / timesteps
+    betas = torch.linspace(1e-4 * stretch, 0.02 * stretch, timesteps, dtype=torch.float64)
+    return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+
+
+def sigmoid_alpha_bar(timesteps: int, start: float = -3.0, end: float = 3.0) -> Tensor:
+    """(T,) float64, the sigmoid schedule (Jabri et al. 2022, Algorithm 2), temperature 1, betas to 0.999."""
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    f = torch.sigmoid(-(start + u * (end - start)))
+    normalised = (f - f[-1]) / (f[0] - f[-1])
+    betas = (1 - normalised[1:] / normalised[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def zero_terminal_alpha_bar(timesteps: int) -> Tensor:
+    """(T,) float64, the linear schedule moved to end in exactly 0 (Lin et al. 2024, Algorithm 1)."""
+    if timesteps < 2:
+        raise ValueError(f"timesteps is {timesteps}: the schedule zero_terminal_snr needs at least 2")
+    root = linear_alpha_bar(timesteps).sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def flow_scales(timesteps: int) -> Scales:
+    """1 - u and u, u = (t + 1) / T: a straight line to noise (Lipman et al. 2023; Liu et al. 2023)."""
+    u = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
+    return 1 - u, u
+
+
+def resshift_scales(timesteps: int, kappa: float = 2.0, power: float = 0.3) -> Scales:
+    """1 - eta and kappa sqrt(eta): ResShift (Yue et al. 2023, Eq. 2 and 10) in terms of the residual.
+
+    sqrt(eta) grows geometrically from min(0.04 / kappa, sqrt(0.001)) to sqrt(0.999), fastest at first.
+    """
+    u = torch.linspace(0, 1, timesteps, dtype=torch.float64) ** power
+    first, last = min(0.04 / kappa, math.sqrt(0.001)), math.sqrt(0.999)
+    root = first * (last / first) ** u
+    return 1 - root**2, kappa * root
+
+
+SCHEDULES: dict[str, Callable[[int], Scales]] = {
+    "cosine": lambda timesteps: variance_preserving(cosine_alpha_bar(timesteps)),
+    "linear": lambda timesteps: variance_preserving(linear_alpha_bar(timesteps)),
+    "sigmoid": lambda timesteps: variance_preserving(sigmoid_alpha_bar(timesteps)),
+    "zero_terminal_snr": lambda timesteps: variance_preserving(zero_terminal_alpha_bar(timesteps)),
+    "flow": flow_scales,
+    "resshift": resshift_scales,
+}
+
+# --------------------------------------------------------------------------------------------------
+# What the network predicts: signal_scale, noise_scale -> c_skip, c_out, weight of its squared error
+# --------------------------------------------------------------------------------------------------
+
+Mode = Literal["v_prediction", "noise", "clean"]
+
+
+def _v_prediction(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """v = signal_scale noise - noise_scale clean (Salimans & Ho 2022, appendix D), for a unit power."""
+    power = signal.square() + noise.square()
+    return signal / power, -noise / power, torch.ones_like(signal)
+
+
+def _noise(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of noise prediction (Ho et al. 2020, Eq. 14) on a network that outputs v.
+
+    The noise is then noise_scale noisy + signal_scale v, and its squared error signal_scale^2 that of v. A
+    network that had to copy the noise would leave an error that the division by signal_scale, 5e-5 at the
+    noisiest, blows up beyond any image.
+    """
+    c_skip, c_out, _ = _v_prediction(signal, noise)
+    return c_skip, c_out, signal.square() / (signal.square() + noise.square())
+
+
+def _clean(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The clean residual itself."""
+    return torch.zeros_like(signal), torch.ones_like(signal), torch.ones_like(signal)
+
+
+MODES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "v_prediction": _v_prediction,
+    "noise": _noise,
+    "clean": _clean,
+}
+
+# --------------------------------------------------------------------------------------------------
+# Which timesteps are trained most: even shares in [0, 1) -> timesteps as fractions of T
+# --------------------------------------------------------------------------------------------------
+
+HIGH_NOISE_SHIFT = 3.0
+TIMESTEP_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda share: share,
+    # The logit is a standard normal variable, which favours the middle (Esser et al. 2024, section 3.1).
+    "logit_normal": lambda share: torch.sigmoid(torch.special.ndtri(share)),
+    # Uniform timesteps shifted towards the noisiest (the same, Eq. 23).
+    "high_noise": lambda share: HIGH_NOISE_SHIFT * share / (1 + (HIGH_NOISE_SHIFT - 1) * share),
+}
+
+
+@dataclass(frozen=True)
+class ProcessConfig(Options):
+    """The diffusion process a network was trained for; a checkpoint carries it."""
+
+    timesteps: int = option(1000, "noise levels of the diffusion process", low=1, high=100_000)
+    mode: str = option("v_prediction", "what the network predicts", flag="diffusion_mode", choices=MODES)
+    schedule: str = option("cosine", "how noise grows", choices=SCHEDULES)
+
+    def scales(self) -> Scales:
+        """signal_scale and noise_scale, each (T,) float64 on the CPU."""
+        return SCHEDULES[self.schedule](self.timesteps)
+
+
+@dataclass(frozen=True)
+class LossConfig(Options):
+    """What is trained most; of no meaning once a network is trained."""
+
+    min_snr_gamma: float | None = option(
+        None, "weigh losses by min(SNR, gamma) (Hang et al. 2023, Eq. 8); 5 is usual", above=0
+    )
+    timestep_density: str = option(
+        "uniform", "which noise levels are trained most", choices=TIMESTEP_DENSITIES
+    )
+
+
+class Network(Protocol):
+    """What training and sampling need of a network; unet.UNet is one.
+
+    Attributes:
+        residual_std: (), standard deviation of the residuals in [-2, 2] it was trained on; 0 when new.
+        scale: (), the enlargement; 0 when new.
+    """
+
     residual_std: Tensor
     scale: Tensor
 
-    def encode_context(self, condition: Condition) -> object:
-        """Turn the condition into what __call__ takes, once per image."""
+    @property
+    def config(self) -> Options:
+        """Everything needed to rebuild it, see engine.checkpoint."""
+        ...
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        ...
+
+    @property
+    def window_multiple(self) -> int:
+        """Pixels at whose multiples windows of a large image begin."""
+        ...
+
+    @property
+    def mean_reach(self) -> int:
+        """Pixels from the edge of a window where its mean is the whole image's; 0: it predicts none."""
+        ...
+
+    def encode_tokens(self, low_res: Tensor) -> Tensor | None:
+        """(B, C, h, w) -> tokens (B, N, E) that all windows of an image share, or None."""
+        ...
+
+    def encode_context(self, condition: Condition) -> tuple[object, Tensor | None]:
+        """What `forward` takes, encoded once per image, and the mean (B, C, H, W) it predicts, or None."""
         ...
 
     def __call__(self, noisy: Tensor, t: Tensor, context: object) -> Tensor:
@@ -57,145 +225,130 @@ class Restorer(Protocol):
 
 
 class DiffusionModel:
-    """The forward process, the targets, the loss, and training.
-
-    In mode "noise" the network's output o is not the noise itself: the noise is predicted as
-    noise_scale * noisy + signal_scale * o. At the noisiest timesteps the input already is the noise, and a
-    network that has to copy it leaves an error that the division by signal_scale (5e-5 at t = T - 1) blows up
-    beyond any image. With this form the clean estimate is signal_scale * noisy - noise_scale * o: no division
-    by a small number, and the loss still is that of noise prediction.
+    """The forward process, the loss, and training.
 
     Args:
         timesteps: T.
-        device: where the schedule lives.
-        mode: "v_prediction" (Salimans & Ho 2022, appendix D), "noise" (Ho et al. 2020, Eq. 14) or "clean"; or
-            "regression", the baseline without diffusion: the network sees zeros in place of noise at
-            t = T - 1, and its absolute error is the loss.
-        schedule: how alpha_bar falls, see alpha_bar_of.
-        min_snr_gamma: weigh the losses by min(SNR, gamma) in terms of the clean estimate (Hang et al. 2023,
-            Eq. 8), None leaves the loss of each mode as it is.
-        timestep_density: which timesteps are trained most, see schedules.timestep_quantile.
+        device: where the tables live.
+        mode: what the network predicts, see MODES.
+        schedule: see SCHEDULES.
+        min_snr_gamma, timestep_density: see LossConfig.
+
+    Attributes:
+        signal_scale, noise_scale: (T,) float32.
 
     Raises:
-        ValueError: a value that is not among these.
+        OptionError: a value that is not among these.
     """
 
     def __init__(
         self,
         timesteps: int = 1000,
         device: torch.device | str = "cpu",
-        mode: Mode = "v_prediction",
-        schedule: Schedule = "cosine",
+        mode: str = "v_prediction",
+        schedule: str = "cosine",
         min_snr_gamma: float | None = None,
-        timestep_density: TimestepDensity = "uniform",
+        timestep_density: str = "uniform",
     ) -> None:
-        timestep_quantile(torch.full((1,), 0.5), timestep_density)  # refuses one that is not known
-        if min_snr_gamma is not None and not 0 < min_snr_gamma < math.inf:
-            raise ValueError(f"min_snr_gamma must be a positive number, not {min_snr_gamma}")
         self.process = ProcessConfig(timesteps, mode, schedule)
-        self.min_snr_gamma = min_snr_gamma
-        self.timestep_density: TimestepDensity = timestep_density
+        self.objective = LossConfig(min_snr_gamma, timestep_density)
         self.device = torch.device(device)
-        self.timesteps = timesteps
-        self.mode: Mode = mode
-        self.alpha_bar = alpha_bar_of(self.process)  # (T,) float64, on the CPU
-        self.signal_scale = self.alpha_bar.sqrt().float().to(device)  # (T,)
-        self.noise_scale = (1 - self.alpha_bar).sqrt().float().to(device)  # (T,)
-        self.snr = (self.alpha_bar / (1 - self.alpha_bar)).float().to(device)  # (T,)
+        self.timesteps, self.mode = timesteps, mode
+        signal, noise = self.process.scales()
+        c_skip, c_out, weight = MODES[mode](signal, noise)
+        if min_snr_gamma is not None:
+            weight = (signal / noise).square().clamp(max=min_snr_gamma) * c_out.square()
+        tables = (signal, noise, c_skip, c_out, weight)
+        self.signal_scale, self.noise_scale, self.c_skip, self.c_out, self.weight = (
+            table.float().to(device) for table in tables
+        )
 
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) timesteps -> signal_scale and noise_scale, each (B, 1, 1, 1)."""
-        return self.signal_scale[t][:, None, None, None], self.noise_scale[t][:, None, None, None]
+    @classmethod
+    def of(
+        cls,
+        process: ProcessConfig,
+        device: torch.device | str = "cpu",
+        objective: LossConfig | None = None,
+    ) -> "DiffusionModel":
+        """The model of a recorded process."""
+        return cls(device=device, **process.to_dict(), **(objective or LossConfig()).to_dict())  # type: ignore[arg-type]
 
     def q_sample(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Diffuse (B, C, H, W) to timestep t in one go (Ho et al. 2020, Eq. 4)."""
-        signal_scale, noise_scale = self.scales(t)
-        return signal_scale * clean + noise_scale * noise
+        return _at(self.signal_scale, t) * clean + _at(self.noise_scale, t) * noise
 
-    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the prediction is compared with, (B, C, H, W): v, the noise, or the clean residual."""
-        if self.mode == "noise":
-            return noise
-        if self.mode in ("clean", "regression"):
-            return clean
-        signal_scale, noise_scale = self.scales(t)
-        return signal_scale * noise - noise_scale * clean
-
-    def prediction(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """The network's output as an estimate of the target; only in mode "noise" are they different."""
-        if self.mode != "noise":
-            return output
-        signal_scale, noise_scale = self.scales(t)
-        return noise_scale * noisy + signal_scale * output
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """c_skip, c_out (B, 1, 1, 1): clean = c_skip noisy + c_out output (Karras et al. 2022, Eq. 7)."""
+        return _at(self.c_skip, t), _at(self.c_out, t)
 
     def clean_estimate(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """The clean residual that the network's output stands for, (B, C, H, W)."""
-        if self.mode in ("clean", "regression"):
-            return output
-        signal_scale, noise_scale = self.scales(t)
-        return signal_scale * noisy - noise_scale * output
+        """The clean residual (B, C, H, W) that the network's output stands for."""
+        c_skip, c_out = self.coefficients(t)
+        return c_skip * noisy + c_out * output
 
-    def noise_estimate(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """The noise that the network's output stands for, (B, C, H, W)."""
-        signal_scale, noise_scale = self.scales(t)
-        if self.mode in ("clean", "regression"):
-            return (noisy - signal_scale * output) / noise_scale
-        return noise_scale * noisy + signal_scale * output
+    def target(self, clean: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """What the output is compared with, (B, C, H, W): the inverse of `clean_estimate`."""
+        c_skip, c_out = self.coefficients(t)
+        return (clean - c_skip * noisy) / c_out
+
+    def draw_timesteps(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """(count,) timesteps, spread evenly over their density from one random start.
+
+        Each has that density, and their mean varies far less (Kingma et al. 2021, appendix I.1).
+        """
+        start = torch.rand(1, generator=generator, device=self.device)
+        shares = (start + torch.arange(count, device=self.device) / count) % 1
+        fractions = TIMESTEP_DENSITIES[self.objective.timestep_density](shares)
+        return (fractions * self.timesteps).long().clamp(max=self.timesteps - 1)
 
     def loss(
-        self, denoiser: Denoiser, clean: Tensor, context: object, generator: torch.Generator | None = None
+        self,
+        denoiser: Denoiser,
+        clean: Tensor,
+        context: object,
+        generator: torch.Generator | None = None,
+        *,
+        mean: Tensor | None = None,
+        t: Tensor | None = None,
     ) -> Tensor:
-        """The mean squared error of the prediction at one random timestep per sample.
-
-        The timesteps of a batch are spread evenly over their density from one random start (Kingma et al.
-        2021, appendix I.1): each has that density, and their mean varies far less.
+        """The squared error of the prediction at one timestep per sample, and the mean's absolute error.
 
         Args:
             denoiser: (noisy, t, context) -> (B, C, H, W).
             clean: (B, C, H, W), unit variance.
             context: handed to the denoiser.
-            generator: of timesteps and noise, on the device of clean.
+            generator: of timesteps and noise, on the device.
+            mean: (B, C, H, W), the network's prediction of clean: the diffusion then models what it leaves
+                (Whang et al. 2022, section 3), without a gradient through the difference.
+            t: (B,) timesteps; None draws them.
 
         Returns:
             (B,) losses in float32.
         """
-        batch = clean.shape[0]
-        if self.mode == "regression":
-            last = torch.full((batch,), self.timesteps - 1, device=clean.device)
-            output = denoiser(torch.zeros_like(clean), last, context).float()
-            return (output - clean).abs().flatten(1).mean(1)
-        start = torch.rand(1, generator=generator, device=clean.device)
-        spread = torch.arange(batch, device=clean.device) / batch
-        share = timestep_quantile((start + spread) % 1, self.timestep_density)
-        t = (share * self.timesteps).long().clamp(max=self.timesteps - 1)
-        return self.loss_at(t, denoiser, clean, context, generator) * self.loss_weight(t)
-
-    def loss_weight(self, t: Tensor) -> Tensor:
-        """(B,) timesteps -> (B,) weights: 1, or min-SNR-gamma's for what the mode predicts."""
-        if self.min_snr_gamma is None:
-            return torch.ones(t.shape, device=t.device)
-        snr = self.snr[t]
-        weight = snr.clamp(max=self.min_snr_gamma)  # of an error of the clean estimate
-        if self.mode == "clean":
-            return weight
-        if self.mode == "noise":
-            return torch.where(snr > 0, weight / snr, 1.0)  # an error of the noise, times 1 / SNR
-        return weight / (snr + 1)
-
-    def loss_at(
-        self,
-        t: Tensor,
-        denoiser: Denoiser,
-        clean: Tensor,
-        context: object,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """The unweighted losses at given timesteps (B,); otherwise as `loss`."""
+        if t is None:
+            t = self.draw_timesteps(len(clean), generator)
+        left = clean if mean is None else clean - mean.detach().float()
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-        noisy = self.q_sample(clean, t, noise)
+        noisy = self.q_sample(left, t, noise)
         output = denoiser(noisy, t, context).float()
-        error = self.prediction(output, noisy, t) - self.target(clean, noise, t)
-        return error.square().flatten(1).mean(1)
+        error = output - self.target(left, noisy, t)
+        loss = self.weight[t] * error.square().flatten(1).mean(1)
+        return loss if mean is None else loss + (mean.float() - clean).abs().flatten(1).mean(1)
+
+    def restoration_loss(
+        self, degradation: Degradation
+    ) -> Callable[[nn.Module, Tensor, torch.Generator], Tensor]:
+        """The loss of uint8 crops (B, C, H, W): degrade them on their device, then denoise the residual."""
+
+        def loss(model: nn.Module, crops: Tensor, generator: torch.Generator) -> Tensor:
+            network = network_of(model)
+            with torch.autocast(crops.device.type, enabled=False):
+                sample = degrade(crops, degradation)
+                clean = sample.residual / network.residual_std
+            context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res))
+            return self.loss(model, clean, context, generator, mean=mean)
+
+        return loss
 
     def train(
         self,
@@ -203,52 +356,64 @@ class DiffusionModel:
         dataset: ImageDataset,
         config: TrainingConfig,
         *,
-        validate: Callable[[nn.Module], Validation] | None = None,
         checkpoint_dir: Path,
         log_dir: Path,
-        resume: Path | None = None,
+        validate: Callable[[nn.Module], Validation] | None = None,
+        resume: Path | Checkpoint | None = None,
         processes: Processes | None = None,
         precision: torch.dtype | None = None,
-        settings: dict[str, Plain] | None = None,
+        settings: dict[str, dict[str, Plain]] | None = None,
+        held_out: Sequence[str] = (),
         progress: bool = True,
         profile: bool = False,
-    ) -> tuple[Run, int | None]:
+    ) -> tuple[RunFiles, int | None]:
         """Train a network to restore; see training.train for what the loop does.
 
         Args:
-            model: a Restorer on this model's device, for instance unet.UNet. Its scale and residual_std are
+            model: a Network on this model's device, for instance unet.UNet. Its scale and residual_std are
                 set from the dataset unless it already has them.
             dataset: what to learn from.
             config: how to train.
-            validate: measures the averaged network, to choose the best checkpoint by; see
-                evaluation.validation.Validator.
             checkpoint_dir: receives `diffusion_model_{mode}_best.pth` and `..._last.pth`.
             log_dir: receives the TensorBoard events.
-            resume: a checkpoint to continue from.
+            validate: measures the averaged network, to choose the best checkpoint by; see
+                evaluation.validation.Validator.
+            resume: a checkpoint to continue from, or its path.
             processes: this process among those of the run.
             precision: dtype to autocast to.
-            settings: further plain values to keep in the checkpoint and show in TensorBoard.
+            settings: further sections of plain values to keep in the checkpoint.
+            held_out: names of the validation images, kept there so that a resumed run has the same.
             progress, profile: see training.train.
 
         Returns:
             The run's files, and None or the signal that ended it early.
 
         Raises:
+            ValueError: an upscale function that a checkpoint cannot record.
             CheckpointError, NonFiniteError: see training.train.
         """
+        if dataset.upscale_function is not upscale_image:
+            raise ValueError(
+                f"a checkpoint cannot record the upscale function {dataset.upscale_function!r}, and "
+                "restoring would use bicubic: train with bicubic.upscale_image"
+            )
         state = new_state(model, config)
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
         else:
-            residual_std = float(network_of(model).residual_std) or measure_residual_std(dataset)
-            scale = float(network_of(model).scale) or dataset.downscale_factor
-            for network in (network_of(model), network_of(state.ema)):
-                network.residual_std.fill_(residual_std)
-                network.scale.fill_(scale)
-        run = self._run(network_of(model), config, settings or {}, checkpoint_dir, log_dir)
+            _set_buffers(state, dataset)
+        sections = {
+            "network": network_of(model).config.to_dict(),
+            "process": self.process.to_dict(),
+            "objective": self.objective.to_dict(),
+            "degradation": dataset.degradation.to_dict(),
+            **(settings or {}),
+        }
+        name = f"diffusion_model_{self.mode}"
+        run = RunFiles(checkpoint_dir, log_dir, name, sections, {"held_out": list(held_out)})
         received = train(
             state,
-            self.restoration_loss(dataset.downscale_factor, dataset.upscale_function),
+            self.restoration_loss(dataset.degradation),
             CropDataset(dataset),
             config,
             run,
@@ -260,73 +425,56 @@ class DiffusionModel:
         )
         return run, received
 
-    def _run(
-        self,
-        model: Restorer,
-        config: TrainingConfig,
-        settings: dict[str, Plain],
-        checkpoint_dir: Path,
-        log_dir: Path,
-    ) -> Run:
-        """Where the run writes, and what its checkpoints hold besides the state of the loop."""
-        metadata = {
-            "unet": model.config.to_dict(),
-            "process": self.process.to_dict(),
-            "training": config.to_dict(),
-            "settings": settings,
-        }
-        everything = {**settings, **config.to_dict(), **self.process.to_dict()}
-        return Run(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", metadata, everything)
-
-    def restoration_loss(
-        self, downscale_factor: float, upscale_function: UpscaleFunction
-    ) -> Callable[[nn.Module, Tensor, torch.Generator], Tensor]:
-        """The loss of uint8 crops (B, C, H, W): degrade them on their device, then denoise the residual."""
-
-        def loss(model: nn.Module, crops: Tensor, generator: torch.Generator) -> Tensor:
-            with torch.autocast(crops.device.type, enabled=False):
-                sample = degrade(crops, downscale_factor, upscale_function)
-                clean = sample.residual / network_of(model).residual_std
-            return self.loss(model, clean, Condition(sample.upscaled, sample.low_res), generator)
-
-        return loss
-
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
         """Copy the averaged weights of a checkpoint or an exported model into a network.
 
         Raises:
-            CheckpointError: the file is damaged, does not fit the network, or was trained in another mode or
-                with another number of timesteps than this DiffusionModel has.
+            CheckpointError: the file is damaged, does not fit the network, or is of another process.
         """
-        loaded = load_model(path)
+        loaded = load_model(path, type(model))
         self._check_process(loaded.process, path)
-        load_weights(model, cast(StateDict, loaded.unet.state_dict()), path)
+        load_weights(model, loaded.network.state_dict(), path)
         if verbose:
             print(f"{path}: {self.mode}, {loaded.step} steps")  # noqa: T201  # what verbose asks for
 
-    def load_checkpoint_for_resume(self, state: TrainState, path: str | Path) -> None:
+    def load_checkpoint_for_resume(self, state: TrainState, checkpoint: str | Path | Checkpoint) -> None:
         """Continue the training that a checkpoint holds: weights, average, optimiser, step.
 
         Raises:
             CheckpointError: as load_model_weights, or the optimiser is another one.
         """
-        content = load_checkpoint(path)
-        self._check_process(cast(dict[str, Plain], content.get("process", {})), path)
-        restore_state(state, path)
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = read_for_resume(checkpoint, self.device)
+        self._check_process(checkpoint.content.get("process"), checkpoint.path)
+        restore_state(state, checkpoint)
 
-    def _check_process(self, process: dict[str, Plain], path: str | Path) -> None:
+    def _check_process(self, process: object, path: str | Path) -> None:
+        recorded = ProcessConfig.from_dict(cast(dict[str, object], process or {})).to_dict()
         for name, own in self.process.to_dict().items():
-            if process.get(name) != own:
-                raise CheckpointError(
-                    f"{path} was trained with {name} {process.get(name)}, not {own}: use the same {name}"
-                )
+            if recorded[name] != own:
+                raise CheckpointError(f"{path} was trained with {name} {recorded[name]}: use it, not {own}")
+
+
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    """(T,), (B,) -> (B, 1, 1, 1)."""
+    return table[t][:, None, None, None]
+
+
+def _set_buffers(state: TrainState, dataset: ImageDataset) -> None:
+    """Give a new network what it is trained for: the enlargement and the residuals' deviation."""
+    network = network_of(state.model)
+    residual_std = float(network.residual_std) or measure_residual_std(dataset)
+    scale = float(network.scale) or dataset.degradation.scale
+    for one in (network, network_of(state.ema)):
+        one.residual_std.fill_(residual_std)
+        one.scale.fill_(scale)
 
 
 class ResidualGenerator:
     """Restores images by sampling their residuals, in any number of steps from 1 to T.
 
-    The clean estimate of every step is clipped so that upscaled + residual stays an image: a projection
-    onto a convex set that holds the truth, so it never makes the estimate worse.
+    Every clean estimate is clipped so that upscaled + residual stays an image: a projection onto a convex set
+    that holds the truth, so it never makes the estimate worse.
 
     Args:
         img_channels: channels of the images.
@@ -335,7 +483,7 @@ class ResidualGenerator:
         num_train_timesteps: T of the training.
         predict_mode: mode of the training.
         precision: dtype to autocast the network to, None for float32.
-        scheduler: how to step from one noise level to the next, see samplers.Sampler.
+        scheduler: see samplers.Sampler.
         schedule: noise schedule of the training.
     """
 
@@ -345,17 +493,17 @@ class ResidualGenerator:
         img_size: int = 256,
         device: torch.device | str = "cpu",
         num_train_timesteps: int = 1000,
-        predict_mode: Mode = "v_prediction",
+        predict_mode: str = "v_prediction",
         precision: torch.dtype | None = None,
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
-        schedule: Schedule = "cosine",
+        schedule: str = "cosine",
     ) -> None:
         self.img_channels = img_channels
         self.img_size = img_size
         self.device = torch.device(device)
         self.precision = precision
         self.diffusion = DiffusionModel(num_train_timesteps, device, predict_mode, schedule)
-        self.scheduler = build_scheduler(scheduler, self.diffusion.alpha_bar)
+        self.sampler = Sampler(scheduler, *self.diffusion.process.scales())
 
     @classmethod
     def of(
@@ -377,7 +525,7 @@ class ResidualGenerator:
 
     def generate_images(
         self,
-        model: Restorer,
+        model: Network,
         low_resolution_image: Tensor,
         num_images: int = 1,
         num_inference_steps: int = 50,
@@ -391,7 +539,8 @@ class ResidualGenerator:
             model: a trained network, for instance unet.UNet.
             low_resolution_image: (B, C, h, w) in [-1, 1].
             num_images: restorations of each image, with different noise.
-            num_inference_steps: 1 is the posterior mean; more steps give a sample.
+            num_inference_steps: more give a sample; 1 is the posterior mean; 0 the mean that a network with a
+                predictor predicts without noise.
             seed: of the noise; the noise of an image depends on nothing else. None draws one.
             eta: fresh noise per step, for the scheduler "ddim": 0 for none, 1 for the variance of DDPM.
 
@@ -407,7 +556,7 @@ class ResidualGenerator:
 
     def generate_residuals(
         self,
-        model: Restorer,
+        model: Network,
         low_resolution_image: Tensor,
         num_images: int = 1,
         num_inference_steps: int = 50,
@@ -419,9 +568,54 @@ class ResidualGenerator:
         low_res, upscaled = self._inputs(model, low_resolution_image)
         return self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
 
+    def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
+        """The steps of the sampler, none for 0; ValueError for a number it or the process cannot take."""
+        return self.sampler.steps(steps, eta) if steps else ()
+
+    def encode(self, model: Network, condition: Condition) -> tuple[object, Tensor | None]:
+        """The condition as `estimate` takes it, and the mean that the network predicts from it, or None."""
+        with self.autocast():
+            return model.encode_context(condition)
+
+    def estimate(self, model: Network, noisy: Tensor, timestep: int, context: object, base: Tensor) -> Tensor:
+        """One evaluation of the network: the clean residual of unit variance it sees in a noisy one.
+
+        Args:
+            model: a trained network.
+            noisy: (B, C, H, W), as the process makes it of unit variance.
+            timestep: of the noisy image, in [0, T).
+            context: what `encode` made of the condition.
+            base: (B, C, H, W), what the residual is added to: upscaled + residual_std * mean.
+
+        Returns:
+            (B, C, H, W), clipped so that base + residual lies in [-1, 1].
+        """
+        t = torch.full((len(noisy),), timestep, device=noisy.device)
+        with self.autocast():
+            output = model(noisy, t, context).float()
+        clean = self.diffusion.clean_estimate(output, noisy, t)
+        # residual_std stays on its device: reading it here would make a GPU wait at every step.
+        return clean.clamp((-1 - base) / model.residual_std, (1 - base) / model.residual_std)
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the network computes in."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+
+    def _inputs(self, model: Network, low_res: Tensor) -> tuple[Tensor, Tensor]:
+        """Check the input, move it to the device and upscale it."""
+        if low_res.ndim != 4 or low_res.shape[1] != self.img_channels:
+            raise ValueError(
+                f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
+            )
+        if low_res.min() < -1.001 or low_res.max() > 1.001:
+            raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
+        low_res = low_res.to(self.device, torch.float32)
+        scale = exact_scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
+        return low_res, upscale_image(low_res, float(scale)).clamp(-1, 1)
+
     def _residuals(
         self,
-        model: Restorer,
+        model: Network,
         low_res: Tensor,
         upscaled: Tensor,
         num_images: int,
@@ -431,119 +625,44 @@ class ResidualGenerator:
     ) -> Tensor:
         """(B * num_images, C, H, W) residuals in [-2, 2], those of one image next to each other."""
         seed = torch.seed() % 2**62 if seed is None else seed
+        plan = self.plan(steps, eta)
         residuals = [
-            self._residual(model, low_res, upscaled, steps, seed, sample=index, eta=eta)
-            for index in range(num_images)
+            self._residual(model, low_res, upscaled, plan, [noise_stream(seed, number) for _ in upscaled])
+            for number in range(num_images)
         ]
         return torch.stack(residuals, dim=1).flatten(0, 1)
-
-    def restore(
-        self,
-        model: Restorer,
-        low_res: Tensor,
-        upscaled: Tensor,
-        steps: int,
-        seed: int,
-        *,
-        sample: int = 0,
-        eta: float = 0.0,
-    ) -> Tensor:
-        """Restore images whose upscaled version is at hand: (B, C, H, W) in [0, 1]."""
-        residual = self._residual(model, low_res, upscaled, steps, seed, sample=sample, eta=eta)
-        return to_unit_range((upscaled + residual).clamp(-1, 1))
-
-    def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
-        """The steps of the sampler.
-
-        Raises:
-            ValueError: a number of steps that the scheduler or the model cannot take.
-        """
-        if self.diffusion.mode == "regression" and steps != 1:
-            raise ValueError(
-                f"this is a regression model, which restores in one step, not in {steps}: "
-                "give --steps 1 or --mode fidelity"
-            )
-        return self.scheduler.steps(steps, eta)
-
-    def encode(self, model: Restorer, condition: Condition) -> object:
-        """The condition as `estimate` takes it, encoded once and in this generator's precision."""
-        with self.autocast():
-            return model.encode_context(condition)
-
-    def estimate(
-        self, model: Restorer, noisy: Tensor, timestep: int, context: object, upscaled: Tensor
-    ) -> Tensor:
-        """One evaluation of the network: the clean residual of unit variance it sees in a noisy one.
-
-        Args:
-            model: a trained network.
-            noisy: (B, C, H, W), unit variance.
-            timestep: of the noisy image, in [0, T).
-            context: what `encode` made of the condition.
-            upscaled: (B, C, H, W) in [-1, 1].
-
-        Returns:
-            (B, C, H, W), clipped so that upscaled + residual lies in [-1, 1].
-        """
-        t = torch.full((len(noisy),), timestep, device=noisy.device)
-        if self.diffusion.mode == "regression":
-            noisy = torch.zeros_like(noisy)
-        with self.autocast():
-            output = model(noisy, t, context).float()
-        clean = self.diffusion.clean_estimate(output, noisy, t)
-        residual_std = float(model.residual_std)
-        return clean.clamp((-1 - upscaled) / residual_std, (1 - upscaled) / residual_std)
-
-    def _inputs(self, model: Restorer, low_res: Tensor) -> tuple[Tensor, Tensor]:
-        """Check the input, move it to the device and upscale it."""
-        if low_res.ndim != 4 or low_res.shape[1] != self.img_channels:
-            raise ValueError(
-                f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
-            )
-        if low_res.min() < -1.001 or low_res.max() > 1.001:
-            raise ValueError("the low-resolution image must be in [-1, 1]: images.to_model_range maps [0, 1]")
-        low_res = low_res.to(self.device, torch.float32)
-        scale = float(model.scale) or self.img_size / max(low_res.shape[-2:])
-        return low_res, upscale_image(low_res, scale).clamp(-1, 1)
 
     @torch.inference_mode()
     def _residual(
         self,
-        model: Restorer,
+        model: Network,
         low_res: Tensor,
         upscaled: Tensor,
-        steps: int,
-        seed: int,
-        *,
-        sample: int,
-        eta: float,
+        plan: Sequence[Step],
+        streams: Sequence[torch.Generator],
     ) -> Tensor:
-        """(B, C, H, W) residuals in [-2, 2]."""
-        residual_std = float(model.residual_std)
-        if residual_std <= 0:
+        """One sample of each image, its noise from its own stream: residuals (B, C, H, W) in [-2, 2]."""
+        if float(model.residual_std) <= 0:
             raise ValueError("this network has no residual_std: load trained weights into it first")
-        plan = self.plan(steps, eta)
-        channels, height, width = upscaled.shape[1:]
-        streams = [noise_stream(seed, sample) for _ in upscaled]
-        context = self.encode(model, Condition(upscaled, low_res))
-        noisy = draw_noise(streams, channels, height, width).to(self.device)
-        cleans: deque[Tensor] = deque(maxlen=HISTORY)
-        for step in plan:
-            cleans.appendleft(self.estimate(model, noisy, step.timestep, context, upscaled))
-            fresh = (
-                draw_noise(streams, channels, height, width).to(self.device) if step.noise_weight else None
-            )
-            noisy = step.advance(noisy, cleans, fresh)
-        return noisy * residual_std
+        context, mean = self.encode(model, Condition(upscaled, low_res))
+        base = upscaled if mean is None else upscaled + model.residual_std * mean.float()
+        if not plan:
+            if mean is None:
+                raise ValueError("0 steps: this network predicts no mean; give 1 step or more")
+            return base - upscaled
 
-    def autocast(self) -> torch.autocast:
-        """The precision that the network computes in."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+        def noise() -> Tensor:
+            channels, height, width = upscaled.shape[1:]
+            return draw_noise(streams, channels, height, width).to(self.device)
 
+        def denoise(noisy: Tensor, timestep: int) -> Tensor:
+            return self.estimate(model, noisy, timestep, context, base)
 
-def noise_stream(seed: int, sample: int) -> torch.Generator:
-    """Where the noise of one restoration of an image comes from: its seed and number, and nothing else."""
-    return torch.Generator().manual_seed(noise_seed(seed, sample, 0))
+        def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
+            return step.advance(noisy, cleans, noise() if step.noise_weight else None)
+
+        steps = sample(plan, self.sampler.initial_scale * noise(), denoise, advance)
+        return base - upscaled + deque(steps, maxlen=1).pop() * model.residual_std
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
@@ -559,7 +678,7 @@ def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
     return math.sqrt(mean_square)
 
 
-def network_of(model: nn.Module) -> Restorer:
+def network_of(model: nn.Module) -> Network:
     """The network inside a wrapper of DistributedDataParallel or torch.compile, or the network itself."""
     inner = getattr(model, "module", getattr(model, "_orig_mod", model))
-    return cast(Restorer, inner)
+    return cast(Network, inner)

@@ -2,68 +2,94 @@
 
 python evaluate.py --data Set5 --scale 4
 python evaluate.py --data Set5 --scale 4 --weights_path best.pth --steps 1 4 10 --json set5.json --plot x.png
+python evaluate.py --data photos --scale 4 --weights_path best.pth --mode fidelity detail --tile 512
 """
 
 import argparse
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from bicubic import Border
 from engine.device import Precision, autocast_dtype, select_device
-from evaluation.evaluation import Settings, evaluate, load_trained, read_image_set
-from evaluation.report import Report, perception_distortion_figure
+from engine.options import OptionError, add_flags, from_args, with_flag
+from evaluation.evaluation import EvaluationConfig, Method, TrainedModel, evaluate, read_image_set
+from evaluation.report import Json, Report, perception_distortion_figure
 from imaging.atomic import write_atomically, write_text_atomically
-from samplers import DEFAULT_SCHEDULER, SchedulerName
+from restoration import PRESETS, RestoreConfig
+
+DEFAULT_STEPS = (1, 4, 10, 50)
+ROWS = ("mode", "steps", "num_images")  # the options of RestoreConfig that make rows
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the script."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
     shown = "(default: %(default)s)"
-    data = parser.add_argument_group("data")
+    data = parser.add_argument_group("data and metrics")
     data.add_argument("--data", required=True, help="folder of high-resolution images, subfolders left out")
     data.add_argument("--scale", type=float, required=True, help="the enlargement, such as 4")
     data.add_argument("--low_res", help="folder of low-resolution images of these names; else they are made")
     data.add_argument("--limit", type=int, help="measure only the first so many images")
-    edge = f"what bicubic sees beyond the edge of an image; mirror is today's MATLAB {shown}"
-    data.add_argument("--border", choices=get_args(Border), default="mirror", help=edge)
+    add_flags(data, EvaluationConfig, skip=["scale", "lpips"])
+    data.add_argument("--no_lpips", action="store_true", help="leave out LPIPS")
     model = parser.add_argument_group("model")
     model.add_argument("--weights_path", help="a .pth or .safetensors file; without it, bicubic alone")
-    steps = "sampling steps, a row each (default: 1 4 10 50)"
-    model.add_argument("--steps", type=int, nargs="+", default=[1, 4, 10, 50], help=steps)
-    model.add_argument(
-        "--scheduler", choices=get_args(SchedulerName), default=DEFAULT_SCHEDULER, help=f"sampler {shown}"
-    )
-    samples = f"above 1, the mean of so many samples has a row, too {shown}"
-    model.add_argument("--num_samples", type=int, default=1, help=samples)
-    model.add_argument("--seed", type=int, default=0, help=f"of the noise, and of SWD's patches {shown}")
     model.add_argument("--device", default="auto", help=f"auto, cuda, mps or cpu {shown}")
     precision = f"auto is bf16 where the hardware has it {shown}"
     model.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
-    _add_result_flags(parser)
+    _add_restoring_flags(parser)
+    output = parser.add_argument_group("output", "written at the end, each file whole or not at all")
+    output.add_argument("--json", metavar="FILE", help="the protocol and the rows")
+    output.add_argument("--csv", metavar="FILE", help="every image in every row")
+    output.add_argument("--markdown", metavar="FILE", help="the table, which is printed anyway")
+    output.add_argument("--plot", metavar="FILE", help="a .png: PSNR against LPIPS or, without it, SWD")
     return parser
 
 
-def _add_result_flags(parser: argparse.ArgumentParser) -> None:
-    measured = parser.add_argument_group("metrics")
-    channel = "what PSNR and SSIM compare (default: %(default)s)"
-    measured.add_argument("--channel", choices=["luma", "rgb"], default="luma", help=channel)
-    crop = "pixels that PSNR and SSIM leave out at each border (default: the scale)"
-    measured.add_argument("--crop", type=int, help=crop)
-    measured.add_argument(
-        "--no_lpips", action="store_true", help="leave out LPIPS, which fetches 233 MB once"
-    )
-    output = parser.add_argument_group("output", "written at the end, each file whole or not at all")
-    output.add_argument("--json", type=Path, metavar="FILE", help="the protocol and the rows")
-    output.add_argument("--csv", type=Path, metavar="FILE", help="every image in every row")
-    output.add_argument("--markdown", type=Path, metavar="FILE", help="the table, which is printed anyway")
-    plot = "a .png: PSNR against LPIPS or, without it, SWD"
-    output.add_argument("--plot", type=Path, metavar="FILE", help=plot)
+def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("restoring", "as infer.py does; each mode and each number has a row")
+    group.add_argument("--mode", nargs="+", choices=list(PRESETS), default=[], help="modes of infer.py")
+    steps = f"sampling steps (default, without --mode: {' '.join(map(str, DEFAULT_STEPS))})"
+    group.add_argument("--steps", type=int, nargs="+", help=steps)
+    samples = "samples to average, instead of the mode's; one sample has no uncertainty"
+    group.add_argument("--num_images", type=int, nargs="+", help=samples)
+    group.add_argument("--num_samples", type=int, help="N: the same as --num_images 1 N")
+    add_flags(group, RestoreConfig, skip=["mode", "steps", "num_images", "seed", "tile"])
+    tile = "side of the windows a large image is restored in; 0: in one piece (default: auto, by its size)"
+    group.add_argument("--tile", type=lambda text: None if text == "auto" else int(text), help=tile)
+
+
+def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
+    """One configuration for each row of the model: modes first, then step counts.
+
+    Raises:
+        ValueError: a number is given twice, or a value is out of range.
+    """
+    numbers = args.num_images
+    if args.num_samples is not None:
+        if numbers is not None:
+            raise ValueError("--num_samples N stands for --num_images 1 N: give one of the two")
+        numbers = sorted({1, args.num_samples})
+    steps = list(DEFAULT_STEPS) if args.steps is None and not args.mode else args.steps or []
+    for flag, values in (("mode", args.mode), ("steps", steps), ("num_images", numbers or [])):
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{flag} is {' '.join(map(str, values))}: give each once")
+    common = from_args(RestoreConfig, args, mode=None, steps=None, num_images=None)
+    modes = [replace(common, mode=mode, num_images=n) for mode in args.mode for n in numbers or [None]]
+    return modes + [replace(common, steps=count, num_images=n) for count in steps for n in numbers or [1]]
+
+
+def describe_restoring(how: RestoreConfig) -> dict[str, Json]:
+    """What all rows of the model have in common."""
+    own = {"mode", "steps", "num_images"}
+    return {name: value for name, value in how.to_dict().items() if name not in own}
 
 
 def check_targets(targets: Sequence[Path]) -> None:
@@ -82,54 +108,92 @@ def check_targets(targets: Sequence[Path]) -> None:
             raise ValueError(f"{target} cannot be written, because of {existing}; give another place")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, print the table, and write the files."""
+def planned_outputs(args: argparse.Namespace) -> list[tuple[Path, Callable[[Report, Path], None]]]:
+    """The files that were asked for, and what writes each.
+
+    Raises:
+        ValueError: see check_targets, or the plot is no .png.
+    """
     texts = {"json": Report.to_json, "csv": Report.to_csv, "markdown": Report.to_markdown}
-    wanted = [(getattr(args, name), make) for name, make in texts.items() if getattr(args, name) is not None]
-    check_targets([path for path, _ in wanted] + ([] if args.plot is None else [args.plot]))
-    if args.plot is not None and args.plot.suffix.lower() != ".png":
-        raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
-    settings = Settings(
-        scale=args.scale,
-        steps=tuple(args.steps),
-        num_samples=args.num_samples,
-        seed=args.seed,
-        border=args.border,
-        channel=args.channel,
-        crop=args.crop,
-        lpips=not args.no_lpips,
-    )
+    outputs: list[tuple[Path, Callable[[Report, Path], None]]] = [
+        (Path(getattr(args, name)), partial(_write_text, make))
+        for name, make in texts.items()
+        if getattr(args, name) is not None
+    ]
+    if args.plot is not None:
+        if Path(args.plot).suffix.lower() != ".png":
+            raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
+        outputs.append((Path(args.plot), _write_plot))
+    check_targets([path for path, _ in outputs])
+    return outputs
+
+
+def _write_text(make: Callable[[Report], str], report: Report, path: Path) -> None:
+    write_text_atomically(path, make(report))
+
+
+def _write_plot(report: Report, path: Path) -> None:
+    figure = perception_distortion_figure(report)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def write_all(report: Report, outputs: Sequence[tuple[Path, Callable[[Report, Path], None]]]) -> list[str]:
+    """Write every file that can be written; returns what went wrong with the others."""
+    errors = []
+    for path, write in outputs:
+        try:
+            write(report, path)
+        except (OSError, ValueError) as error:
+            errors.append(f"{path} was not written: {error}")
+    return errors
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the files, and print the table; returns the exit status."""
+    for name in ("data", "low_res", "weights_path", "lpips_weights", "json", "csv", "markdown", "plot"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name} is empty; give a path")
+    outputs = planned_outputs(args)
+    config = from_args(EvaluationConfig, args, scale=args.scale, lpips=not args.no_lpips)
+    how = restore_configs(args)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
     device = select_device(args.device)
-    precision = autocast_dtype(device, args.precision)
-    images = read_image_set(args.data, settings, args.low_res, args.limit)
-    model = None
+    images = read_image_set(args.data, config, args.low_res, args.limit)
+    methods: list[Method] = []
+    facts: dict[str, Json] = {}
     if args.weights_path is not None:
-        model = load_trained(args.weights_path, device, precision, args.scheduler)
-    report = evaluate(images, settings, model, device=device, progress=True)
+        precision = autocast_dtype(device, args.precision)
+        model = TrainedModel.load(args.weights_path, device, precision)
+        methods = [model.method(one, config.scale) for one in how]
+        facts = {"model": model.describe(), "restoring": describe_restoring(how[0])}
+    report = evaluate(images, config, methods, device=device, facts=facts, progress=True)
+    errors = write_all(report, outputs)  # before printing, which fails if nobody reads
     print(report.to_markdown(), end="", flush=True)
-    for path, make in wanted:
-        write_text_atomically(path, make(report))
-    if args.plot is not None:
-        figure = perception_distortion_figure(report)
-        write_atomically(args.plot, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    errors += [f"left out: {failure}" for failure in report.failures]
+    if report.failures:
+        errors.append(f"{len(report.failures)} of {len(images)} images were left out")
+    for error in errors:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print a file's name
     try:
-        run(args)
+        return run(args)
+    except OptionError as error:
+        print(f"evaluate.py: error: {with_flag(error, [EvaluationConfig, RestoreConfig])}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; files are written only at the end", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from bicubic import upscale_image
 from engine.checkpoint import LoadedModel, export_safetensors, load_model, released_model
 from engine.device import autocast_dtype, compile_network, select_device
+from engine.options import OptionError, add_flags, from_args, with_flag
 from imaging.atomic import write_atomically
 from imaging.files import (
     IMAGE_SUFFIXES,
@@ -35,8 +36,9 @@ from imaging.files import (
     write_image,
 )
 from imaging.pictures import comparison_picture
-from restoration.restorer import DEFAULT_OVERLAP, PRESETS, ImageRestorer, Progress, Restoration, RestoreConfig
-from samplers import DEFAULT_SCHEDULER, SCHEDULERS
+from restoration import Restoration, RestoreConfig, Restorer
+from restoration.restorer import Progress
+from unet import UNet
 
 # What one file of many may fail with while the others are done; anything else is a fault of the program.
 FILE_ERRORS = (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError)
@@ -55,44 +57,18 @@ class Task(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
     _add_file_flags(parser)
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--mode",
-        choices=list(PRESETS),
-        help="; ".join(f"{name}: {text}" for name, text in _preset_texts().items())
-        + "; without it, detail where --num_images asks for samples, else fidelity",
-    )
-    sampling.add_argument("--steps", type=int, help="denoising steps, instead of the mode's")
-    sampling.add_argument("--num_images", type=int, help="samples to average, instead of the mode's")
-    sampling.add_argument("--scheduler", choices=SCHEDULERS, default=DEFAULT_SCHEDULER)
-    sampling.add_argument("--eta", type=float, default=0.0, help="fresh noise of ddim, 0 to 1")
-    sampling.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    sampling.add_argument(
-        "--self_ensemble", action="store_true", help="average over 8 flips and rotations, 8 times the work"
-    )
-    sampling.add_argument(
-        "--consistency",
-        action="store_true",
-        help="make the bicubic downscale of the result equal the input; for inputs that bicubic shrank",
-    )
+    restoring = parser.add_argument_group("restoring")
+    add_flags(restoring, RestoreConfig, skip=["tile"])
+    tile = "side of the windows a large image is restored in; 0: in one piece (default: auto, by its size)"
+    restoring.add_argument("--tile", default="auto", help=tile)
     computing = parser.add_argument_group("computing")
-    computing.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    computing.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto")
-    computing.add_argument(
-        "--tile", default="auto", help="side of the windows a large image is restored in; 0: in one piece"
-    )
-    computing.add_argument("--overlap", type=int, default=DEFAULT_OVERLAP, help="pixels windows share")
-    computing.add_argument("--batch_size", type=int, default=1, help="windows or samples computed together")
-    computing.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile: a minute per new size of image, no gain on CPUs",
-    )
+    computing.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    precision = "precision of the network (default: auto)"
+    computing.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
+    compiled = "torch.compile: a minute per new size of image, no gain on CPUs"
+    computing.add_argument("--compile", action="store_true", help=compiled)
     return parser
 
 
@@ -127,32 +103,12 @@ def _add_file_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _preset_texts() -> dict[str, str]:
-    return {
-        name: f"{effort.steps} step{'s' if effort.steps > 1 else ''}"
-        + (f", mean of {effort.num_images}" if effort.num_images > 1 else "")
-        for name, effort in PRESETS.items()
-    }
-
-
 def make_config(args: argparse.Namespace) -> RestoreConfig:
     """The flags as a RestoreConfig; ValueError for a wrong one."""
     if args.tile != "auto" and not args.tile.isdecimal():
-        raise ValueError(f"--tile must be auto, 0 or a number of pixels, not {args.tile!r}")
-    config = RestoreConfig(
-        mode=args.mode,
-        steps=args.steps,
-        num_images=args.num_images,
-        scheduler=args.scheduler,
-        eta=args.eta,
-        seed=args.seed,
-        tile=None if args.tile == "auto" else int(args.tile),
-        overlap=args.overlap,
-        batch_size=args.batch_size,
-        consistency=args.consistency,
-        self_ensemble=args.self_ensemble,
-    )
-    if args.uncertainty is not None and config.effort.num_images < 2:
+        raise ValueError(f"--tile is {args.tile!r}: give auto, 0 or a number of pixels")
+    config = from_args(RestoreConfig, args, tile=None if args.tile == "auto" else int(args.tile))
+    if args.uncertainty is not None and config.budget.num_images < 2:
         raise ValueError("--uncertainty measures how samples differ: give --num_images of at least 2")
     return config
 
@@ -248,7 +204,7 @@ def write_uncertainty(path: Path, deviation: npt.NDArray[np.float32]) -> None:
 # --------------------------------------------------------------------------------------------------- the work
 
 
-def restore_file(task: Task, restorer: ImageRestorer, overwrite: bool, progress: Progress) -> str:
+def restore_file(task: Task, restorer: Restorer, overwrite: bool, progress: Progress) -> str:
     """Restore one file and write what belongs to it; returns what is to be said about it, if anything.
 
     Raises: one of FILE_ERRORS; nothing is half-written then.
@@ -297,7 +253,7 @@ def check_targets(task: Task, overwrite: bool) -> None:
             raise ValueError(f"{target}: exists already; use --overwrite or another --output")
 
 
-def restore_all(tasks: Sequence[Task], restorer: ImageRestorer, overwrite: bool) -> int:
+def restore_all(tasks: Sequence[Task], restorer: Restorer, overwrite: bool) -> int:
     """Restore every image; returns the exit status: 0, 1 where some failed, 2 where all did."""
     failures: list[str] = []
     for number, task in enumerate(tasks, start=1):
@@ -342,20 +298,20 @@ def export(model: LoadedModel, target: Path, overwrite: bool) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, restore, report; returns the exit status."""
     config = make_config(args)
-    model = load_model(args.weights_path or released_model(args.scale or 4))
+    model = load_model(args.weights_path or released_model(args.scale or 4), UNet)
     if args.export is not None:
         export(model, Path(args.export), args.overwrite)
         if not args.inputs and not args.input:
             return 0
     device = select_device(args.device)
     precision = autocast_dtype(device, args.dtype)
-    restorer = ImageRestorer(model, config, device, precision)
+    restorer = Restorer(model, config, device, precision)
     scale = float(restorer.scale)
     if args.scale not in (None, scale):
         raise ValueError(f"--scale {args.scale:g}, but {args.weights_path} enlarges by {scale:g}")
     tasks = plan_tasks(args, scale)
     if args.compile:
-        compile_network(restorer.unet, device)
+        compile_network(restorer.network, device)
     return restore_all(tasks, restorer, args.overwrite)
 
 
@@ -365,6 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return run(args)
+    except OptionError as error:
+        print(f"infer.py: error: {with_flag(error, [RestoreConfig])}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"infer.py: error: {_one_line(error)}", file=sys.stderr)
         return 2

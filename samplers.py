@@ -1,26 +1,31 @@
-"""Samplers: the schedulers of diffusers, made exact for every number of steps and reduced to linear steps.
+"""Samplers: the schedulers of diffusers, exact for every number of steps, as linear steps of one loop.
 
-Every scheduler here is handed the clean estimate ("sample" in diffusers' words), so that bounds on the
-estimate and the three prediction modes are dealt with in one place, before it. Given those estimates each of
-them is linear, so one step is a handful of numbers:
+Every scheduler is handed the clean estimate ("sample" in diffusers' words): what the network predicts and
+how the estimate is bounded is settled before. Given the estimates each scheduler is linear:
 
     noisy_{k+1} = noisy_weight noisy_k + sum_j clean_weights[j] clean_{k-j} + noise_weight noise
 
-The numbers are read off the scheduler of diffusers itself by feeding it unit vectors. What samples an image
-then needs no scheduler: it may go through the image in any order and in pieces, and keeps only what the sum
-names, the noisy image and at most HISTORY clean estimates.
+The weights are read off diffusers' own scheduler by feeding it unit vectors. Sampling then needs no
+scheduler: it can go through an image in pieces, and keeps at most HISTORY clean estimates.
+
+A process is any pair (signal_scale, noise_scale). diffusers knows those with signal^2 + noise^2 = 1; every
+other is one of these times a factor that depends on the timestep, and so are its steps (see _rescaled).
 
 Shape legend: B images, C channels, H x W pixels, T timesteps, n steps.
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from engine.options import OptionError
 
 if TYPE_CHECKING:  # seconds to import: only what samples an image pays for it
     from diffusers.schedulers import (
@@ -38,6 +43,8 @@ HISTORY = 3  # the most clean estimates a step looks at: UniPC's corrector and p
 # 3e-5, stands in for it: the solvers stay finite, and no image can tell.
 LEAST_ALPHA_BAR = 1e-9
 NOISE_ROWS = 64  # rows of an image whose noise is drawn together
+
+State = TypeVar("State")  # an image being denoised: a Tensor, or a restoration.tiling.Field
 
 _Diffusers: TypeAlias = (
     "DDIMScheduler | DPMSolverMultistepScheduler | HeunDiscreteScheduler | UniPCMultistepScheduler"
@@ -82,19 +89,34 @@ class Step(NamedTuple):
 
 
 class Sampler:
-    """The steps of one scheduler for one noise schedule.
+    """The steps of one scheduler for one process.
 
     Args:
         name: "ddim" (Song et al. 2021a), "ddpm" (Ho et al. 2020), "dpm++" (DPM-Solver++ 2M, Lu et al. 2022),
             "unipc" (Zhao et al. 2023, order 2, B2) or "heun" (Karras et al. 2022, algorithm 1).
-        alpha_bar: (T,) float64, strictly falling.
+        signal_scale, noise_scale: (T,) float64; their ratio falls with the timestep.
+
+    Raises:
+        ValueError: an unknown name, or scales that do not fall.
     """
 
-    def __init__(self, name: SchedulerName, alpha_bar: Tensor) -> None:
+    def __init__(self, name: SchedulerName, signal_scale: Tensor, noise_scale: Tensor) -> None:
         if name not in SCHEDULERS:
-            raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, not {name!r}")
+            raise OptionError("scheduler", name, f"choose one of {', '.join(SCHEDULERS)}")
+        variance = signal_scale.double().square() + noise_scale.double().square()
+        alpha_bar = signal_scale.double().square() / variance  # of the variance-preserving process
+        if not bool((alpha_bar.diff() < 0).all()):
+            raise ValueError("signal_scale / noise_scale must fall from each timestep to the next")
         self.name = name
         self._alpha_bar: tuple[float, ...] = tuple(alpha_bar.clamp(min=LEAST_ALPHA_BAR).tolist())
+        # The squares of two roots make 1 only to the last bit; there the factor is to change nothing.
+        preserving = (variance - 1).abs() < 1e-12
+        self._factors: tuple[float, ...] = tuple(torch.where(preserving, 1.0, variance.sqrt()).tolist())
+
+    @property
+    def initial_scale(self) -> float:
+        """What standard normal noise is multiplied by to start."""
+        return self._factors[-1]
 
     def steps(self, count: int, eta: float = 0.0) -> tuple[Step, ...]:
         """The evaluations that `count` steps take: as many, but 2 count - 2 for "heun" from 2 steps on.
@@ -103,36 +125,65 @@ class Sampler:
 
         Args:
             count: 1 to T.
-            eta: 0 to 1, how much of the posterior's variance "ddim" puts in afresh at each step (Song et al.
-                2021a, Eq. 16). "ddpm" is eta = 1 by definition; the others are deterministic.
+            eta: 0 to 1, the part of the posterior's variance that "ddim" puts in afresh at each step (Song et
+                al. 2021a, Eq. 16). "ddpm" is eta = 1 by definition; the others are deterministic.
 
         Raises:
-            ValueError: count or eta is out of range, or eta is given to a scheduler that has none.
+            OptionError: `steps` or `eta` is out of range, or eta is given to another scheduler than "ddim".
         """
-        if not 1 <= count <= len(self._alpha_bar):
-            raise ValueError(f"steps must be between 1 and {len(self._alpha_bar)}, not {count}")
+        total = len(self._alpha_bar)
+        if not 1 <= count <= total:
+            raise OptionError("steps", count, f"give a number from 1 to {total}")
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be between 0 and 1, not {eta}")
-        if eta and self.name not in ("ddim", "ddpm"):
-            raise ValueError(f"eta {eta}: the scheduler {self.name} is deterministic; use ddim or eta 0")
-        return _steps(self.name, self._alpha_bar, count, 1.0 if self.name == "ddpm" else float(eta))
+            raise OptionError("eta", eta, "give a number from 0 to 1")
+        if eta and self.name != "ddim":
+            raise OptionError("eta", eta, f"the scheduler {self.name} has none; use ddim or eta 0")
+        steps = _steps(self.name, self._alpha_bar, count, 1.0 if self.name == "ddpm" else float(eta))
+        return _rescaled(steps, self._factors)
 
 
-def build_scheduler(name: SchedulerName, alpha_bar: Tensor) -> Sampler:
-    """The sampler of that name for a schedule alpha_bar (T,); ValueError for an unknown name."""
-    return Sampler(name, alpha_bar)
+def sample(
+    steps: Sequence[Step],
+    noisy: State,
+    denoise: Callable[[State, int], State],
+    advance: Callable[[Step, State, Sequence[State]], State],
+) -> Iterator[State]:
+    """The sampling loop: yields the noisy image after each step, the last of which is the result.
+
+    Args:
+        steps: as Sampler.steps gives them.
+        noisy: standard normal noise times Sampler.initial_scale.
+        denoise: (noisy, timestep) -> clean estimate.
+        advance: (step, noisy, clean estimates with the newest first) -> next noisy image.
+    """
+    cleans: deque[State] = deque(maxlen=max(len(step.clean_weights) for step in steps))
+    for step in steps:
+        if len(cleans) == cleans.maxlen:
+            cleans.pop()  # its memory is free before the next is made
+        cleans.appendleft(denoise(noisy, step.timestep))
+        noisy = advance(step, noisy, cleans)
+        yield noisy
+
+
+def _rescaled(steps: Sequence[Step], factors: Sequence[float]) -> tuple[Step, ...]:
+    """Steps of the variance-preserving process for one that is `factors[t]` times it; clean images have 1."""
+    after = [*(factors[step.timestep] for step in steps[1:]), 1.0]
+    return tuple(
+        Step(
+            step.timestep,
+            step.noisy_weight * factor / factors[step.timestep],
+            tuple(factor * weight for weight in step.clean_weights),
+            factor * step.noise_weight,
+        )
+        for step, factor in zip(steps, after, strict=True)
+    )
 
 
 # -------------------------------------------------------------------------------------------------- timesteps
 
 
 def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
-    """round(T, T - T / n, T - 2 T / n, ...) - 1: starts at T - 1, the noisiest (Lin et al. 2024, Table 2).
-
-    Raises:
-        ValueError: the step count is not in [1, T].
-    """
-    _check_count(num_train_timesteps, num_inference_steps)
+    """round(T, T - T / n, T - 2 T / n, ...) - 1: starts at T - 1, the noisiest (Lin et al. 2024, Table 2)."""
     left = np.arange(num_inference_steps, 0, -1, dtype=np.int64) * num_train_timesteps
     rounded = (2 * left + num_inference_steps) // (2 * num_inference_steps)  # exact, halves up
     return [int(timestep) - 1 for timestep in rounded]
@@ -143,12 +194,8 @@ def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> l
 
     Even steps in log-SNR are what exponential integrators assume (Lu et al. 2022, section 4). Timesteps are
     whole numbers: where several would fall together, they take the nearest free ones.
-
-    Raises:
-        ValueError: the step count is not in [1, T].
     """
     total = len(alpha_bar)
-    _check_count(total, num_inference_steps)
     known = np.array(alpha_bar)
     log_sigma = 0.5 * np.log((1 - known) / known)  # rises with the timestep
     highest, lowest = sigma_range(num_inference_steps)
@@ -175,11 +222,6 @@ def sigma_range(num_inference_steps: int) -> tuple[float, float]:
     """
     width = min(num_inference_steps, 10) * max(1.0, num_inference_steps / 100)
     return 0.14 * width**2, 0.5 / max(10, num_inference_steps)
-
-
-def _check_count(total: int, count: int) -> None:
-    if not 1 <= count <= total:
-        raise ValueError(f"steps must be between 1 and {total}, not {count}")
 
 
 # ------------------------------------------------------------------------------- reading off diffusers' steps
@@ -302,6 +344,17 @@ def _local_form(timesteps: Sequence[int], states: Sequence[Tensor]) -> tuple[Ste
 
 
 # ------------------------------------------------------------------------------------------------------ noise
+
+
+def noise_seed(seed: int, step: int, micro_batch: int) -> int:
+    """A 63-bit seed for the random numbers of one forward pass, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def noise_stream(seed: int, number: int) -> torch.Generator:
+    """The noise of one sample of an image; it depends on the seed and the sample's number alone."""
+    return torch.Generator().manual_seed(noise_seed(seed, number, 0))
 
 
 def draw_noise(streams: Sequence[torch.Generator], channels: int, height: int, width: int) -> Tensor:

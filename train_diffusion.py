@@ -6,260 +6,281 @@ python train_diffusion.py --weights_path checkpoints/<run>/diffusion_model_v_pre
 """
 
 import argparse
-import dataclasses
+import contextlib
 import functools
+import hashlib
 import logging
-import math
+import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, NamedTuple, cast
 
-import numpy as np
 import torch
 
-from diffusion import DiffusionModel
-from engine.checkpoint import CheckpointError, Plain, load_checkpoint, load_model, load_weights
-from engine.device import autocast_dtype, compile_network
+from degradation import Bicubic, Degradation
+from diffusion import DiffusionModel, LossConfig, ProcessConfig
+from engine.checkpoint import Checkpoint, LoadedModel, load_model, load_weights, read_for_resume
+from engine.device import autocast_dtype, compile_network, is_out_of_memory
+from engine.options import (
+    OptionError,
+    Options,
+    Plain,
+    add_flags,
+    flag_of,
+    from_args,
+    option,
+    specs,
+    with_flag,
+)
 from engine.processes import Processes, started_processes
+from engine.recipes import expand_recipes
+from engine.run import RunFiles, locked, new_folder
 from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
 from imaging.sizes import default_cache_dir
-from schedules import Mode, Schedule, TimestepDensity
-from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError
+from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError, learning_rate_at
 from unet import Condition, UNet, UNetConfig, parameter_count
-from util import ImageDataset
+from util import Augmentation, ImageDataset
 
-# A resumed run must go on as it began: these come from its checkpoint, and a flag may only repeat them.
-FIXED = (
-    "img_size downscale_factor batch_size accumulation_steps learning_rate weight_decay ema_decay "
-    "max_grad_norm optimizer seed augment timesteps diffusion_mode schedule min_snr_gamma timestep_density "
-    "final_learning_rate residual_std unet_base_dim "
-    "unet_dim_mults context_dim patch_size blocks_per_level context_blocks conditioning norm attention_window"
-).split()
-NOT_GIVEN = object()
+logger = logging.getLogger(__name__)
+MOST_VALIDATION_IMAGES = 64
+FEWEST_STEPS = 1000  # a run of fewer learns next to nothing of photos
 
 
-class RecipeParser(argparse.ArgumentParser):
-    """An ArgumentParser whose @files hold flags as on a command line, with # comments."""
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """Which images, and how they are cut."""
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split one line of a recipe."""
-        return shlex.split(arg_line, comments=True)
+    image_folder: str = option("./data", "high-resolution images, searched recursively", fixed=False)
+    val_folder: str | None = option(
+        None, "validation images; by default part of the image folder", fixed=False
+    )
+    val_fraction: float = option(0.05, "share to validate on, at most 64 images", above=0, high=0.9)
+    img_size: int = option(256, "side of the high-resolution training crops", low=8)
+    augment: Augmentation = option("flip", "flip: left-right; dihedral: all 8 flips and rotations")
+    cache_gb: float = option(4.0, "disk for decoded images; 0 decodes each time", low=0, fixed=False)
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Where and with what to compute, and where to write."""
+
+    residual_std: float | None = option(None, "what residuals are divided by; by default measured", above=0)
+    device: str = option("auto", "auto, cuda, mps or cpu", fixed=False)
+    precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on CUDA", fixed=False)
+    compile: bool = option(False, "torch.compile the network: a slow start", fixed=False)
+    profile: bool = option(False, "write a trace of 5 steps into the logs", fixed=False)
+    log_dir: str = option("./logs", "TensorBoard", fixed=False)
+    checkpoint_dir: str = option("./checkpoints", "receives a folder for each run", fixed=False)
+    init_weights: str | None = option(None, "a model whose weights a new run starts from", fixed=False)
+
+
+class Settings(NamedTuple):
+    """Every option of a run, by section, as its checkpoints record them."""
+
+    data: DataOptions
+    degradation: Degradation
+    network: UNetConfig
+    process: ProcessConfig
+    objective: LossConfig
+    training: TrainingConfig
+    run: RunOptions
+
+
+SECTIONS: dict[str, type[Options]] = dict(
+    zip(
+        Settings._fields,
+        (DataOptions, Bicubic, UNetConfig, ProcessConfig, LossConfig, TrainingConfig, RunOptions),
+        strict=True,
+    )
+)
+# What the script does otherwise than the classes, and flags that would have no meaning.
+DEFAULTS = {"training": {"accumulation_steps": 64}, "network": {"predictor_blocks": 12}}
+WITHOUT_FLAG = {"network": ("in_channels", "out_channels")}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag of the script."""
-    parser = RecipeParser(
+    """Every flag of the script; recipes (@file) are expanded before, see engine.recipes."""
+    parser = argparse.ArgumentParser(
         description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None,
-        fromfile_prefix_chars="@",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="@FILE stands for the flags in it; flags after it win.",
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--image_folder", default="./data", help="high-resolution images, searched recursively")
-    data.add_argument("--val_folder", help="validation images; without it, part of image_folder")
-    data.add_argument(
-        "--val_fraction", type=float, default=0.05, help="share to validate on, at most 64 images"
-    )
-    data.add_argument("--img_size", type=int, default=256, help="side of the high-resolution training crops")
-    data.add_argument("--downscale_factor", type=float, default=4, help="how much smaller the input is")
-    data.add_argument("--augment", choices=["none", "flip", "dihedral"], default="flip")
-    data.add_argument("--num_workers", type=int, default=0, help="processes that read images")
-    data.add_argument(
-        "--cache_gb", type=float, default=4.0, help="disk for decoded images; 0 decodes each time"
-    )
-    _add_model_flags(parser)
-    _add_training_flags(parser)
+    parser.add_argument("--weights_path", help="a checkpoint to resume from; needs no other flag")
+    for section, kind in SECTIONS.items():
+        group = parser.add_argument_group(section)
+        add_flags(group, kind, skip=WITHOUT_FLAG.get(section, ()), defaults=DEFAULTS.get(section, {}))
     return parser
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--timesteps", type=int, default=1000, help="noise levels of the diffusion process")
-    model.add_argument(
-        "--diffusion_mode",
-        choices=get_args(Mode),
-        default="v_prediction",
-        help="what is predicted; regression is the baseline without diffusion",
-    )
-    model.add_argument("--schedule", choices=get_args(Schedule), default="cosine", help="how noise grows")
-    model.add_argument(
-        "--residual_std", type=float, help="what residuals are divided by; without it, measured"
-    )
-    model.add_argument("--unet_base_dim", type=int, default=32, help="width of the first level")
-    model.add_argument(
-        "--unet_dim_mults", type=int, nargs="+", default=[1, 2, 4], help="widths of the levels"
-    )
-    defaults = UNetConfig()
-    model.add_argument(
-        "--context_dim", type=int, default=defaults.context_dim, help="width of context tokens"
-    )
-    model.add_argument("--patch_size", type=int, choices=[1, 2, 4], default=defaults.patch_size)
-    model.add_argument("--blocks_per_level", type=int, default=defaults.blocks_per_level)
-    model.add_argument("--context_blocks", type=int, default=defaults.context_blocks)
-    model.add_argument(
-        "--conditioning", choices=["concat", "cross_attention", "both"], default=defaults.conditioning
-    )
-    model.add_argument("--norm", choices=["group", "pixel"], default=defaults.norm)
-    model.add_argument("--attention_window", type=int, default=defaults.attention_window, help="0 is global")
-
-
-def _add_training_flags(parser: argparse.ArgumentParser) -> None:
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=40, help="passes over the images, one crop of each")
-    training.add_argument("--max_steps", type=int, help="optimiser steps, instead of --epochs")
-    training.add_argument("--batch_size", type=int, default=32)
-    training.add_argument("--accumulation_steps", type=int, default=64, help="batches per optimiser step")
-    training.add_argument("--learning_rate", type=float, default=2e-5)
-    training.add_argument(
-        "--final_learning_rate", type=float, default=0.01, help="end of the cosine as a share; 1: constant"
-    )
-    training.add_argument("--warmup_steps", type=int, help="without it, 5%% of the run, at most 500")
-    training.add_argument("--weight_decay", type=float, default=0.01)
-    training.add_argument("--ema_decay", type=float, default=0.999)
-    training.add_argument("--max_grad_norm", type=float, default=1.0)
-    training.add_argument(
-        "--optimizer", choices=["auto", "adamw8bit", "adamw"], default="auto", help="auto: 8-bit on CUDA"
-    )
-    training.add_argument("--min_snr_gamma", type=float, help="weigh the loss (Hang et al. 2023); 5 is usual")
-    training.add_argument(
-        "--timestep_density",
-        choices=get_args(TimestepDensity),
-        default="uniform",
-        help="noise levels trained most",
-    )
-    training.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    training.add_argument("--compile", action="store_true", help="torch.compile the network: a slow start")
-    training.add_argument("--profile", action="store_true", help="write a trace of 5 steps into the logs")
-    training.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--validate_every", type=int, help="steps; without it, 20 times in the run")
-    training.add_argument("--save_every", type=int, help="steps; without it, with every validation")
-    training.add_argument("--keep_checkpoints", type=int, default=2, help="the newest ones, besides the best")
-    training.add_argument("--log_every", type=int, default=10, help="steps")
-    training.add_argument("--log_dir", default="./logs", help="TensorBoard")
-    training.add_argument("--checkpoint_dir", default="./checkpoints")
-    training.add_argument("--weights_path", help="a checkpoint to resume from")
-    training.add_argument("--init_weights", help="a model whose weights a new run starts from")
-
-
-def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The flags; those not given come from the checkpoint of a resumed run, else from the defaults.
+def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
+    """The options of the run, and the checkpoint it resumes from, which they then come from unless given.
 
     Raises:
-        ValueError: a flag contradicts the checkpoint; the message names both values.
+        ValueError: a flag has a wrong value or contradicts the checkpoint; the message names flag and value.
     """
+    arguments = expand_recipes(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     if args.weights_path is None:
-        return parser, args
-    unset = argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN))
-    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not NOT_GIVEN}
-    stored = load_checkpoint(args.weights_path).get("settings")
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{args.weights_path} holds no training settings: it cannot be resumed")
-    for name in FIXED:
-        former = stored.get(name, parser.get_default(name))
-        if name in given and given[name] not in (former, "auto"):
+        _make_absolute(args)
+        sections = {name: from_args(kind, args) for name, kind in SECTIONS.items()}
+        return Settings(**sections), None  # type: ignore[arg-type]  # each of its own class
+    checkpoint = read_for_resume(_named("weights_path", args.weights_path))
+    if not set(SECTIONS) <= set(checkpoint.content):
+        raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args = parser.parse_args(arguments)
+    _make_absolute(args)
+    given = vars(args)
+    resumed = {
+        name: kind.from_dict(_resumed(kind, checkpoint.content[name], given, checkpoint.path))
+        for name, kind in SECTIONS.items()
+    }
+    if "epochs" in given and "max_steps" not in given:
+        resumed["training"] = replace(cast(TrainingConfig, resumed["training"]), max_steps=None)
+    resumed["run"] = replace(cast(RunOptions, resumed["run"]), init_weights=None)
+    return Settings(**resumed), checkpoint  # type: ignore[arg-type]
+
+
+def _make_absolute(args: argparse.Namespace) -> None:
+    """Folders that a resumed run finds from anywhere."""
+    for name in ("image_folder", "val_folder", "log_dir", "checkpoint_dir", "init_weights"):
+        value = getattr(args, name, None)
+        if value is not None:
+            setattr(args, name, os.path.abspath(_named(name, value)))
+
+
+def _named(flag: str, value: str) -> str:
+    """A path that is not empty."""
+    if not value:
+        raise ValueError(f"--{flag} is empty: give a path or leave the flag out")
+    return value
+
+
+def _resumed(
+    kind: type[Options], recorded: Mapping[str, Plain], given: Mapping[str, object], path: Path
+) -> dict[str, object]:
+    """The recorded options with the given ones; those that are fixed may only be repeated."""
+    values: dict[str, object] = dict(recorded)
+    defaults = kind().to_dict()
+    for name, spec in specs(kind).items():
+        flag = flag_of(kind, name)
+        if flag not in given:
+            continue
+        former = recorded.get(name, defaults[name])
+        if spec.fixed and _plain(given[flag]) not in (former, "auto"):
             raise ValueError(
-                f"--{name} is {given[name]}, but {args.weights_path} was trained with {former}: "
-                f"leave the flag out, or start a new run with --init_weights"
+                f"--{flag} is {given[flag]}, but {path} was trained with {former}: "
+                "leave the flag out, or start a new run with --init_weights"
             )
-    kept = {name: value for name, value in stored.items() if name in vars(args)}
-    kept["init_weights"] = None
-    if "epochs" in given:
-        kept["max_steps"] = None
-    return parser, argparse.Namespace(**{**vars(args), **kept, **given})
+        values[name] = given[flag]
+    return values
 
 
-def make_datasets(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
-    """Training and validation images; the split depends on the seed and the files alone."""
-    reader = CachedReader(round(args.cache_gb * 2**30))
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple[ImageDataset, ImageDataset]:
+    """Training and validation images, which have no file in common.
+
+    Args:
+        settings: of the run.
+        held_out: names, below the image folder, of what a resumed run validates on; None chooses them.
+    """
+    data, seed = settings.data, settings.training.seed
+    reader = CachedReader(round(data.cache_gb * 2**30))
 
     def dataset(paths: Sequence[Path], train: bool) -> ImageDataset:
         return ImageDataset(
             paths,
-            args.img_size,
-            args.downscale_factor,
+            data.img_size,
             train=train,
-            augment=args.augment,
-            seed=args.seed,
+            augment=data.augment,
+            seed=seed,
             reader=reader,
             cache_dir=default_cache_dir(),
+            degradation=settings.degradation,
         )
 
-    everything = dataset(list_images(args.image_folder), True)
-    if args.val_folder is not None:
-        return everything, dataset(list_images(args.val_folder)[:64], False)
-    if not 0 < args.val_fraction < 1:
-        raise ValueError(f"--val_fraction must be between 0 and 1, not {args.val_fraction}")
-    paths = everything.paths
-    if len(paths) == 1:
-        logging.warning("only one image: it is validated on, too; give more images or --val_folder")
-        return everything, dataset(paths, False)
-    count = min(64, max(1, round(args.val_fraction * len(paths))))
-    chosen = set(np.random.default_rng(args.seed).permutation(len(paths))[:count].tolist())
-    held_out = [path for index, path in enumerate(paths) if index in chosen]
-    return dataset([path for path in paths if path not in set(held_out)], True), dataset(held_out, False)
+    root = Path(data.image_folder)
+    if data.val_folder is not None:
+        validation = dataset(list_images(data.val_folder)[:MOST_VALIDATION_IMAGES], False)
+        apart = {path.resolve() for path in validation.paths}
+        found = list_images(root)
+        others = [path for path in found if path.resolve() not in apart]
+        if len(others) < len(found):
+            logger.warning("%d images of --val_folder are not trained on", len(found) - len(others))
+        return dataset(others, True), validation
+    everything = dataset(list_images(root), True)
+    if len(everything) == 1:
+        logger.warning("only one image: it is validated on, too; give more images or --val_folder")
+        return everything, dataset(everything.paths, False)
+    names = {path: path.relative_to(root).as_posix() for path in everything.paths}
+    if held_out is None:
+        held_out = choose_held_out(list(names.values()), data.val_fraction, seed)
+    training = dataset([path for path in everything.paths if names[path] not in held_out], True)
+    training.left_out = everything.left_out
+    return training, dataset([path for path in everything.paths if names[path] in held_out], False)
 
 
-def make_config(args: argparse.Namespace, images: int, processes: Processes) -> TrainingConfig:
-    """The settings of the loop, with what depends on the length of the run filled in."""
-    plan = BatchPlan(images, args.batch_size, args.accumulation_steps, args.seed, processes.world)
-    max_steps = args.max_steps if args.max_steps is not None else args.epochs * plan.steps_per_epoch
-    every = args.validate_every or max(1, max_steps // 20)
-    warmup = args.warmup_steps if args.warmup_steps is not None else min(500, max_steps // 20)
-    if args.optimizer == "auto":
-        args.optimizer = "adamw8bit" if processes.device.type == "cuda" else "adamw"
-    shared = {field.name for field in dataclasses.fields(TrainingConfig)} & set(vars(args))
-    values = {name: getattr(args, name) for name in shared}
-    values.update(
-        max_steps=max_steps, warmup_steps=warmup, validate_every=every, save_every=args.save_every or every
-    )
-    return TrainingConfig(**values)
+def choose_held_out(names: Sequence[str], fraction: float, seed: int) -> list[str]:
+    """The files to validate on, at least one: those whose names have the lowest hashes."""
+    count = min(MOST_VALIDATION_IMAGES, max(1, round(fraction * len(names))))
+    return sorted(
+        names, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+    )[:count]
 
 
-def make_model(args: argparse.Namespace, device: torch.device) -> UNet:
-    """The network on its device, with the weights of --init_weights if given."""
-    torch.manual_seed(args.seed)
-    config = UNetConfig(
-        base_dim=args.unet_base_dim,
-        dim_mults=tuple(args.unet_dim_mults),
-        context_dim=args.context_dim,
-        patch_size=args.patch_size,
-        blocks_per_level=args.blocks_per_level,
-        context_blocks=args.context_blocks,
-        conditioning=args.conditioning,
-        norm=args.norm,
-        attention_window=args.attention_window,
-    )
-    model = UNet.from_config(config)
-    if args.init_weights is not None:
-        load_weights(model, load_model(args.init_weights).unet.state_dict(), args.init_weights)
-    if args.residual_std is not None:
-        if not 0 < args.residual_std < math.inf:
-            raise ValueError(f"--residual_std must be a positive number, not {args.residual_std}")
-        model.residual_std.fill_(args.residual_std)
+def make_model(settings: Settings, device: torch.device) -> UNet:
+    """The network on its device, with the weights it starts from if there are any.
+
+    Raises:
+        ValueError: those weights are of another enlargement, process or network.
+    """
+    torch.manual_seed(settings.training.seed)
+    model, run = UNet.from_config(settings.network), settings.run
+    if run.init_weights is not None:
+        loaded = load_model(run.init_weights, UNet)
+        _check_start(loaded, settings, run.init_weights)
+        load_weights(model, loaded.network.state_dict(), run.init_weights)
+    if run.residual_std is not None:
+        model.residual_std.fill_(run.residual_std)
     return model.to(memory_format=torch.channels_last).to(device)
 
 
-def describe_model(model: UNet, args: argparse.Namespace, device: torch.device) -> str:
+def _check_start(loaded: LoadedModel[UNet], settings: Settings, path: str) -> None:
+    """Refuse weights that mean something else in this run; say where they have learnt from other images."""
+    scale, own_scale = float(loaded.network.scale), settings.degradation.scale
+    if abs(scale - own_scale) > 1e-4:
+        raise ValueError(
+            f"--init_weights {path} enlarges by {scale:g}, but --downscale_factor is {own_scale:g}"
+        )
+    recorded = ProcessConfig.from_dict(loaded.process)
+    if recorded != settings.process:
+        raise ValueError(f"--init_weights {path} is of {recorded}, but this run has {settings.process}")
+    if loaded.degradation and loaded.degradation != settings.degradation.to_dict():
+        logger.warning("%s has learnt from another degradation: %s", path, loaded.degradation)
+
+
+def describe_model(model: UNet, settings: Settings, device: torch.device) -> str:
     """torchinfo's table of the network for one training crop."""
     from torchinfo import summary
 
-    size = args.img_size
+    size = settings.data.img_size
+    low_size = round(size / settings.degradation.scale)
     image = torch.zeros(1, 3, size, size, device=device)
-    low_res = torch.zeros(1, 3, round(size / args.downscale_factor), round(size / args.downscale_factor))
-    inputs = (image, torch.zeros(1, dtype=torch.long, device=device))
-    context = Condition(image, low_res.to(device))
     return str(
         summary(
             model,
-            input_data=inputs,
-            context=context,
+            input_data=(image, torch.zeros(1, dtype=torch.long, device=device)),
+            context=Condition(image, torch.zeros(1, 3, low_size, low_size, device=device)),
             depth=2,
             row_settings=("var_names",),
             col_names=("output_size", "num_params", "mult_adds"),
@@ -269,53 +290,88 @@ def describe_model(model: UNet, args: argparse.Namespace, device: torch.device) 
     )
 
 
-def run_files(args: argparse.Namespace) -> tuple[Path, Path]:
+def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path, Path]:
     """Checkpoint and log folder: those of the resumed run, or new ones named after mode and time."""
-    if args.weights_path is not None:
-        folder = Path(args.weights_path).resolve().parent
-        return folder, Path(args.log_dir) / folder.name
-    name = f"{args.diffusion_mode}_{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(args.checkpoint_dir) / name, Path(args.log_dir) / name
-
-
-def train(args: argparse.Namespace, processes: Processes) -> int:
-    """Set everything up, train, and say what came of it; returns the exit status."""
-    device = processes.device
-    say = functools.partial(print, flush=True) if processes.writes else _keep_quiet
-    precision = autocast_dtype(device, args.precision)
-    training, validation = make_datasets(args)
-    config = make_config(args, len(training), processes)
-    diffusion = DiffusionModel(
-        args.timesteps, device, args.diffusion_mode, args.schedule, args.min_snr_gamma, args.timestep_density
-    )
-    model = make_model(args, device)
-    checkpoint_dir, log_dir = run_files(args)
-    say(describe_model(model, args, device))
-    if args.compile:
-        compile_network(model, device)
-    say(f"device {device}, {'bf16 autocast' if precision else 'fp32'}, {processes.world} process(es)")
-    if config.optimizer == "adamw":
-        say("optimizer: torch's fused AdamW (8-bit AdamW, the default on CUDA, is --optimizer adamw8bit)")
+    run = settings.run
+    if checkpoint is not None:
+        folder = checkpoint.path.resolve().parent
     else:
-        say("optimizer: bitsandbytes' 8-bit AdamW")
-    say(
-        f"{len(training)} training and {len(validation)} validation images, {len(training.left_out)} left out"
-    )
-    say(f"{parameter_count(model) / 1e6:.2f} M parameters, {config.max_steps} steps")
-    say(f"watch it: tensorboard --logdir {shlex.quote(args.log_dir)}")
-    run, received = diffusion.train(
-        model,
-        training,
-        config,
-        validate=Validator(diffusion, validation, precision, processes),
-        checkpoint_dir=checkpoint_dir,
-        log_dir=log_dir,
-        resume=Path(args.weights_path) if args.weights_path else None,
-        processes=processes,
-        precision=precision,
-        settings=cast(dict[str, Plain], vars(args)),
-        profile=args.profile,
-    )
+        name = f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = new_folder(Path(run.checkpoint_dir), name)
+    return folder, Path(run.log_dir) / folder.name
+
+
+def describe_run(
+    settings: Settings, plan: BatchPlan, config: TrainingConfig, training: ImageDataset, images: int
+) -> Iterator[str]:
+    """What a person should know before the first step."""
+    yield f"{len(training)} training and {images} validation images, {len(training.left_out)} left out"
+    yield f"{config.max_steps} steps of up to {plan.group_size} crops, {plan.steps_per_epoch} steps per epoch"
+    if cast(int, config.max_steps) < FEWEST_STEPS:
+        yield (
+            f"warning: {config.max_steps} steps teach a network little. For so few images take a recipe, "
+            "such as @recipes/x4.args, or --accumulation_steps 1 and --max_steps 4000 or more"
+        )
+    yield f"watch it: tensorboard --logdir {shlex.quote(settings.run.log_dir)}"
+
+
+def describe_resume(checkpoint: Checkpoint, config: TrainingConfig) -> Iterator[str]:
+    """Where a resumed run stands."""
+    step, former = checkpoint.content["step"], checkpoint.content["training"]["max_steps"]
+    yield f"resuming {checkpoint.path} at step {step} of {config.max_steps}"
+    if step >= cast(int, config.max_steps):
+        yield "this run is finished: raise --max_steps to go on with it"
+    elif config.max_steps != former:
+        before = TrainingConfig.from_dict(checkpoint.content["training"])
+        yield (
+            f"the run is {config.max_steps} steps long instead of {former}, so the learning rate goes on at "
+            f"{learning_rate_at(step, config):.2g}, after {learning_rate_at(max(0, step - 1), before):.2g}"
+        )
+
+
+def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processes) -> int:
+    """Set everything up, train, and say what came of it; returns the exit status."""
+    device, options = processes.device, settings.run
+    say = functools.partial(print, flush=True) if processes.is_main else _say_nothing
+    precision = autocast_dtype(device, options.precision)
+    held_out = None if checkpoint is None else checkpoint.content.get("held_out")
+    training, validation = make_datasets(settings, held_out)
+    plan = BatchPlan.of(settings.training, len(training), processes.world_size)
+    config = settings.training.resolved(plan.steps_per_epoch)
+    diffusion = DiffusionModel.of(settings.process, device, settings.objective)
+    model = make_model(settings, device)
+    say(describe_model(model, settings, device))
+    if options.compile:
+        compile_network(model, device)
+    say(f"device {device}, {'bf16 autocast' if precision else 'fp32'}, {processes.world_size} process(es)")
+    say(f"{parameter_count(model) / 1e6:.2f} M parameters")
+    for line in describe_run(settings, plan, config, training, len(validation)):
+        say(line)
+    for line in () if checkpoint is None else describe_resume(checkpoint, config):
+        say(line)
+    root = Path(settings.data.image_folder)
+    names = [path.relative_to(root).as_posix() for path in validation.paths if path.is_relative_to(root)]
+    checkpoint_dir, log_dir = run_folders(settings, checkpoint) if processes.is_main else (Path(), Path())
+    with locked(checkpoint_dir) if processes.is_main else contextlib.nullcontext():
+        run, received = diffusion.train(
+            model,
+            training,
+            config,
+            checkpoint_dir=checkpoint_dir,
+            log_dir=log_dir,
+            validate=Validator(diffusion, validation, precision, processes),
+            resume=checkpoint,
+            processes=processes,
+            precision=precision,
+            settings={"data": settings.data.to_dict(), "run": options.to_dict()},
+            held_out=names,
+            profile=options.profile,
+        )
+    return report_end(run, received, say)
+
+
+def report_end(run: RunFiles, received: int | None, say: Callable[[str], None]) -> int:
+    """Name the files and what to do next; returns the exit status."""
     if run.best.exists():
         say(f"best:   {run.best}")
     say(f"newest: {run.last}")
@@ -326,23 +382,37 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
     return 0
 
 
-def _keep_quiet(message: str) -> None:
-    """What the processes that do not write say."""
+def _say_nothing(message: str) -> None:
+    """What the processes that are not the main one print."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        _, args = parse(argv)
-        with started_processes(args.device) as processes:
-            return train(args, processes)
+        settings, checkpoint = parse(argv)
+        with started_processes(settings.run.device) as processes:
+            return train(settings, checkpoint, processes)
     except (ValueError, OSError) as error:
-        print(f"train_diffusion.py: error: {error}", file=sys.stderr)
+        kinds = tuple(SECTIONS.values())
+        message = with_flag(error, kinds) if isinstance(error, OptionError) else str(error)
+        print(f"train_diffusion.py: error: {message}", file=sys.stderr)
         return 2
     except (NonFiniteError, WorkerError) as error:
-        print(f"train_diffusion.py: {error}", file=sys.stderr)
+        print(f"train_diffusion.py: error: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "train_diffusion.py: error: out of memory: lower --batch_size and raise --accumulation_steps as "
+            "much; the checkpoints are as they were",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("train_diffusion.py: stopped; the checkpoints are as they were", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

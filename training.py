@@ -1,42 +1,38 @@
 """The training loop, for any `loss(model, batch, generator) -> (B,)`.
 
-It owns what has nothing to do with diffusion: the order of the data, gradient accumulation, clipping, the
-learning-rate schedule, the moving average of the weights, precision, logging, checkpoints and signals.
-
-The data of a step and its random numbers are pure functions of (seed, step): nothing about a generator has
-to be stored, and a resumed run is the run that was never interrupted (as in EDM2, Karras et al. 2024).
+`train_step` is one optimiser step; `train` repeats it, validates, logs and saves. The data of a step and its
+random numbers are pure functions of (seed, step): nothing about a generator has to be stored, and a resumed
+run is the run that was never interrupted (as in EDM2, Karras et al. 2024).
 """
 
 import contextlib
 import copy
+import dataclasses
 import functools
-import hashlib
 import logging
 import math
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from engine.checkpoint import CheckpointError, Plain, load_checkpoint, load_weights, save_checkpoint
+from engine.checkpoint import Checkpoint, CheckpointError, load_weights
+from engine.options import Options, option
 from engine.processes import Processes
+from engine.run import RunFiles, RunLogger, profiled
+from engine.signals import StopSignals, leave_stopping_to_the_parent
+from samplers import noise_seed
 
 logger = logging.getLogger(__name__)
 
-OptimizerName = Literal["adamw", "adamw8bit"]
 LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -62,72 +58,51 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How to train; a checkpoint carries it.
+class TrainingConfig(Options):
+    """How to train; a checkpoint carries it. None is filled in by `resolved`, from the length of the run."""
 
-    Attributes:
-        max_steps: optimiser steps in all.
-        batch_size: samples per forward pass of one process.
-        accumulation_steps: forward passes of one process per optimiser step.
-        learning_rate: the peak; it is reached by a linear warm-up and left by half a cosine.
-        warmup_steps: optimiser steps of the warm-up.
-        final_learning_rate: the end of the cosine, as a fraction of the peak.
-        weight_decay, beta2: of AdamW (Loshchilov & Hutter 2019).
-        max_grad_norm: gradients are clipped to this global norm.
-        ema_decay: of the averaged weights, ramped up as (1 + step) / (10 + step).
-        optimizer: "adamw" or "adamw8bit" (bitsandbytes).
-        seed: of data order, crops, noise and timesteps.
-        validate_every, save_every, log_every: in optimiser steps; the end always validates and saves.
-        keep_checkpoints: how many of the newest checkpoints stay, besides the best.
-        num_workers: processes that read images; 0 reads them in this one.
-    """
+    epochs: int = option(40, "passes over the images, one crop of each", low=1, fixed=False)
+    max_steps: int | None = option(None, "optimiser steps, instead of epochs", low=1, fixed=False)
+    batch_size: int = option(32, "samples per forward pass of one process", low=1)
+    accumulation_steps: int = option(1, "forward passes of one process per optimiser step", low=1)
+    learning_rate: float = option(2e-5, "the peak of a linear warm-up and half a cosine", above=0)
+    warmup_steps: int | None = option(
+        None, "optimiser steps of the warm-up; by default 5% of the run, at most 500", low=0, fixed=False
+    )
+    final_learning_rate: float = option(
+        0.01, "the end of the cosine as a share of the peak; 1: constant", low=0, high=1
+    )
+    weight_decay: float = option(0.01, "of AdamW (Loshchilov & Hutter 2019)", low=0)
+    beta2: float = option(0.99, "of AdamW", low=0, high=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this global norm", above=0)
+    ema_decay: float = option(
+        0.999, "of the averaged weights, ramped up as (1 + step) / (10 + step)", low=0, high=1
+    )
+    optimizer: Literal["auto", "adamw8bit", "adamw"] = option("auto", "auto is 8-bit AdamW on CUDA")
+    seed: int = option(0, "of data order, crops, noise and timesteps", low=0, high=2**63 - 1)
+    validate_every: int | None = option(
+        None, "optimiser steps; by default 20 times in the run", low=1, fixed=False
+    )
+    save_every: int | None = option(
+        None, "optimiser steps; by default with every validation", low=1, fixed=False
+    )
+    log_every: int = option(10, "optimiser steps", low=1, fixed=False)
+    keep_checkpoints: int = option(
+        2, "how many of the newest checkpoints stay, besides the best", low=1, fixed=False
+    )
+    num_workers: int = option(0, "processes that read images; 0 reads them in this one", low=0, fixed=False)
 
-    max_steps: int
-    batch_size: int = 32
-    accumulation_steps: int = 1
-    learning_rate: float = 2e-5
-    warmup_steps: int = 100
-    final_learning_rate: float = 0.01
-    weight_decay: float = 0.01
-    beta2: float = 0.99
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    optimizer: OptimizerName = "adamw"
-    seed: int = 0
-    validate_every: int = 500
-    save_every: int = 500
-    log_every: int = 10
-    keep_checkpoints: int = 2
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        counts = (
-            "max_steps",
-            "batch_size",
-            "accumulation_steps",
-            "validate_every",
-            "save_every",
-            "log_every",
-            "keep_checkpoints",
+    def resolved(self, steps_per_epoch: int) -> "TrainingConfig":
+        """The same with every None filled in."""
+        max_steps = self.max_steps or self.epochs * steps_per_epoch
+        validate_every = self.validate_every or max(1, max_steps // 20)
+        return dataclasses.replace(
+            self,
+            max_steps=max_steps,
+            warmup_steps=min(500, max_steps // 20) if self.warmup_steps is None else self.warmup_steps,
+            validate_every=validate_every,
+            save_every=self.save_every or validate_every,
         )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
-        for name in ("warmup_steps", "num_workers", "weight_decay", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        for name in ("final_learning_rate", "ema_decay", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
-        if self.optimizer not in ("adamw", "adamw8bit"):
-            raise ValueError(f"optimizer must be adamw or adamw8bit, not {self.optimizer!r}")
-
-    def to_dict(self) -> dict[str, Plain]:
-        """Plain values, as a checkpoint holds them."""
-        return asdict(self)
 
 
 class NonFiniteError(RuntimeError):
@@ -135,7 +110,7 @@ class NonFiniteError(RuntimeError):
 
 
 class WorkerError(RuntimeError):
-    """A process that reads images died; the message names the files it was to read."""
+    """The data gave out: a process that reads it died, or nothing can be read any more; names the files."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,24 +125,24 @@ class BatchPlan:
     Attributes:
         length: number of samples in the dataset.
         batch_size, accumulation_steps, seed: as in TrainingConfig.
-        world: processes that share a step.
+        world_size: processes that share a step.
     """
 
     length: int
     batch_size: int
     accumulation_steps: int
     seed: int
-    world: int = 1
+    world_size: int = 1
 
     @classmethod
-    def of(cls, config: TrainingConfig, length: int, world: int = 1) -> "BatchPlan":
+    def of(cls, config: TrainingConfig, length: int, world_size: int = 1) -> "BatchPlan":
         """The plan of a configuration."""
-        return cls(length, config.batch_size, config.accumulation_steps, config.seed, world)
+        return cls(length, config.batch_size, config.accumulation_steps, config.seed, world_size)
 
     @property
     def group_size(self) -> int:
         """Samples per optimiser step, except for the last step of an epoch."""
-        return self.batch_size * self.accumulation_steps * self.world
+        return self.batch_size * self.accumulation_steps * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -184,20 +159,23 @@ class BatchPlan:
             for start in range(0, len(group), self.batch_size)
         ]
 
-    def share(self, step: int, rank: int) -> list["MicroBatch"]:
-        """The forward passes of one process in a step: every world-th, as many for each process.
+    def of_rank(self, step: int, rank: int) -> list["MicroBatch"]:
+        """The forward passes of one process in a step: every world_size-th, as many for each process.
 
         A process for which none is left repeats the first one with no weight, so that all of them meet at
         every exchange of gradients.
         """
         parts = self.micro_batches(step)
         samples = sum(len(part) for part in parts)
-        rounds = math.ceil(len(parts) / self.world)
-        numbers = [rank + self.world * number for number in range(rounds)]
+        rounds = math.ceil(len(parts) / self.world_size)
+        numbers = [rank + self.world_size * number for number in range(rounds)]
         return [
-            MicroBatch(number, parts[number], 1 / samples)
-            if number < len(parts)
-            else MicroBatch(number, parts[0], 0.0)
+            MicroBatch(
+                number,
+                pairs=parts[number] if number < len(parts) else parts[0],
+                weight=1 / samples if number < len(parts) else 0.0,
+                is_last=number == numbers[-1],
+            )
             for number in numbers
         ]
 
@@ -208,6 +186,7 @@ class MicroBatch(NamedTuple):
     number: int
     pairs: list[tuple[int, int]]
     weight: float
+    is_last: bool
 
 
 @functools.lru_cache(maxsize=2)
@@ -227,14 +206,8 @@ class PlannedBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in self.steps:
-            for micro_batch in self.plan.share(step, self.rank):
+            for micro_batch in self.plan.of_rank(step, self.rank):
                 yield micro_batch.pairs
-
-
-def noise_seed(seed: int, step: int, micro_batch: int) -> int:
-    """A 63-bit seed for the random numbers of one forward pass, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,43 +232,97 @@ class TrainState:
     model: nn.Module
     ema: nn.Module
     optimizer: torch.optim.Optimizer
-    optimizer_name: OptimizerName
+    optimizer_name: str
     step: int = 0
     best_psnr: float = -math.inf
     skipped: int = 0
+
+    def content(self) -> dict[str, object]:
+        """The entries of a checkpoint that belong to the loop."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": {"name": self.optimizer_name, "state": self.optimizer.state_dict()},
+            "step": self.step,
+            "best_psnr": self.best_psnr,
+            "skipped": self.skipped,
+        }
 
 
 def new_state(model: nn.Module, config: TrainingConfig) -> TrainState:
     """A state at step 0. The model must already be on its device."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    return TrainState(model, ema, make_optimizer(model, config), config.optimizer)
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, fused, or bitsandbytes' AdamW8bit (Dettmers et al. 2022), on the model's parameters."""
     parameters = list(model.parameters())
-    betas = (0.9, config.beta2)
-    if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this branch alone
+    name = optimizer_for(config, parameters[0].device)
+    return TrainState(model, ema, _optimizer(name, parameters, config), name)
 
-        eight_bit: torch.optim.Optimizer = AdamW8bit(
-            parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay
+
+def optimizer_for(config: TrainingConfig, device: torch.device) -> str:
+    """The name of the optimiser, with "auto" decided."""
+    if config.optimizer != "auto":
+        return config.optimizer
+    if device.type != "cuda":
+        return "adamw"
+    try:
+        _eight_bit_adamw()
+    except ValueError as error:
+        logger.warning("training with AdamW in full precision: %s", error)
+        return "adamw"
+    return "adamw8bit"
+
+
+def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
+    """AdamW8bit of bitsandbytes; ValueError where that cannot be imported."""
+    try:
+        from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this optimiser alone
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"optimizer is 'adamw8bit', but bitsandbytes fails ({reason}): use adamw") from error
+    return cast(Callable[..., torch.optim.Optimizer], AdamW8bit)
+
+
+def _optimizer(name: str, parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, fused, or bitsandbytes' AdamW8bit (Dettmers et al. 2022)."""
+    betas, decay = (0.9, config.beta2), config.weight_decay
+    if name == "adamw8bit":
+        return _eight_bit_adamw()(parameters, lr=config.learning_rate, betas=betas, weight_decay=decay)
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, config.learning_rate, betas, weight_decay=decay, fused=fused)
+
+
+def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Continue where a checkpoint stopped: weights, average, optimiser, step.
+
+    Raises:
+        CheckpointError: it does not fit the model, or was written by another optimiser.
+    """
+    path, content = checkpoint
+    try:
+        name, values = content["optimizer"]["name"], content["optimizer"]["state"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no optimiser state: it cannot be resumed, only used") from error
+    if name != state.optimizer_name:
+        raise CheckpointError(
+            f"{path} was trained with the optimizer {name}, whose state does not fit {state.optimizer_name}: "
+            f"resume with {name}"
         )
-        return eight_bit
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=betas,
-        weight_decay=config.weight_decay,
-        fused=parameters[0].device.type in ("cpu", "cuda"),
-    )
+    load_weights(state.model, content["model"], path)
+    load_weights(state.ema, content["ema"], path)
+    try:
+        state.optimizer.load_state_dict(values)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the optimiser state of {path} does not fit: {error}") from error
+    state.step, state.skipped = int(content["step"]), int(content["skipped"])
+    state.best_psnr = float(content["best_psnr"])
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
     """Linear warm-up to the peak, then half a cosine to its final fraction (Loshchilov & Hutter 2017)."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    assert config.max_steps is not None
+    warmup_steps = config.warmup_steps or 0
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, config.max_steps - warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
@@ -305,52 +332,87 @@ def ema_decay_at(step: int, config: TrainingConfig) -> float:
     return min(config.ema_decay, (1 + step) / (10 + step))
 
 
+@torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, in place; buffers are copied."""
-    with torch.no_grad():
-        averaged: list[Tensor] = list(ema.parameters())
-        current: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-        for own, theirs in zip(ema.buffers(), model.buffers(), strict=True):
-            own.copy_(theirs)
+    averaged: list[Tensor] = list(ema.parameters())
+    current: list[Tensor] = list(model.parameters())
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+    for own, theirs in zip(ema.buffers(), model.buffers(), strict=True):
+        own.copy_(theirs)
 
 
-def state_content(state: TrainState) -> dict[str, object]:
-    """The entries of a checkpoint that belong to the loop."""
-    return {
-        "model": state.model.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": {"name": state.optimizer_name, "state": state.optimizer.state_dict()},
-        "step": state.step,
-        "best_psnr": state.best_psnr,
-        "skipped": state.skipped,
-    }
+# --------------------------------------------------------------------------------------------------
+# One step
+# --------------------------------------------------------------------------------------------------
 
 
-def restore_state(state: TrainState, path: str | Path) -> None:
-    """Continue where a checkpoint stopped: weights, average, optimiser, step.
+class StepReport(NamedTuple):
+    """One optimiser step.
 
-    Raises:
-        CheckpointError: it is damaged, does not fit the model, or was written by another optimiser.
+    Attributes:
+        loss: the mean over its samples.
+        grad_norm: of the gradient, before clipping.
+        finite: whether both are finite; the weights changed only then.
+        stop: whether any process asked to stop.
     """
-    content = load_checkpoint(path, next(state.model.parameters()).device)
-    optimizer = content.get("optimizer")
-    if not isinstance(optimizer, dict):
-        raise CheckpointError(f"{path} holds no optimiser state: it cannot be resumed, only used")
-    if optimizer["name"] != state.optimizer_name:
-        raise CheckpointError(
-            f"{path} was trained with --optimizer {optimizer['name']}, whose state does not fit "
-            f"{state.optimizer_name}: resume with --optimizer {optimizer['name']}"
-        )
-    load_weights(state.model, content["model"], path)  # type: ignore[arg-type]  # verified key by key
-    load_weights(state.ema, content["ema"], path)  # type: ignore[arg-type]
-    try:
-        state.optimizer.load_state_dict(optimizer["state"])
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"the optimiser state of {path} does not fit: {error}") from error
-    state.step = int(content["step"])  # type: ignore[call-overload]
-    state.best_psnr = float(content["best_psnr"])  # type: ignore[arg-type]
-    state.skipped = int(content["skipped"])  # type: ignore[call-overload]
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    stop: bool
+
+
+def train_step(
+    state: TrainState,
+    loss: LossFunction,
+    micro_batches: Iterator[tuple[MicroBatch, Tensor]],
+    config: TrainingConfig,
+    processes: Processes,
+    *,
+    precision: torch.dtype | None = None,
+    wrapped: DistributedDataParallel | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> StepReport:
+    """One optimiser step; a step whose loss or gradient is not finite changes nothing.
+
+    Every sample weighs the same, however the step splits into micro-batches and processes. Gradients are
+    exchanged once, with the last micro-batch, and the device is waited for once, to read the loss.
+
+    Args:
+        state: changed in place.
+        loss: (model, batch on the device, generator on the device) -> (B,).
+        micro_batches: this process's part of the step, each with its samples.
+        config: how to train; every None resolved.
+        processes: this process among those of the run.
+        precision: dtype to autocast to, None for float32.
+        wrapped: the model as several processes train it.
+        stopping: whether this process asks to stop, called at the end of the step.
+    """
+    device, model, generator = processes.device, state.model.train(), torch.Generator(processes.device)
+    total = torch.zeros((), device=device)
+    for micro_batch, samples in micro_batches:
+        generator.manual_seed(noise_seed(config.seed, state.step, micro_batch.number))
+        waits = wrapped is not None and not micro_batch.is_last
+        with wrapped.no_sync() if wrapped is not None and waits else contextlib.nullcontext():
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                losses = loss(wrapped or model, samples.to(device, non_blocking=True), generator)  # (B,)
+            part = losses.float().sum() * micro_batch.weight
+            (part * processes.world_size).backward()  # gradients are averaged; the sum is wanted
+        total += part.detach()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    shared = torch.stack([total, grad_norm / processes.world_size, torch.full_like(total, stopping())])
+    mean_loss, norm, stops = processes.sum(shared).tolist()
+    finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    if finite:
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate_at(state.step, config)
+        state.optimizer.step()
+        update_ema(state.ema, model, ema_decay_at(state.step, config))
+    state.optimizer.zero_grad(set_to_none=True)
+    state.skipped += not finite
+    state.step += 1
+    return StepReport(mean_loss, norm, finite, stops > 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,98 +436,7 @@ class Validation(NamedTuple):
     curves: dict[str, tuple[list[float], list[float]]] = {}  # noqa: RUF012  # never changed
 
 
-class StepReport(NamedTuple):
-    """One optimiser step.
-
-    Attributes:
-        loss: the mean over its samples.
-        grad_norm: of the gradient, before clipping.
-        signal: the number of the signal that came, or None.
-    """
-
-    loss: float
-    grad_norm: float
-    signal: int | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run writes, and what it writes besides the loop's own state.
-
-    Attributes:
-        checkpoint_dir, log_dir: of this run alone.
-        name: checkpoints are `{name}_best.pth` and `{name}_last.pth`.
-        metadata: further checkpoint entries, for instance how to rebuild the network.
-        settings: hyper-parameters, for TensorBoard's text page and its table of runs.
-    """
-
-    checkpoint_dir: Path
-    log_dir: Path
-    name: str
-    metadata: dict[str, object]
-    settings: dict[str, Plain] = field(default_factory=dict)
-
-    @property
-    def best(self) -> Path:
-        """Path of the checkpoint with the highest validation PSNR."""
-        return self.checkpoint_dir / f"{self.name}_best.pth"
-
-    @property
-    def last(self) -> Path:
-        """Path of the newest checkpoint."""
-        return self.checkpoint_dir / f"{self.name}_last.pth"
-
-    def numbered(self) -> list[Path]:
-        """The checkpoints that are kept by step, the oldest first; `last` is the newest of them."""
-        return sorted(self.checkpoint_dir.glob(f"{self.name}_step*.pth"))
-
-    def save_last(self, state: TrainState, keep: int) -> None:
-        """Write a numbered checkpoint, make `last` stand for it, and remove all but the newest `keep`."""
-        path = self.checkpoint_dir / f"{self.name}_step{state.step:09d}.pth"
-        self.save(path, state)
-        _point_to(self.last, path)
-        for old in self.numbered()[:-keep]:
-            old.unlink()
-
-    def save(self, path: Path, state: TrainState) -> None:
-        """Write a checkpoint of the state, atomically."""
-        save_checkpoint(path, {**self.metadata, **state_content(state)})
-
-
-def _point_to(link: Path, target: Path) -> None:
-    """Make link a second name of target in one step: a hard link, or a copy where there are none."""
-    with tempfile.TemporaryDirectory(dir=link.parent, prefix=".link-") as folder:
-        name = Path(folder) / link.name
-        try:
-            name.hardlink_to(target)
-        except OSError:
-            shutil.copyfile(target, name)
-        name.replace(link)
-
-
-class SignalCatcher:
-    """Turns SIGINT or SIGTERM into a request to stop after the step; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-
-    def __enter__(self) -> "SignalCatcher":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        logger.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+Validate = Callable[[nn.Module], Validation]
 
 
 def train(
@@ -473,11 +444,11 @@ def train(
     loss: LossFunction,
     dataset: Samples,
     config: TrainingConfig,
-    run: Run,
+    run: RunFiles,
     *,
     processes: Processes | None = None,
     precision: torch.dtype | None = None,
-    validate: Callable[[nn.Module], Validation] | None = None,
+    validate: Validate | None = None,
     progress: bool = True,
     profile: bool = False,
 ) -> int | None:
@@ -505,49 +476,41 @@ def train(
         CheckpointError: a checkpoint could not be written.
     """
     processes = processes or Processes(next(state.model.parameters()).device)
-    plan = BatchPlan.of(config, len(dataset), processes.world)
+    plan = BatchPlan.of(config, len(dataset), processes.world_size)
+    config = config.resolved(plan.steps_per_epoch)
+    run = dataclasses.replace(run, sections={**run.sections, "training": config.to_dict()})
     batches = _Batches(dataset, plan, config, state.step, processes)
-    signals = SignalCatcher()
-    stepper = _Stepper(state, loss, config, processes, precision, signals)
-    keeper = _Keeper(state, dataset, run, config, processes, batches)
-    hidden = not (progress and processes.writes)
+    wrapped = (
+        DistributedDataParallel(state.model, broadcast_buffers=False) if processes.world_size > 1 else None
+    )
+    hidden = not (progress and processes.is_main)
     with (
-        signals,
-        keeper,
-        _profiled(profile and processes.writes, run.log_dir, processes.device) as count_for_profile,
+        StopSignals() as signals,
+        RunLogger(run.log_dir, processes.is_main, state.step, run.sections) as log,
+        profiled(profile and processes.is_main, run.log_dir, processes.device) as after_step,
         tqdm(None, "train", config.max_steps, initial=state.step, unit="step", disable=hidden) as bar,
     ):
-        received = None
-        while state.step < config.max_steps and received is None:
-            report = stepper.step(plan.share(state.step, processes.rank), batches)
-            received = report.signal
-            count_for_profile()
+        recorder = _Recorder(state, run, config, plan, processes, log, batches, validate)
+        while state.step < cast(int, config.max_steps):
+            parts = plan.of_rank(state.step, processes.rank)
+            with recorder.saving_what_is_sound():
+                report = train_step(
+                    state,
+                    loss,
+                    batches.of(parts),
+                    config,
+                    processes,
+                    precision=precision,
+                    wrapped=wrapped,
+                    stopping=lambda: signals.received is not None,
+                )
+            recorder.after_step(report, parts)
+            after_step()
             bar.update()
             bar.set_postfix(loss=f"{report.loss:.4f}", best=f"{state.best_psnr:.2f} dB", refresh=False)
-            keeper.after_step(report, plan, validate)
-    return received
-
-
-@contextlib.contextmanager
-def _profiled(wanted: bool, log_dir: Path, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Records steps 6 to 10, when memory is allocated already; gives what is to be called after each step."""
-    if not wanted:
-        yield lambda: None
-        return
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(
-        activities=[kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU],
-        schedule=torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1),
-        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(log_dir)),
-        record_shapes=True,
-    ) as profile:
-        yield profile.step
-
-
-def _as_table(values: dict[str, Plain]) -> str:
-    """A Markdown table of names and values."""
-    rows = [f"| {name} | {value} |" for name, value in values.items()]
-    return "\n".join(["| setting | value |", "|---|---|", *rows])
+            if report.stop:
+                return signals.received or int(signal.SIGTERM)
+    return None
 
 
 class _Watched(Dataset[Tensor]):
@@ -571,248 +534,141 @@ class _Watched(Dataset[Tensor]):
 
 
 class _Batches:
-    """The batches of one process, in order, from a single pass of workers over the whole run."""
+    """The batches of one process, in order, from a single pass of workers over the whole run.
+
+    Attributes:
+        seconds_waited: for data, since it was last set to 0.
+    """
 
     def __init__(
         self, dataset: Samples, plan: BatchPlan, config: TrainingConfig, first_step: int, processes: Processes
     ) -> None:
         self.dataset = dataset
         self.watched = _Watched(dataset, config.num_workers)
+        last_step = cast(int, config.max_steps)
         loader = DataLoader(
             self.watched,
-            batch_sampler=PlannedBatches(plan, first_step, config.max_steps, processes.rank),
+            batch_sampler=PlannedBatches(plan, first_step, last_step, processes.rank),
             num_workers=config.num_workers,
             pin_memory=processes.device.type == "cuda",
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=leave_stopping_to_the_parent,
         )
         self.iterator = iter(loader)
         self.seconds_waited = 0.0
 
-    def next(self) -> Tensor:
-        """The samples of the next micro-batch."""
-        started = time.perf_counter()
-        try:
-            batch: Tensor = next(self.iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reading = self.watched.names() or "no image"
-            raise WorkerError(
-                f"a process that reads images died while reading {reading} ({error})"
-            ) from error
-        self.seconds_waited += time.perf_counter() - started
-        return batch
+    def of(self, parts: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """The micro-batches of a step with their samples, which must be those that come next."""
+        for part in parts:
+            started = time.perf_counter()
+            try:
+                samples: Tensor = next(self.iterator)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise WorkerError(str(error)) from error
+                reading = self.watched.names() or "no image"
+                raise WorkerError(
+                    f"a process that reads images died while reading {reading} ({error})"
+                ) from error
+            self.seconds_waited += time.perf_counter() - started
+            yield part, samples
 
-    def names(self, micro_batch: MicroBatch) -> str:
-        """The names of a micro-batch's samples, separated by commas."""
-        return ", ".join(self.dataset.name(index) for _, index in micro_batch.pairs)
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process decides when its workers stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def names(self, parts: Sequence[MicroBatch]) -> str:
+        """The names of the samples of some micro-batches, separated by commas."""
+        return ", ".join(self.dataset.name(index) for part in parts for _, index in part.pairs)
 
 
-def _due(step: int, every: int, last: int) -> bool:
-    return step % every == 0 or step == last
+def _due(step: int, every: int | None, last: int | None) -> bool:
+    return step == last or (every is not None and step % every == 0)
 
 
-class _Stepper:
-    """Takes optimiser steps; remembers how many in a row were not finite."""
+class _Recorder:
+    """What follows a step as it falls due: curves, validation, checkpoints. Only the main process writes."""
 
     def __init__(
         self,
         state: TrainState,
-        loss: LossFunction,
+        run: RunFiles,
         config: TrainingConfig,
+        plan: BatchPlan,
         processes: Processes,
-        precision: torch.dtype | None,
-        signals: SignalCatcher,
-    ) -> None:
-        self.signals = signals
-        self.state = state
-        self.loss = loss
-        self.config = config
-        self.processes = processes
-        self.precision = precision
-        self.generator = torch.Generator(processes.device)
-        self.skipped_in_a_row = 0
-        self.wrapped = (
-            DistributedDataParallel(state.model, broadcast_buffers=False) if processes.world > 1 else None
-        )
-
-    def step(self, micro_batches: list[MicroBatch], batches: _Batches) -> StepReport:
-        """Accumulate the gradient of one group, clip it, and update the weights and their average.
-
-        Every sample of the group weighs the same, however the group splits into micro-batches and processes.
-        Gradients are exchanged once, with the last micro-batch.
-        """
-        self.state.model.train()
-        total = torch.zeros((), device=self.processes.device)
-        for micro_batch in micro_batches:
-            last = micro_batch is micro_batches[-1]
-            wait = contextlib.nullcontext() if last or self.wrapped is None else self.wrapped.no_sync()
-            with wait:
-                total += self._accumulate(batches.next(), micro_batch)
-        report = self._report(total)
-        if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
-            self._update()
-        else:
-            self._skip(", ".join(batches.names(micro_batch) for micro_batch in micro_batches))
-        self.state.optimizer.zero_grad(set_to_none=True)
-        self.state.step += 1
-        return report
-
-    def _accumulate(self, batch: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """Add the gradient of this micro-batch's share of the mean loss; returns the share."""
-        device = self.processes.device
-        seed = noise_seed(self.config.seed, self.state.step, micro_batch.number)
-        self.generator.manual_seed(seed)
-        with torch.autocast(device.type, self.precision, enabled=self.precision is not None):
-            model = self.wrapped or self.state.model
-            losses = self.loss(model, batch.to(device, non_blocking=True), self.generator)  # (B,)
-        share = losses.float().sum() * micro_batch.weight
-        (share * self.processes.world).backward()  # DistributedDataParallel averages; the sum is wanted
-        return share.detach()
-
-    def _report(self, total: Tensor) -> StepReport:
-        """Clip, and agree with the other processes on the loss and on whether a signal came."""
-        grad_norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.max_grad_norm)
-        received = self.signals.received
-        shared = torch.stack([total, torch.full_like(total, received or 0)])
-        loss, anywhere = self.processes.sum(shared).tolist()
-        return StepReport(loss, float(grad_norm), received or (signal.SIGTERM if anywhere else None))
-
-    def _update(self) -> None:
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.state.step, self.config)
-        self.state.optimizer.step()
-        update_ema(self.state.ema, self.state.model, ema_decay_at(self.state.step, self.config))
-        self.skipped_in_a_row = 0
-
-    def _skip(self, names: str) -> None:
-        self.state.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"{self.skipped_in_a_row} steps in a row up to step {self.state.step} had a loss or gradient "
-                "that is not finite: lower --learning_rate or use --precision fp32. The last checkpoint is "
-                f"from before. The last batch was {names}"
-            )
-
-
-class _Keeper:
-    """Writes what outlives the run: TensorBoard events and checkpoints. Only rank 0 writes."""
-
-    def __init__(
-        self,
-        state: TrainState,
-        dataset: Samples,
-        run: Run,
-        config: TrainingConfig,
-        processes: Processes,
+        log: RunLogger,
         batches: _Batches,
+        validate: Validate | None,
     ) -> None:
-        self.state = state
-        self.batches = batches
-        self.dataset = dataset
-        self.run = run
-        self.config = config
-        self.processes = processes
-        self.writer: SummaryWriter | None = None
-        if processes.writes:
-            purge = state.step + 1 if state.step else None  # what a killed run logged beyond its checkpoint
-            self.writer = SummaryWriter(str(run.log_dir), purge_step=purge)
-            self.writer.add_text("configuration", _as_table(run.settings))
+        self.state, self.run, self.config, self.plan = state, run, config, plan
+        self.processes, self.log, self.batches, self.validate = processes, log, batches, validate
         self._losses: list[float] = []
         self._samples = 0
         self._since = time.perf_counter()
+        self._skipped_in_a_row = 0
 
-    def __enter__(self) -> "_Keeper":
-        return self
+    def after_step(self, report: StepReport, parts: Sequence[MicroBatch]) -> None:
+        """Log, validate and save what is due.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-    def after_step(
-        self, report: StepReport, plan: BatchPlan, validate: Callable[[nn.Module], Validation] | None
-    ) -> None:
-        """Log, validate and save what is due after a step."""
-        step, config = self.state.step, self.config
-        self._log(report, plan)
-        if validate is not None and _due(step, config.validate_every, config.max_steps):
-            self._validate(validate)
-        if report.signal is not None or _due(step, config.save_every, config.max_steps):
-            self._save_last()
-        if step == config.max_steps:
-            self._finish(report)
-
-    def _log(self, report: StepReport, plan: BatchPlan) -> None:
-        """Collect a step; write the means every log_every steps."""
+        Raises:
+            NonFiniteError: too many steps in a row were skipped.
+        """
+        state, config = self.state, self.config
+        self._raise_if_diverged(report, parts)
         self._losses.append(report.loss)
-        self._samples += sum(len(part) for part in plan.micro_batches(self.state.step - 1))
-        if not _due(self.state.step, self.config.log_every, self.config.max_steps):
-            return
-        now = time.perf_counter()
-        scalars = {
-            "train/loss": float(np.mean(self._losses)),
-            "train/learning_rate": learning_rate_at(self.state.step - 1, self.config),
-            "train/gradient_norm": report.grad_norm,
-            "train/images_per_second": self._samples / (now - self._since),
-            "train/share_waiting_for_data": self.batches.seconds_waited / (now - self._since),
-            "train/skipped_steps": float(self.state.skipped),
-            "train/unreadable_files": float(self.dataset.failures()),
-        }
-        self._write_scalars(scalars)
-        self._losses.clear()
-        self._samples, self._since = 0, now
-        self.batches.seconds_waited = 0.0
+        self._samples += sum(len(part) for part in self.plan.micro_batches(state.step - 1))
+        if _due(state.step, config.log_every, config.max_steps):
+            self._log_curves(report)
+        if self.validate is not None and _due(state.step, config.validate_every, config.max_steps):
+            self._validate(self.validate)
+        if report.stop or _due(state.step, config.save_every, config.max_steps):
+            self._save()
+        if state.step == config.max_steps:
+            self.log.finish(state.step, {"final/best_psnr": state.best_psnr, "final/loss": report.loss})
 
-    def _validate(self, validate: Callable[[nn.Module], Validation]) -> None:
+    @contextlib.contextmanager
+    def saving_what_is_sound(self) -> Iterator[None]:
+        """Save before the end where the data gave out: the state is that of the last whole step."""
+        try:
+            yield
+        except WorkerError:
+            self._save()
+            raise
+
+    def _raise_if_diverged(self, report: StepReport, parts: Sequence[MicroBatch]) -> None:
+        self._skipped_in_a_row = 0 if report.finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{self._skipped_in_a_row} steps in a row up to step {self.state.step} had a loss or "
+                "gradient that is not finite: lower the learning rate or train in fp32. The last checkpoint "
+                f"is from before. The last batch was {self.batches.names(parts)}"
+            )
+
+    def _log_curves(self, report: StepReport) -> None:
+        """The means since the last time."""
+        now = time.perf_counter()
+        values = {
+            "loss": float(np.mean(self._losses)),
+            "learning_rate": learning_rate_at(self.state.step - 1, self.config),
+            "gradient_norm": report.grad_norm,
+            "images_per_second": self._samples / (now - self._since),
+            "share_waiting_for_data": self.batches.seconds_waited / (now - self._since),
+            "skipped_steps": float(self.state.skipped),
+            "unreadable_files": float(self.batches.dataset.failures()),
+        }
+        self.log.scalars(self.state.step, {f"train/{name}": value for name, value in values.items()})
+        self._losses.clear()
+        self._samples, self._since, self.batches.seconds_waited = 0, now, 0.0
+
+    def _validate(self, validate: Validate) -> None:
         """Measure the averaged network; keep it if it is the best so far."""
-        started = time.perf_counter()
-        result = validate(self.state.ema)
-        self._write_scalars({f"validation/{name}": value for name, value in result.scalars.items()})
-        if self.writer is not None:
-            for name, image in result.images.items():
-                self.writer.add_image(f"validation/{name}", image, self.state.step)
-            for name, (edges, heights) in result.curves.items():
-                self._write_bars(f"validation/{name}", edges, heights)
-            self.writer.flush()
-        if result.psnr > self.state.best_psnr:
-            self.state.best_psnr = result.psnr
-            if self.processes.writes:
-                self.run.save(self.run.best, self.state)
+        started, step = time.perf_counter(), self.state.step
+        found = validate(self.state.ema)
+        self.log.scalars(step, {f"validation/{name}": value for name, value in found.scalars.items()})
+        self.log.images(step, {f"validation/{name}": image for name, image in found.images.items()})
+        self.log.bars(step, {f"validation/{name}": bars for name, bars in found.curves.items()})
+        self.log.flush()
+        if found.psnr > self.state.best_psnr:
+            self.state.best_psnr = found.psnr
+            if self.processes.is_main:
+                self.run.save_best(self.state.content())
         self._since += time.perf_counter() - started  # no training: not part of images per second
 
-    def _finish(self, report: StepReport) -> None:
-        """Enter the run, its settings and what came of it into TensorBoard's table of hyper-parameters."""
-        if self.writer is None:
-            return
-        settings = {
-            name: value if isinstance(value, int | float | str) else str(value)
-            for name, value in self.run.settings.items()
-        }
-        found = {"final/best_psnr": self.state.best_psnr, "final/loss": report.loss}
-        self.writer.add_hparams(settings, found, run_name=".", global_step=self.state.step)
-
-    def _save_last(self) -> None:
-        """Write the newest checkpoint."""
-        if self.processes.writes:
-            self.run.save_last(self.state, self.config.keep_checkpoints)
-
-    def _write_bars(self, name: str, edges: list[float], heights: list[float]) -> None:
-        """A histogram whose bars have these right edges and heights."""
-        assert self.writer is not None
-        total = sum(heights)
-        self.writer.add_histogram_raw(
-            name, 0.0, edges[-1], total, total, total, edges, heights, global_step=self.state.step
-        )
-
-    def _write_scalars(self, scalars: dict[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, self.state.step)
+    def _save(self) -> None:
+        if self.processes.is_main:
+            self.run.save_last(self.state.content(), self.state.step, self.config.keep_checkpoints)

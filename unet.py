@@ -9,13 +9,15 @@ added after the stem, keys and values for every cross-attention), and each denoi
 
 import itertools
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.options import OptionError, Options, option
 from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation
 
 Conditioning = Literal["none", "concat", "cross_attention", "both"]
@@ -23,57 +25,40 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """Everything needed to rebuild a UNet; a checkpoint carries it.
+class UNetConfig(Options):
+    """Everything needed to rebuild a UNet; a checkpoint carries it."""
 
-    Attributes:
-        in_channels, out_channels: image channels of the noisy input and of the prediction.
-        base_dim: width of the first level.
-        dim_mults: width of level i is base_dim * dim_mults[i]; each level halves the resolution.
-        context_dim: width of the cross-attention tokens.
-        patch_size: 1, 2 or 4; the stem folds patches of this side into channels (pixel-unshuffle).
-        blocks_per_level: residual blocks in each level of the encoder, and of the decoder.
-        context_blocks: residual blocks that refine the concatenated image once per image, not once per step.
-        conditioning: "concat" adds the upscaled image at the stem, "cross_attention" attends to tokens of the
-            low-resolution image, "both", or "none".
-        norm: "group" or "pixel", see util.PixelNorm.
-        attention_window: side, in tokens, of the windows self-attention works in; 0 attends over everything.
-        head_dim: width of one attention head.
-    """
-
-    in_channels: int = 3
-    out_channels: int = 3
-    base_dim: int = 32
-    dim_mults: tuple[int, ...] = (1, 2, 4)
-    context_dim: int = 512
-    patch_size: int = 2
-    blocks_per_level: int = 2
-    context_blocks: int = 0
-    conditioning: Conditioning = "both"
-    norm: Norm = "pixel"
-    attention_window: int = 8
-    head_dim: int = 32
+    in_channels: int = option(3, "image channels of the noisy input", low=1)
+    out_channels: int = option(3, "image channels of the prediction", low=1)
+    base_dim: int = option(32, "width of the first level, a multiple of 4", flag="unet_base_dim", low=4)
+    dim_mults: tuple[int, ...] = option(
+        (1, 2, 4), "width of each level over the first; each halves the size", flag="unet_dim_mults", low=1
+    )
+    context_dim: int = option(512, "width of the cross-attention tokens", low=1)
+    patch_size: Literal[1, 2, 4] = option(2, "the stem folds patches of this side into channels")
+    blocks_per_level: int = option(2, "residual blocks in each level of encoder and decoder", low=1)
+    context_blocks: int = option(0, "residual blocks that refine the upscaled image, once per image", low=0)
+    predictor_blocks: int = option(
+        0, "residual blocks of the predictor of the mean, once per image; 0: no predictor", low=0
+    )
+    predictor_dim: int | None = option(None, "width of the predictor; by default base_dim", low=4)
+    conditioning: Conditioning = option(
+        "both", "concat: the upscaled image at the stem; cross_attention: tokens of the low resolution"
+    )
+    norm: Norm = option("pixel", "pixel: over the channels of each pixel, which makes tiles exact; or group")
+    attention_window: int = option(8, "side in tokens of the windows of self-attention; 0: everything", low=0)
+    attention_levels: tuple[int, ...] = option(
+        (-1,), "levels with transformer blocks; -1 is the deepest, none is allowed", may_be_empty=True
+    )
+    head_dim: int = option(32, "width of one attention head", low=1)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dim_mults", tuple(self.dim_mults))
-        positive = ("in_channels", "out_channels", "base_dim", "context_dim", "blocks_per_level", "head_dim")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.dim_mults or min(self.dim_mults) < 1:
-            raise ValueError(f"dim_mults must be one or more positive numbers, not {self.dim_mults}")
+        super().__post_init__()
         if self.base_dim % 4:
-            raise ValueError(f"base_dim must be a multiple of 4, not {self.base_dim}")
-        if self.patch_size not in (1, 2, 4):
-            raise ValueError(f"patch_size must be 1, 2 or 4, not {self.patch_size}")
-        if self.conditioning not in ("none", "concat", "cross_attention", "both"):
-            raise ValueError(
-                f"conditioning must be none, concat, cross_attention or both, not {self.conditioning!r}"
-            )
-        if self.norm not in ("group", "pixel"):
-            raise ValueError(f"norm must be 'group' or 'pixel', not {self.norm!r}")
-        if min(self.attention_window, self.context_blocks) < 0:
-            raise ValueError("attention_window and context_blocks must not be negative")
+            raise OptionError("base_dim", self.base_dim, "give a multiple of 4")
+        depth = len(self.dim_mults)
+        if any(not -depth <= level < depth for level in self.attention_levels):
+            raise OptionError("attention_levels", self.attention_levels, f"there are {depth} levels")
 
     @property
     def concatenates(self) -> bool:
@@ -90,17 +75,10 @@ class UNetConfig:
         """Inputs are padded to a multiple of this many pixels: the side of one deepest token."""
         return int(self.patch_size * 2 ** (len(self.dim_mults) - 1))
 
-    def to_dict(self) -> dict[str, int | str | list[int]]:
-        """Plain values, as JSON and checkpoints hold them."""
-        return {**asdict(self), "dim_mults": list(self.dim_mults)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, int | str | list[int]]) -> "UNetConfig":
-        """The inverse of to_dict. ValueError names a field this version does not know."""
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown UNet settings {sorted(unknown)}: the file is from another version")
-        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks every value
+    def attends(self, level: int) -> bool:
+        """Whether a level has transformer blocks."""
+        depth = len(self.dim_mults)
+        return level in {one % depth for one in self.attention_levels}
 
 
 class Condition(NamedTuple):
@@ -122,7 +100,7 @@ class Context(NamedTuple):
 
     Attributes:
         features: (B, D_0, H / p, W / p) of the padded size, added after the stem; or None.
-        keys_values: keys and values (B, heads, N, head width) for each transformer block, or empty.
+        keys_values: for every transformer block in the order of use, (B, heads, N, head width) each.
     """
 
     features: Tensor | None = None
@@ -281,6 +259,43 @@ class ImageContextExtractor(nn.Module):
         return self.norm(self.project(pooled.flatten(2).transpose(1, 2)) + self.position)
 
 
+class Predictor(nn.Module):
+    """Predicts the mean of the residual and the features that refining it starts from, once per image.
+
+    Predict and refine (Whang et al. 2022, section 3). All but the last layer works at the resolution of the
+    patches, so a pass costs little. With pixel normalisation nothing has an influence beyond the reach of
+    the convolutions: that far from its edges, a window of an image has exactly the mean of the whole.
+
+    Args:
+        config: its predictor_blocks, predictor_dim, channels, patch_size and norm.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.predictor_dim or config.base_dim
+        self.patch_size = config.patch_size
+        self.stem = nn.Conv2d(config.in_channels * config.patch_size**2, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, width, norm=config.norm) for _ in range(config.predictor_blocks)
+        )
+        self.to_mean = nn.Conv2d(width, config.out_channels * config.patch_size**2, 3, padding=1)
+        self.to_features = nn.Conv2d(width, config.base_dim * config.dim_mults[0], 3, padding=1)
+        nn.init.zeros_(self.to_mean.weight)
+        nn.init.zeros_(cast(Tensor, self.to_mean.bias))
+
+    @property
+    def reach(self) -> int:
+        """Pixels beyond which nothing has an influence on the mean: the radius of all 3x3 convolutions."""
+        return self.patch_size * (2 * len(self.blocks) + 2)
+
+    def forward(self, folded: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C p p, H / p, W / p) upscaled -> mean (B, C, H, W), features (B, D_0, H / p, W / p)."""
+        x = self.stem(folded)
+        for block in self.blocks:
+            x = block(x)
+        return F.pixel_shuffle(self.to_mean(x), self.patch_size), self.to_features(x)
+
+
 class ResidualStage(nn.Module):
     """The residual blocks of one level, on one side of the UNet."""
 
@@ -301,9 +316,9 @@ class ResidualStage(nn.Module):
 class UNet(nn.Module):
     """Predicts a diffusion target from a noisy residual, its timestep and the image it belongs to.
 
-    Residual blocks with the time embedding at every level, transformer blocks at the deepest level and the
-    bottleneck, skip connections from each level of the encoder to the decoder (Ronneberger et al. 2015;
-    Ho et al. 2020, appendix B), a pixel-unshuffle stem, and an output that starts at zero.
+    Residual blocks with the time embedding at every level, transformer blocks at some levels (with the
+    deepest, at the bottleneck too), skip connections from each level of the encoder to the decoder
+    (Ronneberger et al. 2015; Ho et al. 2020, appendix B), a pixel-unshuffle stem, an output that starts at 0.
 
     `scale` and `residual_std` are buffers: the enlargement and the standard deviation of the residuals in
     [-2, 2] that the network was trained for. They travel with the weights; 0 means "not trained yet".
@@ -314,53 +329,48 @@ class UNet(nn.Module):
     residual_std: Tensor
     scale: Tensor
 
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        base_dim: int = 32,
-        dim_mults: tuple[int, ...] = (1, 2, 4),
-        context_dim: int = 512,
-        *,
-        patch_size: int = 2,
-        blocks_per_level: int = 2,
-        context_blocks: int = 0,
-        conditioning: Conditioning = "both",
-        norm: Norm = "pixel",
-        attention_window: int = 8,
-        head_dim: int = 32,
-    ) -> None:
+    def __init__(self, *values: int | tuple[int, ...], **options: object) -> None:
         super().__init__()
-        config = UNetConfig(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            base_dim=base_dim,
-            dim_mults=tuple(dim_mults),
-            context_dim=context_dim,
-            patch_size=patch_size,
-            blocks_per_level=blocks_per_level,
-            context_blocks=context_blocks,
-            conditioning=conditioning,
-            norm=norm,
-            attention_window=attention_window,
-            head_dim=head_dim,
-        )
+        config = UNetConfig(*values, **options)  # type: ignore[arg-type]  # the one listing of the options
         self.config = config
         self.register_buffer("residual_std", torch.zeros(()))
         self.register_buffer("scale", torch.zeros(()))
-        dims = [base_dim * mult for mult in config.dim_mults]
+        dims = [config.base_dim * mult for mult in config.dim_mults]
         self._build_inputs(config, dims[0])
         self._build_levels(config, dims)
-        self.out_norm = normalisation(norm, dims[0])
-        self.out = nn.Conv2d(dims[0], out_channels * patch_size**2, 3, padding=1)
+        self.out_norm = normalisation(config.norm, dims[0])
+        self.out = nn.Conv2d(dims[0], config.out_channels * config.patch_size**2, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         if self.out.bias is not None:
             nn.init.zeros_(self.out.bias)
 
     @classmethod
-    def from_config(cls, config: UNetConfig) -> "UNet":
-        """The network a configuration describes, with fresh weights."""
-        return cls(**asdict(config))
+    def from_config(cls, config: UNetConfig | Mapping[str, object]) -> "UNet":
+        """The network that options describe, with fresh weights."""
+        values = config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config)
+        return cls(**values.to_dict())
+
+    @property
+    def window_multiple(self) -> int:
+        """Pixels at whose multiples windows of an image begin and end: the side of an attention window."""
+        return self.config.size_multiple * max(1, self.config.attention_window)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.config.in_channels
+
+    @property
+    def mean_reach(self) -> int:
+        """Pixels from the edge of a window where its mean is the whole image's; 0: it predicts none."""
+        return 0 if self.predictor is None else self.predictor.reach
+
+    def encode_tokens(self, low_res: Tensor) -> Tensor | None:
+        """(B, C, h, w) -> tokens (B, N, E) for cross-attention, or None where the network has none."""
+        if self.context_extractor is None:
+            return None
+        tokens: Tensor = self.context_extractor(low_res)
+        return tokens
 
     def _build_inputs(self, config: UNetConfig, width: int) -> None:
         folded = config.in_channels * config.patch_size**2
@@ -373,8 +383,10 @@ class UNet(nn.Module):
         )
         # A convolution of the concatenation [noisy, upscaled] is the sum of two convolutions; the second does
         # not change from step to step.
-        self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if config.concatenates else None
-        blocks = config.context_blocks if config.concatenates else 0
+        self.predictor = Predictor(config) if config.predictor_blocks else None
+        plain = config.concatenates and self.predictor is None
+        self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if plain else None
+        blocks = config.context_blocks if plain else 0
         self.context_blocks = nn.ModuleList(
             ResidualBlock(width, width, norm=config.norm) for _ in range(blocks)
         )
@@ -397,42 +409,57 @@ class UNet(nn.Module):
         self.upsample = nn.ModuleList(
             nn.Conv2d(deeper, 4 * wide, 1) for deeper, wide in zip(dims[:0:-1], dims[-2::-1], strict=True)
         )
+        attended = [dim for level, dim in enumerate(dims) if config.attends(level)]
+        middle = dims[-1:] if config.attends(len(dims) - 1) else []
         context_dim = config.context_dim if config.cross_attends else None
-        self.transformers = nn.ModuleList(  # deepest encoder level, bottleneck, deepest decoder level
+        self.transformers = nn.ModuleList(  # in the order of use: encoder, bottleneck, decoder
             WindowTransformer(
-                BasicTransformerBlock(dims[-1], context_dim, head_dim=config.head_dim),
+                BasicTransformerBlock(dim, context_dim, head_dim=config.head_dim),
                 config.attention_window,
-                shifted,
+                shifted=place % 2 == 1,
             )
-            for shifted in (False, True, False)
+            for place, dim in enumerate([*attended, *middle, *reversed(attended)])
         )
 
-    def encode_context(self, condition: Condition) -> Context:
-        """What the condition contributes to every step, computed once.
+    def encode_context(self, condition: Condition) -> tuple[Context, Tensor | None]:
+        """What the condition contributes to every step, computed once, and the mean (B, C, H, W) it predicts.
 
         Raises:
             ValueError: something the configuration needs is missing.
         """
-        features = None
-        if self.upscaled_stem is not None:
-            if condition.upscaled is None:
-                raise ValueError(f"conditioning={self.config.conditioning!r} needs the upscaled image")
-            features = self.upscaled_stem(self._fold(condition.upscaled))
-            for block in self.context_blocks:
-                features = block(features)
+        features, mean = self._features(condition)
+        return Context(features, self._keys_values(condition)), mean
+
+    def _features(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
+        """(B, D_0, H / p, W / p) of the upscaled image, and the mean, each where the network has them."""
+        if self.upscaled_stem is None and self.predictor is None:
+            return None, None
+        if condition.upscaled is None:
+            raise ValueError("the condition has no upscaled image, which this network is conditioned on")
+        folded = self._fold(condition.upscaled)
+        if self.predictor is not None:
+            mean, features = self.predictor(folded)
+            return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
+        features = self.upscaled_stem(folded) if self.upscaled_stem is not None else folded
+        for block in self.context_blocks:
+            features = block(features)
+        return features, None
+
+    def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
+        """Keys and values of the tokens for each transformer block, or ()."""
         if self.context_extractor is None:
-            return Context(features)
+            return ()
         tokens = condition.tokens
         if tokens is None:
             if condition.low_res is None:
                 raise ValueError(
-                    f"conditioning={self.config.conditioning!r} needs the low-resolution image or tokens"
+                    f"conditioning is {self.config.conditioning!r}: give the low-resolution image or tokens"
                 )
             tokens = self.context_extractor(condition.low_res)
         if tokens.ndim != 3 or tokens.shape[-1] != self.config.context_dim:
             raise ValueError(f"tokens must be (B, N, {self.config.context_dim}), not {tuple(tokens.shape)}")
         transformers = [module for module in self.transformers if isinstance(module, WindowTransformer)]
-        return Context(features, tuple(module.block.keys_values(tokens) for module in transformers))
+        return tuple(module.block.keys_values(tokens) for module in transformers)
 
     def forward(
         self, noisy: Tensor, t: Tensor, context: Context | Condition | Tensor | None = None
@@ -442,8 +469,8 @@ class UNet(nn.Module):
         Args:
             noisy: (B, C, H, W), a noisy residual of unit variance; any H and W.
             t: (B,) timesteps in [0, T).
-            context: an encoded Context (sampling), a Condition (training), tokens (B, N, E), or None for a
-                network without conditioning.
+            context: an encoded Context, a Condition, tokens (B, N, E), or None for a network without
+                conditioning.
 
         Returns:
             (B, out_channels, H, W).
@@ -451,7 +478,7 @@ class UNet(nn.Module):
         if isinstance(context, Tensor):
             context = Condition(tokens=context)
         if not isinstance(context, Context):
-            context = self.encode_context(context or Condition())
+            context, _ = self.encode_context(context or Condition())
         x = self.stem(self._fold(noisy))  # (B, D_0, H / p, W / p)
         if context.features is not None:
             x = x + context.features
@@ -461,24 +488,29 @@ class UNet(nn.Module):
 
     def _levels(self, x: Tensor, embedding: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:
         """(B, D_0, H / p, W / p) through encoder, bottleneck and decoder -> the same shape."""
-        attended = keys_values or (None, None, None)
+        attended = keys_values or (None,) * len(self.transformers)
+        transform = iter(zip(self.transformers, attended, strict=True))
+        last = len(self.downsample)
+
+        def attend(x: Tensor, level: int) -> Tensor:
+            if not self.config.attends(level):
+                return x
+            transformer, context = next(transform)
+            attended_to: Tensor = transformer(x, context)
+            return attended_to
+
         skips: list[Tensor] = []
         for level, stage in enumerate(self.encoder):
-            x = stage(x, embedding)
-            if level < len(self.downsample):
-                skips.append(x)
+            x = attend(stage(x, embedding), level)
+            skips.append(x)
+            if level < last:
                 x = self.downsample[level](x)  # (B, D_{i+1}, half, half)
-        x = self.transformers[0](x, attended[0])
-        skips.append(x)
         x = self.bottleneck[0](x, embedding)
-        x = self.transformers[1](x, attended[1])
-        x = self.bottleneck[1](x, embedding)
-        for level, stage in enumerate(self.decoder):
-            x = stage(torch.cat([x, skips.pop()], dim=1), embedding)
-            if level == 0:
-                x = self.transformers[2](x, attended[2])
-            if level < len(self.upsample):
-                x = F.pixel_shuffle(self.upsample[level](x), 2)  # (B, D_{i-1}, double, double)
+        x = self.bottleneck[1](attend(x, last), embedding)
+        for level, stage in zip(range(last, -1, -1), self.decoder, strict=True):
+            x = attend(stage(torch.cat([x, skips.pop()], dim=1), embedding), level)
+            if level > 0:
+                x = F.pixel_shuffle(self.upsample[last - level](x), 2)  # (B, D_{i-1}, double, double)
         return x
 
     def _fold(self, image: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bicubic import resize, upscale_image
+from bicubic import upscale_image
+from degradation import Bicubic, Degradation
 from imaging.files import UnreadableImageError, list_images, read_rgb, to_model_range
 from imaging.sizes import image_sizes
 
@@ -188,32 +189,29 @@ class Sample(NamedTuple):
     residual: Tensor
 
 
-def degrade(high_res: Tensor, downscale_factor: float, upscale_function: UpscaleFunction) -> Sample:
+def degrade(
+    high_res: Tensor, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image
+) -> Sample:
     """Make the low-resolution image and everything derived from it.
 
-    Bicubic downscaling, rounded to uint8 after each pass as the published low-resolution files are, then the
-    upscale function.
-
     Args:
-        high_res: (..., 3, H, W) uint8; H and W whole multiples of downscale_factor.
-        downscale_factor: HR size over LR size.
-        upscale_function: maps (..., 3, h, w) float in [-1, 1] and the factor to (..., 3, H, W).
+        high_res: (..., 3, H, W) uint8; H and W whole multiples of the degradation's scale.
+        degradation: makes the low resolution.
+        upscale_function: maps (..., 3, h, w) float in [-1, 1] and the scale to (..., 3, H, W).
     """
-    low_res = to_model_range(resize(high_res, scale=1 / downscale_factor, rounding="uint8").float() / 255)
+    low_res = to_model_range(degradation(high_res).float() / 255)
     original = to_model_range(high_res.float() / 255)
-    upscaled = upscale_function(low_res, downscale_factor).clamp(-1, 1)
+    upscaled = upscale_function(low_res, degradation.scale).clamp(-1, 1)
     if upscaled.shape != original.shape:
         raise ValueError(
             f"the upscale function gave {tuple(upscaled.shape)} for an original of {tuple(original.shape)}: "
-            f"the sides must be whole multiples of the factor {downscale_factor:g}"
+            f"the sides must be whole multiples of the scale {degradation.scale:g}"
         )
     return Sample(low_res, upscaled, original, original - upscaled)
 
 
 def check_crop_size(img_size: int, downscale_factor: float) -> None:
     """ValueError unless a crop of img_size pixels becomes a whole number of low-resolution pixels."""
-    if not math.isfinite(downscale_factor) or downscale_factor <= 1:
-        raise ValueError(f"downscale_factor must be a number above 1, not {downscale_factor}")
     low_size = img_size / downscale_factor
     if img_size < 8 or not math.isclose(low_size, round(low_size), abs_tol=1e-6):
         raise ValueError(
@@ -235,12 +233,14 @@ class ImageDataset(Dataset[Sample]):
         images: a folder, searched with its subfolders, or the files themselves.
         img_size: side of the square crop, a whole multiple of downscale_factor.
         downscale_factor: HR size over LR size.
-        upscale_function: maps (..., 3, h, w) in [-1, 1] and the factor to (..., 3, H, W); bicubic by default.
+        upscale_function: maps (..., 3, h, w) in [-1, 1] and the factor to (..., 3, H, W). A checkpoint can
+            only record bicubic, the default: DiffusionModel.train refuses others.
         train: a random crop and augmentation; False: the central crop.
         augment: "none", "flip" (left-right) or "dihedral" (all 8 flips and rotations).
         seed: of crops and flips.
-        reader: path -> (H, W, 3) uint8, for instance a `CachedReader`.
-        cache_dir: folder to remember the sizes of the images in, see sizes.image_sizes.
+        reader: path -> (H, W, 3) uint8, for instance a cache around `images.read_rgb`.
+        cache_dir: folder to remember the sizes of the images in, see imaging.sizes.
+        degradation: makes the low resolution; by default bicubic by downscale_factor.
 
     Raises:
         ValueError: a missing or empty folder, a crop that is no multiple of the factor, or no usable image.
@@ -258,7 +258,10 @@ class ImageDataset(Dataset[Sample]):
         seed: int = 0,
         reader: Callable[[Path], npt.NDArray[np.uint8]] = read_rgb,
         cache_dir: Path | None = None,
+        degradation: Degradation | None = None,
     ) -> None:
+        self.degradation = degradation or Bicubic(scale=downscale_factor)
+        downscale_factor = self.degradation.scale
         check_crop_size(img_size, downscale_factor)
         if augment not in ("none", "flip", "dihedral"):
             raise ValueError(f"augment must be 'none', 'flip' or 'dihedral', not {augment!r}")
@@ -285,7 +288,7 @@ class ImageDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> Sample:
         """The sample of an index (epoch 0) or of (epoch, index); see the class."""
-        return degrade(self.crop(index), self.downscale_factor, self.upscale_function)
+        return degrade(self.crop(index), self.degradation, self.upscale_function)
 
     def crop(self, index: int | tuple[int, int]) -> Tensor:
         """The high-resolution crop alone, (3, img_size, img_size) uint8, before any degradation."""

@@ -1,1 +1,1 @@
-"""Measurements side by side: `make bench` writes bench/RESULTS.md, bench.ablate recipes/ABLATIONS.md."""
+"""Measurements side by side: `make bench` writes bench/RESULTS.md, `make results` weights/RESULTS.md."""

@@ -7,15 +7,13 @@ sampled by the same code, so that only the network differs.
 Shape legend: B batch, H x W pixels.
 """
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engine.device import compile_network
-from train_diffusion import build_parser, make_model
+from train_diffusion import make_model, parse
 from unet import Condition, UNetConfig
 
 RECIPE = Path("recipes/x4.args")
@@ -24,7 +22,7 @@ TOKENS, TOKEN_WIDTH = 16, 64
 
 
 class Peer(nn.Module):
-    """Another library's UNet behind this project's interface, see diffusion.Restorer.
+    """Another library's UNet behind this project's interface, see diffusion.Network.
 
     Args:
         network: (B, 6, H, W), (B,) timesteps -> (B, 3, H, W).
@@ -41,14 +39,13 @@ class Peer(nn.Module):
         self.register_buffer("residual_std", torch.zeros(()))
         self.register_buffer("scale", torch.zeros(()))
 
-    def encode_context(self, condition: Condition) -> Tensor:
-        """The upscaled image: nothing that a peer computes of it outlives a step."""
+    def encode_context(self, condition: Condition) -> tuple[Tensor, None]:
+        """The upscaled image, and no mean: nothing that a peer computes of it outlives a step."""
         assert condition.upscaled is not None
-        return condition.upscaled
+        return condition.upscaled, None
 
-    def forward(self, noisy: Tensor, t: Tensor, context: Tensor | Condition) -> Tensor:
-        """(B, 3, H, W), (B,), the encoded or the raw condition -> (B, 3, H, W)."""
-        upscaled = self.encode_context(context) if isinstance(context, Condition) else context
+    def forward(self, noisy: Tensor, t: Tensor, upscaled: Tensor) -> Tensor:
+        """(B, 3, H, W), (B,), (B, 3, H, W) -> (B, 3, H, W)."""
         return self.call(self.network, torch.cat([noisy, upscaled], dim=1), t)
 
 
@@ -104,14 +101,11 @@ NAMES = (OURS, *PEERS)
 
 def our_network(device: torch.device) -> nn.Module:
     """The network of the recipe."""
-    args = build_parser().parse_args(shlex.split(RECIPE.read_text(), comments=True))
-    return make_model(args, device)
+    settings, _ = parse([f"@{RECIPE}"])
+    return make_model(settings, device)
 
 
-def contenders(device: torch.device, compiled: bool = False) -> dict[str, nn.Module]:
+def contenders(device: torch.device) -> dict[str, nn.Module]:
     """Every network, untrained, on its device."""
     torch.manual_seed(0)
-    networks = {OURS: our_network(device)} | {name: build().to(device) for name, build in PEERS.items()}
-    if compiled:
-        compile_network(networks[OURS], device)
-    return networks
+    return {OURS: our_network(device)} | {name: build().to(device) for name, build in PEERS.items()}

@@ -4,6 +4,7 @@ import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from bench.timing import Timing, in_turns
 from bicubic import downscale_image, upscale_image
@@ -19,7 +21,6 @@ from examples.dead_leaves import dead_leaves
 from imaging.cache import CachedReader
 from imaging.files import read_rgb, write_image
 from training import TrainingConfig
-from unet import UNet
 from util import ImageDataset
 
 Pixels = npt.NDArray[np.uint8]
@@ -79,7 +80,7 @@ def crops_per_second(rounds: int = 5) -> dict[str, Timing]:
         return in_turns(works, rounds, CPU)
 
 
-def share_waiting_for_data(network: UNet, photos: Path, device: torch.device, steps: int = 60) -> float:
+def share_waiting_for_data(network: nn.Module, photos: Path, device: torch.device, steps: int = 60) -> float:
     """The share of training time spent waiting for two workers, start-up and first epoch left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -94,8 +95,9 @@ def share_waiting_for_data(network: UNet, photos: Path, device: torch.device, st
         save_every=first + steps,
     )
     with tempfile.TemporaryDirectory() as folder:
-        places = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "logs"}
-        DiffusionModel(device=device).train(network, dataset, config, **places)
-        events = EventAccumulator(str(places["log_dir"])).Reload().Scalars("train/share_waiting_for_data")
-    shares = [event.value for event in events if event.step > first + 10]
-    return sum(shares) / len(shares)
+        log_dir = Path(folder) / "logs"
+        DiffusionModel(device=device).train(
+            network, dataset, config, checkpoint_dir=Path(folder), log_dir=log_dir
+        )
+        events = EventAccumulator(str(log_dir)).Reload().Scalars("train/share_waiting_for_data")
+    return fmean(event.value for event in events if event.step > first + 10)

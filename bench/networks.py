@@ -6,7 +6,7 @@ Shape legend: B batch, H x W pixels, T timesteps.
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.timing import Timing, in_turns
-from bicubic import upscale_image
-from diffusion import DiffusionModel, ResidualGenerator, Restorer
+from degradation import Bicubic
+from diffusion import DiffusionModel, Network, ResidualGenerator
 from engine.checkpoint import load_checkpoint, load_weights
 from evaluation import metrics
-from evaluation.evaluation import ImageSet
+from evaluation.images import Picture
 from imaging.files import to_model_range
 from training import TrainingConfig
 from unet import Condition
@@ -50,8 +50,8 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 def training_step(network: nn.Module, batch: int, size: int, device: torch.device) -> Callable[[], None]:
     """One optimiser step on (B, 3, size, size): degrade, diffuse, predict, backward, clip, AdamW."""
-    cast(Restorer, network).residual_std.fill_(0.1)
-    loss = DiffusionModel(device=device).restoration_loss(SCALE, upscale_image)
+    cast(Network, network).residual_std.fill_(0.1)
+    loss = DiffusionModel(device=device).restoration_loss(Bicubic(scale=SCALE))
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
     crops = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     generator = torch.Generator(device)
@@ -71,14 +71,14 @@ def denoising_step(network: nn.Module, size: int, device: torch.device) -> Calla
     """One evaluation on one image (1, 3, size, size) whose condition is encoded already."""
     noisy = torch.randn(1, 3, size, size, device=device)
     t = torch.full((1,), TIMESTEP, device=device)
-    restorer = cast(Restorer, network)
+    denoiser = cast(Network, network)
     with torch.inference_mode(), autocast(device):
         low_res = torch.zeros(1, 3, size // SCALE, size // SCALE, device=device)
-        context = restorer.encode_context(Condition(noisy, low_res))
+        context, _ = denoiser.encode_context(Condition(noisy, low_res))
 
     def step() -> None:
         with torch.inference_mode(), autocast(device):
-            restorer(noisy, t, context)
+            denoiser(noisy, t, context)
 
     return step
 
@@ -112,33 +112,43 @@ def train_for(
         validate_every=steps,
         save_every=steps,
     )
-    network.residual_std.zero_()
+    cast(Network, network).residual_std.zero_()
     training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
     diffusion = DiffusionModel(device=device, timestep_density="high_noise")
     precision = torch.bfloat16 if device.type == "cuda" else None
     with tempfile.TemporaryDirectory() as folder:
-        places = {"checkpoint_dir": Path(folder), "log_dir": Path(folder) / "logs"}
-        run, _ = diffusion.train(network, training, config, precision=precision, **places)
+        run, _ = diffusion.train(
+            network,
+            training,
+            config,
+            precision=precision,
+            checkpoint_dir=Path(folder),
+            log_dir=Path(folder) / "logs",
+        )
         averaged = load_checkpoint(run.last, device)["ema"]
     load_weights(network, cast(dict[str, torch.Tensor], averaged), "the run that just ended")
     return network.eval(), steps
 
 
-def one_step_psnr(network: nn.Module, images: ImageSet, device: torch.device) -> float:
+def one_step_psnr(network: nn.Module, images: Iterable[Picture], device: torch.device) -> float:
     """Mean luma PSNR in dB of every image restored in one step."""
     generator = ResidualGenerator(device=device)
     protocol = metrics.Protocol(crop=SCALE)
     values = []
-    for picture in images.pictures:
+    for picture in images:
         low_res = to_model_range(picture.low_res[None].float() / 255)
-        restored = generator.generate_images(cast(Restorer, network), low_res, 1, 1, seed=0).cpu()
+        restored = generator.generate_images(cast(Network, network), low_res, 1, 1, seed=0).cpu()
         truth = picture.truth[None].float() / 255
         values.append(float(metrics.psnr(metrics.round_to_uint8(restored), truth, protocol)))
     return sum(values) / len(values)
 
 
 def qualities(
-    networks: Mapping[str, nn.Module], seconds: float, photos: Path, images: ImageSet, device: torch.device
+    networks: Mapping[str, nn.Module],
+    seconds: float,
+    photos: Path,
+    images: Iterable[Picture],
+    device: torch.device,
 ) -> dict[str, Quality]:
     """Train every network for the same time from nothing, and measure."""
     works = {

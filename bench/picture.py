@@ -14,7 +14,7 @@ from skimage.data import astronaut
 from bicubic import downscale_image, upscale_image
 from imaging.files import write_image
 from imaging.pictures import labelled_row
-from restoration.restorer import RestoreConfig, restore
+from restoration import RestoreConfig, restore
 
 SCALE = 4
 TOP, LEFT, SIDE = 16, 144, 192

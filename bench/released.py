@@ -1,8 +1,5 @@
 """The results of the released weights, from the weights themselves: `make results` writes weights/RESULTS.md.
 
-Beside the diffusion models, x4 has a row of the same network trained without diffusion (L1 regression, on the
-same budget): what diffusion costs in PSNR, and what it buys.
-
 Photos come from the folder that SR_DATA names, with test/Set5 and test/BSD100 in it.
 """
 
@@ -10,71 +7,46 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
 from bench.tables import table
-from engine.checkpoint import RELEASED, load_model, released_model
+from engine.checkpoint import released_model
 from engine.device import select_device
-from evaluation import metrics
-from evaluation.evaluation import ImageSet, Settings, evaluate, load_trained, read_image_set
-from evaluation.report import Row
+from evaluation.evaluation import EvaluationConfig, TrainedModel, evaluate, read_image_set
+from evaluation.report import Scores
+from evaluation.table import BY_NAME
 from imaging.atomic import write_text_atomically
-from imaging.files import pixels_to_unit
-from restoration.restorer import ImageRestorer, RestoreConfig
+from restoration import RestoreConfig
 
 RESULTS = Path("weights/RESULTS.md")
 # (scale, set): the numbers of steps; ten steps of x2 on BSD100 would take a quarter of an hour on one core.
 MEASURED = {(4, "Set5"): (1, 4, 10), (4, "BSD100"): (1, 10), (2, "Set5"): (1, 10), (2, "BSD100"): (1,)}
-REGRESSION = {4: RELEASED / "regression_x4.safetensors"}
 CONSISTENT = {(4, "Set5"): (1, 10), (2, "Set5"): (1, 10)}
-HEADINGS = ("method", "PSNR", "SSIM", "LR-PSNR", "HF energy", "SWD")
+METRICS = [BY_NAME[name] for name in ("psnr", "ssim", "lr_psnr", "hf_energy", "swd")]
 
 
-def as_cells(row: Row, label: str) -> list[str]:
+def as_cells(row: Scores, label: str) -> list[str]:
     """One line of the table."""
-    measured = (f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.lr_psnr:.1f}", f"{row.hf_energy:.3f}")
-    return [label, *measured, f"{row.swd:.1f}"]
-
-
-def consistent(weights: Path, scale: int, images: ImageSet, steps: int, device: torch.device) -> list[str]:
-    """PSNR, SSIM and low-resolution PSNR of restorations that were made to shrink back to their input."""
-    config = RestoreConfig(steps=steps, num_images=1, consistency=True)
-    restorer = ImageRestorer(load_model(weights), config, device, None)
-    protocol = metrics.Protocol(crop=scale)
-    found = []
-    for picture in images.pictures:
-        low_res = picture.low_res.permute(1, 2, 0).numpy()
-        restored = pixels_to_unit(restorer.restore(low_res).pixels)[None]
-        truth, low = picture.truth[None] / 255, picture.low_res[None] / 255
-        measures = (
-            metrics.psnr(restored, truth, protocol),
-            metrics.ssim(restored, truth, protocol),
-            metrics.low_resolution_psnr(restored, low),
-        )
-        found.append([float(value) for value in measures])
-    psnr, ssim, low_res_psnr = (fmean(values) for values in zip(*found, strict=True))
-    label = f"{steps} step{'s' if steps > 1 else ''}, consistent"
-    return [label, f"{psnr:.2f}", f"{ssim:.4f}", f"{low_res_psnr:.1f}", "", ""]
+    return [label, *(metric.print(row[metric.name]) for metric in METRICS)]
 
 
 def measure(scale: int, name: str, weights: Path, photos: Path, device: torch.device) -> list[str]:
     """The lines of one model on one set."""
-    settings = Settings(scale, steps=MEASURED[scale, name], lpips=False)
-    images = read_image_set(photos / "test" / name, settings)
-    report = evaluate(images, settings, load_trained(weights, device), device=device, progress=True)
-    rows = [as_cells(report.rows[0], "bicubic")]
-    rows += [as_cells(row, f"{row.steps} step{'s' if row.steps != 1 else ''}") for row in report.rows[1:]]
-    for steps in CONSISTENT.get((scale, name), ()):
-        rows.append(consistent(weights, scale, images, steps, device))
-    if scale in REGRESSION:
-        baseline = load_trained(REGRESSION[scale], device)
-        report = evaluate(images, replace(settings, steps=(1,)), baseline, device=device, progress=True)
-        rows.append(as_cells(report.rows[1], "regression (L1)"))
-    return [f"## {name}, x{scale}", "", *table(HEADINGS, rows)]
+    config = EvaluationConfig(scale, lpips=False)
+    images = read_image_set(photos / "test" / name, config)
+    steps, consistent = MEASURED[scale, name], CONSISTENT.get((scale, name), ())
+    plural = {count: f"{count} step{'s' if count > 1 else ''}" for count in (*steps, *consistent)}
+    model = TrainedModel.load(weights, device)
+    methods = {plural[count]: model.method(RestoreConfig(steps=count), scale) for count in steps}
+    for count in consistent:
+        how = RestoreConfig(steps=count, consistency=True)
+        methods[f"{plural[count]}, consistent"] = model.method(how, scale)
+    report = evaluate(images, config, list(methods.values()), progress=True)
+    headings = ["method", *(metric.heading for metric in METRICS)]
+    rows = [as_cells(*pair) for pair in zip(report.rows, ["bicubic", *methods], strict=True)]
+    return [f"## {name}, x{scale}", "", *table(headings, rows)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

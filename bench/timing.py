@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation.meter import wait_for
+from evaluation.evaluation import synchronize
 
 
 class Timing(NamedTuple):
@@ -38,10 +38,10 @@ def in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(warm_up + rounds):
         for name, work in works.items():
-            wait_for(device)
+            synchronize(device)
             started = time.perf_counter()
             work()
-            wait_for(device)
+            synchronize(device)
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
     return {name: Timing(statistics.median(each), min(each), max(each)) for name, each in seconds.items()}

@@ -1,0 +1,3 @@
+"""What any training needs: checkpoints, options, processes, logs, signals."""
+
+VERSION = "0.2.0"

@@ -2,31 +2,34 @@
 
 A checkpoint (.pth) is a dict of plain values and tensors, loadable with `weights_only=True`:
 
-    format      this layout's version                     process    timesteps, mode, schedule (diffusion.py)
-    unet        UNetConfig as a dict                       step       optimiser steps taken
-    model, ema  state dicts: trained and averaged weights  training   the settings of the run (training.py)
-    optimizer   {"name", "state"}                          best_psnr  best validation PSNR so far, in dB
-    settings    the flags of the script that trained it
+    format, version    of this layout, and of the project that wrote it
+    network, process, objective, degradation, training, data, run     one section per class of options
+    model, ema         state dicts: trained and averaged weights
+    optimizer          {"name", "state"}
+    step, best_psnr, skipped        see training.TrainState
 
-An exported model (.safetensors) has the averaged weights in half precision and the first three dicts as JSON
-in its header.
+An exported model (.safetensors) has the averaged weights in half precision, and in its header format,
+version, network, process, degradation and step, as JSON, and a checksum of the weights.
 """
 
+import hashlib
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from engine import VERSION
+from engine.options import Options
 from imaging.atomic import write_atomically
-from unet import UNet, UNetConfig
 
-FORMAT = 1
-Plain = int | float | str | bool | None | list[int] | list[float] | list[str]
-StateDict = dict[str, Tensor]
+FORMAT = 2
+READABLE = (1, FORMAT)  # what models can be read from; format 1 cannot be resumed
+StateDict = Mapping[str, Tensor]
 NOT_A_CHECKPOINT = "is not a checkpoint of this project"
 RELEASED = Path(__file__).parent.parent / "weights"
 
@@ -35,17 +38,43 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or does not fit; the message names the file and the remedy."""
 
 
-class LoadedModel(NamedTuple):
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read, and where it came from."""
+
+    path: Path
+    content: dict[str, Any]
+
+
+class Rebuildable(Protocol):
+    """A network that a file can describe: an nn.Module with its options, which can be built from them."""
+
+    @property
+    def config(self) -> Options:
+        """Its options."""
+        ...
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> Self:
+        """The network that these options describe, as `config.to_dict` gives them."""
+        ...
+
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+
+
+class LoadedModel(NamedTuple, Generic[NetworkT]):
     """A network rebuilt from its file.
 
     Attributes:
-        unet: in evaluation mode, with the averaged weights.
-        process: keyword arguments of diffusion.ProcessConfig.
+        network: in evaluation mode, with the averaged weights.
+        process: options of diffusion.ProcessConfig.
+        degradation: options of a degradation; empty in files of format 1, which are all bicubic.
         step: how many optimiser steps it was trained for.
     """
 
-    unet: UNet
-    process: dict[str, Plain]
+    network: NetworkT
+    process: dict[str, Any]
+    degradation: dict[str, Any]
     step: int
 
 
@@ -58,7 +87,7 @@ def save_checkpoint(path: Path, content: dict[str, object]) -> None:
     """
 
     def write(temporary: Path) -> None:
-        torch.save({"format": FORMAT, **content}, temporary)
+        torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
 
     try:
         write_atomically(path, write)
@@ -69,7 +98,7 @@ def save_checkpoint(path: Path, content: dict[str, object]) -> None:
         ) from error
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, object]:
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint after checking every byte of it against the checksums it was stored with.
 
     Raises:
@@ -88,11 +117,25 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: {reason}") from error
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: it holds no format entry")
-    if content["format"] != FORMAT:
+    if content["format"] not in READABLE:
         raise CheckpointError(
-            f"{path} has format {content['format']}, this version reads {FORMAT}: update the project"
+            f"{path} has format {content['format']}, this version reads up to {FORMAT}: update the project"
         )
     return content
+
+
+def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """A checkpoint whose training can go on.
+
+    Raises:
+        CheckpointError: as load_checkpoint, or it is of an older format.
+    """
+    content = load_checkpoint(path, device)
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {content['format']}, which can be restored with and started from, not resumed"
+        )
+    return Checkpoint(Path(path), content)
 
 
 def _damage(path: Path) -> str | None:
@@ -112,7 +155,7 @@ def _offer_instead(path: Path) -> str:
     return f"{intact} is intact" if intact is not None else "there is no intact one by step beside it"
 
 
-def load_weights(model: torch.nn.Module, weights: StateDict, source: str | Path) -> None:
+def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> None:
     """Copy weights into the model, all of them or none.
 
     Raises:
@@ -132,26 +175,30 @@ def load_weights(model: torch.nn.Module, weights: StateDict, source: str | Path)
     model.load_state_dict(weights)
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
+def load_model(
+    path: str | Path, network: type[NetworkT], device: torch.device | str = "cpu"
+) -> LoadedModel[NetworkT]:
     """Rebuild the network of a checkpoint (.pth) or of an exported model (.safetensors), averaged weights.
+
+    Args:
+        path: of the file.
+        network: the class it is rebuilt with, a Rebuildable.
+        device: where to put it.
 
     Raises:
         CheckpointError: the file is missing, damaged, or lacks what a model needs.
     """
     path = Path(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else load_checkpoint(path)
     try:
-        config = UNetConfig.from_dict(content["unet"])  # type: ignore[arg-type]  # checked by from_dict
+        options = content["network" if content["format"] == FORMAT else "unet"]
         weights, process, step = content["ema"], content["process"], content["step"]
+        rebuilt = network.from_config(options)  # type: ignore[attr-defined]  # Rebuildable, see above
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error}") from error
-    assert isinstance(weights, dict)
-    assert isinstance(process, dict)
-    assert isinstance(step, int)
-    unet = UNet.from_config(config)
-    load_weights(unet, weights, path)
-    unet.to(memory_format=torch.channels_last).to(torch.device(device)).eval().requires_grad_(False)
-    return LoadedModel(unet, process, step)
+    load_weights(rebuilt, weights, path)
+    rebuilt.to(memory_format=torch.channels_last).to(torch.device(device)).eval().requires_grad_(False)
+    return LoadedModel(rebuilt, process, content.get("degradation", {}), step)
 
 
 def released_model(scale: float = 4) -> Path:
@@ -170,43 +217,54 @@ def released_model(scale: float = 4) -> Path:
     return path
 
 
-def export_safetensors(model: LoadedModel, path: str | Path) -> None:
-    """Write the averaged weights in half precision, configuration as JSON in the header, atomically."""
-    from safetensors.torch import save_file
+def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
+    """Write the averaged weights in half precision, what rebuilds the network in the header, atomically."""
+    from safetensors.torch import save
 
     keep = {"residual_std", "scale"}  # two numbers that every pixel depends on stay in single precision
     weights = {
         name: (value if name in keep else value.half()).cpu().contiguous()
-        for name, value in model.unet.state_dict().items()
+        for name, value in model.network.state_dict().items()
     }
-    header = {
-        "format": str(FORMAT),
-        "unet": json.dumps(model.unet.config.to_dict()),
-        "process": json.dumps(model.process),
-        "step": str(model.step),
-    }
+    config: Options = model.network.config  # type: ignore[assignment]  # Rebuildable
+    sections = {"network": config.to_dict(), "process": model.process, "degradation": model.degradation}
+    header = {"format": str(FORMAT), "version": VERSION, "step": str(model.step), "sha256": _digest(weights)}
+    header |= {name: json.dumps(values) for name, values in sections.items()}
     try:
-        write_atomically(Path(path), lambda temporary: save_file(weights, str(temporary), metadata=header))
+        # Not save_file, which makes a file that its owner alone can read.
+        encoded = save(weights, metadata=header)
+        write_atomically(Path(path), lambda temporary: temporary.write_bytes(encoded))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}") from error
 
 
-def _read_safetensors(path: Path) -> dict[str, object]:
+def _digest(weights: StateDict) -> str:
+    """SHA-256 over names and bytes of the weights, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise CheckpointError(f"no model at {path}: give the path of a .safetensors file made by --export")
+        raise CheckpointError(f"no model at {path}: give the path of a .safetensors file that was exported")
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        if header.get("format") != str(FORMAT):
-            raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: its header has no format {FORMAT}")
-        return {
-            "unet": json.loads(header["unet"]),
-            "process": json.loads(header["process"]),
-            "step": int(header["step"]),
-            "ema": weights,
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.get("format") not in {str(number) for number in READABLE}:
+            raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: its header has no format up to {FORMAT}")
+        if "sha256" in header and header["sha256"] != _digest(weights):
+            raise CheckpointError(f"{path} is damaged: its weights have another checksum than when written")
+        sections = {
+            name: json.loads(header[name])
+            for name in ("network", "unet", "process", "degradation", "format", "step")
+            if name in header
         }
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        return {**sections, "ema": {name: weight.float() for name, weight in weights.items()}}
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}, or is damaged: {error}") from error

@@ -7,14 +7,12 @@
 A new option is one field here and one line where it is used.
 """
 
-# mypy: disable-error-code="explicit-any"  # a field's default has the type of its annotation, whatever that is
-
 import argparse
 import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -45,6 +43,8 @@ class Spec:
     low: float | None
     above: float | None
     high: float | None
+    choices: Collection[str] | None
+    may_be_empty: bool
     fixed: bool
 
 
@@ -56,6 +56,8 @@ def option(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    choices: Collection[str] | None = None,
+    may_be_empty: bool = False,
     fixed: bool = True,
 ) -> Any:  # noqa: ANN401
     """A dataclass field that is an option.
@@ -65,9 +67,13 @@ def option(
         help: one line for people.
         flag: name of the command-line flag, if it is not the field's.
         low, above, high: the smallest value, the value it must exceed, the largest. Numbers must be finite.
+        choices: the values it may have, such as the keys of a table; those of a Literal need no mention.
+        may_be_empty: whether a tuple may be.
         fixed: whether a resumed run must go on with the value it began with.
     """
-    return field(default=default, metadata={"spec": Spec(help, flag, low, above, high, fixed)})
+    return field(
+        default=default, metadata={"spec": Spec(help, flag, low, above, high, choices, may_be_empty, fixed)}
+    )
 
 
 class Options:
@@ -144,7 +150,7 @@ def add_flags(
             keywords["action"] = argparse.BooleanOptionalAction if default else "store_true"
         else:
             keywords |= {"type": form.of, "choices": form.choices or None}
-            keywords["nargs"] = "+" if form.many else None
+            keywords["nargs"] = ("*" if spec.may_be_empty else "+") if form.many else None
             if default not in (None, dataclasses.MISSING):
                 shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
                 keywords["help"] += f" (default: {shown})".replace("%", "%%")
@@ -183,7 +189,9 @@ class _Kind(typing.NamedTuple):
 
 def _kinds(kind: type[Options]) -> dict[str, _Kind]:
     hints = typing.get_type_hints(kind)
-    return {name: _kind(hints[name]) for name in specs(kind)}
+    kinds = {name: _kind(hints[name]) for name in specs(kind)}
+    tables = {name: tuple(spec.choices) for name, spec in specs(kind).items() if spec.choices is not None}
+    return {name: one._replace(choices=tables.get(name, one.choices)) for name, one in kinds.items()}
 
 
 def _kind(annotation: Any) -> _Kind:  # noqa: ANN401  # annotations have no type of their own
@@ -202,7 +210,7 @@ def _check(name: str, value: object, kind: _Kind, spec: Spec) -> None:
     """Raise OptionError for a value of another type, outside its range, or not in its list."""
     if value is None and kind.optional:
         return
-    if kind.many and not (isinstance(value, tuple) and value):
+    if kind.many and not (isinstance(value, tuple) and (value or spec.may_be_empty)):
         raise OptionError(name, value, "give one value or more")
     for one in typing.cast(tuple[object, ...], value) if kind.many else (value,):
         if kind.choices and one not in kind.choices:

@@ -19,23 +19,38 @@ class Processes:
     Attributes:
         device: what this process computes on.
         rank: number of this process, from 0; only rank 0 writes files.
-        world: how many processes there are.
+        world_size: how many processes there are.
     """
 
     device: torch.device
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
-    def writes(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes checkpoints, logs and messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place; every process must call it."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+
+def _world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"WORLD_SIZE is {given!r}: it must be a number of processes; torchrun sets it")
+    missing = [
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
+    if int(given) > 1 and missing:
+        raise ValueError(
+            f"WORLD_SIZE is {given} without {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE"
+        )
+    return int(given)
 
 
 @contextmanager
@@ -47,9 +62,9 @@ def started_processes(device_name: str) -> Iterator[Processes]:
     Raises:
         ValueError: the device cannot be had, or is of a kind that cannot be shared by processes.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     device = select_device(device_name)
-    if world == 1:
+    if world_size == 1:
         yield Processes(device)
         return
     if device.type == "mps":
@@ -59,6 +74,6 @@ def started_processes(device_name: str) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(device, dist.get_rank(), world)
+        yield Processes(device, dist.get_rank(), world_size)
     finally:
         dist.destroy_process_group()

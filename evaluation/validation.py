@@ -1,14 +1,19 @@
 """Validation during training: a fixed set of images, restored and measured with the averaged weights."""
 
+import logging
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import DiffusionModel, ResidualGenerator, Restorer
+from diffusion import DiffusionModel, Network
+from engine.checkpoint import LoadedModel
 from engine.processes import Processes
 from evaluation import metrics
+from evaluation.table import METRICS, Conditions, Pair
 from imaging.files import to_unit_range
+from restoration import RestoreConfig, Restorer
 from training import NonFiniteError, Validation
 from unet import Condition
 from util import ImageDataset, Sample, degrade
@@ -17,14 +22,25 @@ VALIDATION_SEED = 0
 VALIDATION_BATCH = 8
 GRID_IMAGES = 4
 LOSS_BARS = 20
+PERFECT_PSNR = 100.0  # dB; what an image counts that is restored exactly
+FAITHFUL = RestoreConfig(mode="fidelity", seed=VALIDATION_SEED, batch_size=VALIDATION_BATCH)
+SCALARS = [metric for metric in METRICS if metric.in_training]
+
+logger = logging.getLogger(__name__)
 
 
 class Validator:
     """Restores the dataset's images with a network, and measures; for DiffusionModel.train.
 
-    PSNR and SSIM are those of one step, the posterior mean, on luma; pictures are shown of one step and of
-    ten; the loss is shown by timestep. The noise is the same at every call. Every process takes its share of
-    the images.
+    The scalars are the metrics of METRICS that say so, in the mode "fidelity", averaged over the images that
+    are not flat. Pictures are shown of this and of a sample of ten steps, the loss by timestep. The noise is
+    the same at every call. Every process restores a part of the images.
+
+    Args:
+        diffusion: the process.
+        dataset: the images, cropped as it crops them.
+        precision: dtype to autocast to, None for float32.
+        processes: this process among those of the run.
     """
 
     def __init__(
@@ -34,58 +50,89 @@ class Validator:
         precision: torch.dtype | None = None,
         processes: Processes | None = None,
     ) -> None:
-        processes = processes or Processes(diffusion.device)
         self.diffusion = diffusion
-        self.processes = processes
-        self.generator = ResidualGenerator.of(diffusion.process, processes.device, precision)
-        self.protocol = metrics.Protocol(crop=round(dataset.downscale_factor))
-        crops = torch.stack([dataset.crop(index) for index in range(len(dataset))])
+        self.processes = processes or Processes(diffusion.device)
+        self.precision = precision
+        self.degradation = dataset.degradation
+        self.conditions = Conditions(metrics.Protocol(crop=round(dataset.downscale_factor)))
+        crops = [dataset.crop(index) for index in range(len(dataset))]
         self.batches = [
-            degrade(part.to(processes.device), dataset.downscale_factor, dataset.upscale_function)
-            for part in crops.split(VALIDATION_BATCH)
+            degrade(
+                torch.stack(crops[start : start + VALIDATION_BATCH]).to(self.processes.device),
+                dataset.degradation,
+                dataset.upscale_function,
+            )
+            for start in range(0, len(crops), VALIDATION_BATCH)
         ]
+        self.bicubic_psnr = [self._psnr(batch, to_unit_range(batch.upscaled)) for batch in self.batches]
+        self.counted = self._choose_counted()
+
+    def _choose_counted(self) -> list[Tensor]:
+        """Which images of each batch count, (B,) bool: those that bicubic does not restore exactly.
+
+        A flat image has no residual to learn, and an infinite PSNR or nearly so, which would outweigh what
+        happens to all others and freeze the best checkpoint. Where all images are flat, all count.
+        """
+        counted = [psnr < PERFECT_PSNR for psnr in self.bicubic_psnr]
+        flat = sum(int((~one).sum()) for one in counted)
+        total = sum(len(one) for one in counted)
+        if flat == 0:
+            return counted
+        if self.processes.is_main:
+            logger.warning("%d of %d validation images are flat and do not count", flat, total)
+        return counted if flat < total else [torch.ones_like(one) for one in counted]
 
     def __call__(self, network: nn.Module) -> Validation:
         """Restore, measure, and draw."""
-        model = cast(Restorer, network)
-        mine = self.batches[self.processes.rank :: self.processes.world]
-        sums = torch.zeros(4, dtype=torch.float64, device=self.processes.device)
-        for batch in mine:
-            sums += self._measure(batch, self._restore(model, batch, 1))
-        psnr, ssim, bicubic, count = self.processes.sum(sums).tolist()
+        scalars = self._measure_all(network)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
-        scalars = {"psnr": psnr / count, "ssim": ssim / count, "psnr_over_bicubic": (psnr - bicubic) / count}
-        images = {"low_bicubic_mean_original": comparison_grid(first, self._restore(model, first, 1))}
-        if self.diffusion.mode == "regression":
-            return Validation(psnr / count, scalars, images)
-        sample = self._restore(model, first, min(10, self.diffusion.timesteps))
-        images["low_bicubic_sample_original"] = comparison_grid(first, sample)
-        curves = {"loss_by_timestep": self._loss_by_timestep(model, first)}
-        return Validation(psnr / count, scalars, images, curves)
+        sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
+        images = {
+            "low_bicubic_mean_original": comparison_grid(first, self._restore(network, first, FAITHFUL)),
+            "low_bicubic_sample_original": comparison_grid(first, self._restore(network, first, sampled)),
+        }
+        curves = {"loss_by_timestep": self._loss_by_timestep(cast(Network, network), first)}
+        return Validation(scalars["psnr"], scalars, images, curves)
 
-    def _restore(self, model: Restorer, batch: Sample, steps: int) -> Tensor:
-        restored = self.generator.restore(model, batch.low_res, batch.upscaled, steps, VALIDATION_SEED)
+    def _measure_all(self, model: nn.Module) -> dict[str, float]:
+        """Means over the images of all processes; this one restores its part."""
+        names = [*(metric.name for metric in SCALARS), "psnr_over_bicubic"]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
+        for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
+            batch, counted = self.batches[index], self.counted[index]
+            restored = self._restore(model, batch, FAITHFUL)
+            gain = self._psnr(batch, restored) - self.bicubic_psnr[index]
+            values = [*self._scores(batch, restored), gain, torch.ones(len(counted))]
+            sums += torch.stack([value[counted].clamp(max=PERFECT_PSNR).double().sum() for value in values])
+        if self.processes.world_size > 1:
+            sums = self.processes.sum(sums.to(self.processes.device)).cpu()
+        *totals, count = sums.tolist()
+        return {name: value / count for name, value in zip(names, totals, strict=True)}
+
+    def _scores(self, batch: Sample, restored: Tensor) -> list[Tensor]:
+        """(B,) of every metric in SCALARS, on the CPU."""
+        truth, low_res = to_unit_range(batch.original).cpu(), to_unit_range(batch.low_res).cpu()
+        pair = Pair(restored, truth, low_res, self.conditions)
+        return [metric.of_image(pair).cpu() for metric in SCALARS if metric.of_image is not None]
+
+    def _psnr(self, batch: Sample, restored: Tensor) -> Tensor:
+        """(B,) in dB on the CPU, at most PERFECT_PSNR."""
+        truth = to_unit_range(batch.original).cpu()
+        return metrics.psnr(restored.cpu(), truth, self.conditions.protocol).clamp(max=PERFECT_PSNR)
+
+    def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig) -> Tensor:
+        loaded = LoadedModel(model, self.diffusion.process.to_dict(), self.degradation.to_dict(), 0)
+        restorer = Restorer(loaded, how, self.processes.device, self.precision)
+        restored = restorer(to_unit_range(batch.low_res)).to(self.processes.device)
         if not torch.isfinite(restored).all():
-            raise NonFiniteError("the averaged weights are no longer finite: lower --learning_rate")
+            raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
         return restored
 
-    def _measure(self, batch: Sample, restored: Tensor) -> Tensor:
-        """Sums over a batch: PSNR, SSIM, PSNR of bicubic, and the number of images."""
-        truth = to_unit_range(batch.original)
-        upscaled = to_unit_range(batch.upscaled)
-        values = [
-            metrics.psnr(restored, truth, self.protocol),
-            metrics.ssim(restored, truth, self.protocol),
-            metrics.psnr(upscaled, truth, self.protocol),
-            torch.ones(len(truth), device=truth.device),
-        ]
-        return torch.stack([value.double().sum() for value in values])
-
     @torch.inference_mode()
-    def _loss_by_timestep(self, model: Restorer, batch: Sample) -> tuple[list[float], list[float]]:
+    def _loss_by_timestep(self, model: Network, batch: Sample) -> tuple[list[float], list[float]]:
         """Right edges of even stretches of timesteps, and the unweighted loss in the middle of each."""
-        clean = batch.residual / float(model.residual_std)
-        context = model.encode_context(Condition(batch.upscaled, batch.low_res))
+        context, mean = model.encode_context(Condition(batch.upscaled, batch.low_res))
+        clean = batch.residual / float(model.residual_std) - (0 if mean is None else mean)
         bars = min(LOSS_BARS, self.diffusion.timesteps)
         edges = [self.diffusion.timesteps * (bar + 1) / bars for bar in range(bars)]
         heights = []
@@ -93,7 +140,7 @@ class Validator:
             middle = int(edge - self.diffusion.timesteps / bars / 2)
             t = torch.full((len(clean),), middle, device=clean.device)
             generator = torch.Generator(clean.device).manual_seed(VALIDATION_SEED)
-            heights.append(float(self.diffusion.loss_at(t, model, clean, context, generator).mean()))
+            heights.append(float(self.diffusion.loss(model, clean, context, generator, t=t).mean()))
         return edges, heights
 
 

@@ -1,8 +1,10 @@
 """The whole way in a few minutes: draw images, train on them, restore held-out ones, look at the result.
 
 Prints every command it runs, as a person would type it; they work on your own folder of photos just as well.
+Writes to demo_output.
 """
 
+import argparse
 import shlex
 import sys
 import time
@@ -27,11 +29,9 @@ MIN_RADIUS = 5.0  # leaves that a quarter of the size still shows
 def draw_images() -> None:
     """Training images, held-out images, and the held-out ones at a quarter of the size."""
     draw_dead_leaves_folder(OUTPUT / "train", TRAINING_IMAGES, IMAGE_SIZE, 0, min_radius=MIN_RADIUS)
-    held_out = draw_dead_leaves_folder(
-        OUTPUT / "held_out", HELD_OUT_IMAGES, IMAGE_SIZE, 1, min_radius=MIN_RADIUS
-    )
+    held_out = OUTPUT / "held_out"
     (OUTPUT / "low_res").mkdir(exist_ok=True)
-    for path in held_out:
+    for path in draw_dead_leaves_folder(held_out, HELD_OUT_IMAGES, IMAGE_SIZE, 1, min_radius=MIN_RADIUS):
         write_image(OUTPUT / "low_res" / path.name, downscale_image(read_rgb(path), SCALE))
 
 
@@ -49,8 +49,9 @@ def best_checkpoint() -> Path:
     return max((OUTPUT / "checkpoints").glob("*/*_best.pth"), key=lambda path: path.stat().st_mtime)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
+    argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__).parse_args(argv)
     started = time.perf_counter()
     print(f"drawing {TRAINING_IMAGES + HELD_OUT_IMAGES} dead-leaves images of {IMAGE_SIZE}x{IMAGE_SIZE}")
     draw_images()

@@ -1,12 +1,12 @@
-"""Large images in pieces: overlapping windows, what each adds to the whole, and where the whole is kept.
+"""Large images in pieces: overlapping windows, the weight of each in the whole, and where the whole is kept.
 
 Shape legend: B images, C channels, H x W pixels of the high resolution, h x w of the low one.
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bicubic import resize
+from bicubic import exact_scale, resize
 
 IN_MEMORY_BYTES = 32 * 2**20  # a larger field is kept in a file
 _BICUBIC_REACH = 3  # low-resolution pixels beyond a window that its upscaled pixels depend on
@@ -33,11 +33,22 @@ class Window(NamedTuple):
         """Height and width."""
         return self.bottom - self.top, self.right - self.left
 
+    def grown(self, by: int, height: int, width: int) -> "Window":
+        """The window with so many pixels more on each side, as far as an H x W image has them."""
+        top, left = max(0, self.top - by), max(0, self.left - by)
+        return Window(top, min(height, self.bottom + by), left, min(width, self.right + by))
+
+    def within(self, other: "Window") -> "Window":
+        """Where this window lies in another that contains it."""
+        height, width = self.shape
+        top, left = self.top - other.top, self.left - other.left
+        return Window(top, top + height, left, left + width)
+
 
 class Tile(NamedTuple):
-    """A window and the share it has in each of its pixels: row_weights[y] * column_weights[x].
+    """A window and its weight in each of its pixels: row_weights[y] * column_weights[x].
 
-    At every pixel of the image the shares of all its tiles sum to 1.
+    At every pixel of the image the weights of all tiles sum to 1.
     """
 
     window: Window
@@ -100,14 +111,12 @@ class Scale:
     """How the two resolutions of one image relate, and resizing a window of it as the whole would be resized.
 
     Args:
-        factor: high over low resolution, above 0. Stored as a fraction p / q, which makes it exact again
-            after single precision: windows are cut where a low-resolution pixel and a high-resolution pixel
-            begin together, every q and p pixels.
+        factor: high over low resolution, above 0. Stored as a fraction p / q: windows are cut where pixels of
+            both resolutions begin, every q and p pixels.
     """
 
     def __init__(self, factor: float) -> None:
-        nearby = Fraction(factor).limit_denominator(1000)
-        self.fraction = nearby if abs(nearby - Fraction(factor)) < 1e-6 * factor else Fraction(factor)
+        self.fraction = exact_scale(factor)
 
     def __float__(self) -> float:
         return float(self.fraction)
@@ -169,20 +178,23 @@ class Scale:
 class Field:
     """A float32 array (B, C, H, W), zero at first, in memory or, where it is large, in an unnamed file.
 
-    What a file holds is mapped into memory for the length of one access only: the process never holds more
-    of a large image than the window it works on.
+    A file is mapped into memory for the length of one access only: the process never holds more of a large
+    image than the window it works on.
 
     Args:
         shape: (B, C, H, W).
-        device: where windows are handed out, and where the array lives if it is small.
+        device: where windows are handed out, and where the array is kept if it is small.
+
+    Raises:
+        OSError: the folder of temporary files has no room for a large array.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
         self.shape = shape
         self.device = device
-        small = 4 * math.prod(shape) <= IN_MEMORY_BYTES
-        self._tensor = torch.zeros(shape, device=device) if small else None
-        self._file = None if small else tempfile.TemporaryFile(prefix="field-")  # noqa: SIM115
+        size = bytes_on_disk(shape)
+        self._tensor = None if size else torch.zeros(shape, device=device)
+        self._file = tempfile.TemporaryFile(prefix="field-") if size else None  # noqa: SIM115
         self.clear()
 
     def clear(self) -> None:
@@ -190,8 +202,8 @@ class Field:
         if self._tensor is not None:
             self._tensor.zero_()
         if self._file is not None:
-            self._file.truncate(0)  # what a file grows by again reads as zero and takes no space
-            self._file.truncate(4 * math.prod(self.shape))
+            self._file.truncate(0)
+            _reserve(self._file.fileno(), bytes_on_disk(self.shape))
 
     def read(self, window: Window, image: int | None = None) -> Tensor:
         """A copy of (b, C, height, width): of one image, or of all."""
@@ -216,6 +228,25 @@ class Field:
         assert self._file is not None
         mapped: npt.NDArray[np.float32] = np.memmap(self._file, np.float32, "r+", shape=self.shape)
         return mapped
+
+
+def bytes_on_disk(shape: tuple[int, int, int, int]) -> int:
+    """What a Field of this shape takes in the folder of temporary files; 0 where it fits in memory."""
+    size = 4 * math.prod(shape)
+    return size if size > IN_MEMORY_BYTES else 0
+
+
+def _reserve(file: int, size: int) -> None:
+    """Give an empty file `size` zeros and the room for them.
+
+    Without the room, the first write through the mapping would end the process with SIGBUS.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+        return
+    zeros = bytes(2**20)  # macOS
+    for start in range(0, size, len(zeros)):
+        os.pwrite(file, zeros[: size - start], start)
 
 
 def _place(window: Window, image: int | None) -> tuple["slice[int | None]", ...]:

@@ -1,20 +1,29 @@
 """Shared by all tests: one thread (bit-exact results need a fixed number), small images, tiny networks."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
+
+# Read once, when torch is imported, and inherited by child processes. Some virtual machines announce AMX but
+# die of it (SIGILL).
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test-cache-")
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
-from engine.device import cpu_bfloat16_works
 from examples.dead_leaves import dead_leaves
 from imaging.files import write_image
 
 torch.set_num_threads(1)
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test-cache-")  # for child processes, too
-cpu_bfloat16_works()  # before anything is computed: it may have to hold oneDNN back, see device.py
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

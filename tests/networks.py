@@ -1,8 +1,13 @@
 """Small networks for tests."""
 
+import math
+
 import torch
 
+from engine.checkpoint import LoadedModel
 from unet import UNet
+
+PROCESS = {"timesteps": 1000, "mode": "v_prediction", "schedule": "cosine"}
 
 
 def tiny_unet(seed=0, residual_std=0.1, scale=2.0, **settings):
@@ -16,3 +21,16 @@ def tiny_unet(seed=0, residual_std=0.1, scale=2.0, **settings):
     unet.residual_std.fill_(residual_std)
     unet.scale.fill_(scale)
     return unet
+
+
+def random_model(scale=4.0, gain=1.0, process=PROCESS, **settings):
+    """A small model whose zero-initialised layers are random too, so that every part of it counts."""
+    torch.manual_seed(0)
+    unet = UNet(base_dim=8, context_dim=16, head_dim=8, **settings)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=gain / math.sqrt(parameter[0].numel()))
+        unet.residual_std.fill_(0.12)
+        unet.scale.fill_(scale)
+    return LoadedModel(unet.eval().requires_grad_(False), process, {}, 1)

@@ -1,26 +1,18 @@
 """Tests of bench/: that what is timed is what is said, without the packages it compares with."""
 
-import json
-import shlex
-
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
-from bench import ablate
-from bench.contenders import OURS, Peer, our_network
+from bench.contenders import Peer, our_network
 from bench.data import resizers
-from bench.levers import steps
 from bench.networks import denoising_step, floating_point_operations, one_step_psnr, training_step
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from bicubic import downscale_image
-from diffusion import DiffusionModel
-from evaluation.evaluation import ImageSet, Picture
+from evaluation.images import Picture
 from examples.dead_leaves import dead_leaves
 from tests.networks import tiny_unet
-from train_diffusion import parse
 
 CPU = torch.device("cpu")
 
@@ -74,7 +66,7 @@ def test_a_peer_sees_the_upscaled_image_and_can_be_trained_and_measured():
     peer.scale.fill_(4)
     for parameter in peer.parameters():
         parameter.data.zero_()  # a silent network: the residual is 0, and the result is bicubic
-    found = one_step_psnr(peer, ImageSet("one", [Picture("a", pixels, low_res)], ""), CPU)
+    found = one_step_psnr(peer, [Picture("a", pixels, low_res)], CPU)
     assert 10 < found < 40
 
 
@@ -87,42 +79,4 @@ def test_every_resizer_makes_the_size_it_is_asked_for():
 
 def test_our_network_is_the_recipe_s():
     config = our_network(CPU).config
-    assert (config.patch_size, config.base_dim, config.conditioning) == (4, 64, "concat")
-
-
-def test_every_lever_can_be_pulled():
-    works = steps(CPU, compiled=False)
-    assert {OURS, "group normalisation", "patch 1 (base 16, 1 2 4 8)"} <= set(works)
-
-
-@pytest.mark.parametrize("name", list(ablate.ROWS))
-def test_every_ablation_is_understood(name):
-
-    changed = parse([f"@{ablate.RECIPE}", *shlex.split(ablate.ROWS[name])])[1]
-    base = parse([f"@{ablate.RECIPE}"])[1]
-    assert (changed == base) == (name == "base")
-    assert changed.max_steps == base.max_steps
-    assert changed.batch_size * changed.img_size**2 == base.batch_size * base.img_size**2
-    DiffusionModel(mode=changed.diffusion_mode, timestep_density=changed.timestep_density)
-
-
-def test_photos_are_split_once_and_for_all(photo_folder, tmp_path):
-    train, held_out = ablate.split(photo_folder, tmp_path)
-    first = {folder: sorted(path.name for path in folder.iterdir()) for folder in (train, held_out)}
-    assert len(first[train]) == 5
-    assert len(first[held_out]) == 1
-    ablate.split(photo_folder, tmp_path)
-    assert {folder: sorted(path.name for path in folder.iterdir()) for folder in (train, held_out)} == first
-
-
-def test_the_ablation_table_is_made_of_what_was_measured(tmp_path):
-    rows = [
-        {"method": "bicubic", "steps": None, "psnr": 27.0, "hf_energy": 0.01, "swd": 200.0},
-        {"method": "model", "steps": 1, "psnr": 27.5, "hf_energy": 0.02, "swd": 180.0},
-        {"method": "model", "steps": 10, "psnr": 24.0, "hf_energy": 0.9, "swd": 130.0},
-    ]
-    for name in ("high_noise", "base"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"seconds": 99.6, "report": {"rows": rows}}))
-    lines = ablate.as_table(tmp_path)
-    assert lines[2].startswith("| (the recipe) | 100 | 27.50 | 24.00 | 0.90 | 130 |")
-    assert lines[3].startswith("| `--timestep_density high_noise` |")
+    assert (config.patch_size, config.base_dim) == (4, 64)

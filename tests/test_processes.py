@@ -41,15 +41,22 @@ def last(folder):
 def test_a_process_alone_is_rank_0():
     with started_processes("cpu") as processes:
         assert processes == Processes(torch.device("cpu"), 0, 1)
-        assert processes.writes
+        assert processes.is_main
         assert processes.sum(torch.tensor([3.0])) == 3
+
+
+@pytest.mark.parametrize("given", ["4", "two", "0"])
+def test_a_world_size_without_torchrun_is_refused(given, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(ValueError, match=given), started_processes("cpu"):
+        pass
 
 
 @pytest.mark.parametrize("length", [5, 7, 8])
 def test_shares_cover_every_sample_once_and_meet_equally_often(length):
-    plan = BatchPlan(length, batch_size=2, accumulation_steps=2, seed=0, world=3)
+    plan = BatchPlan(length, batch_size=2, accumulation_steps=2, seed=0, world_size=3)
     for step in range(plan.steps_per_epoch):
-        shares = [plan.share(step, rank) for rank in range(3)]
+        shares = [plan.of_rank(step, rank) for rank in range(3)]
         assert len({len(share) for share in shares}) == 1
         weighed = [pair for share in shares for part in share if part.weight for pair in part.pairs]
         assert sorted(weighed) == sorted(pair for part in plan.micro_batches(step) for pair in part)

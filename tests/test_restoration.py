@@ -4,6 +4,7 @@ Networks here have random weights everywhere, also where training starts at zero
 and conditioning all have an effect on the result.
 """
 
+import copy
 import math
 import subprocess
 import sys
@@ -12,35 +13,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bicubic import resize
+from bicubic import exact_scale, resize, upscale_image
 from diffusion import ResidualGenerator
 from engine.checkpoint import LoadedModel
+from engine.options import OptionError
 from evaluation.metrics import low_resolution_psnr
 from examples.dead_leaves import dead_leaves
 from imaging.files import pixels_to_unit, to_model_range, write_image
 from imaging.metadata import Metadata
-from restoration import restorer as restoration
-from restoration.restorer import PRESETS, ImageRestorer, RestoreConfig, restore
-from restoration.tiling import IN_MEMORY_BYTES, Field, Scale, Window, plan_tiles, row_bands
-from samplers import SCHEDULERS
-from unet import UNet
+from restoration import PRESETS, RestoreConfig, Restorer, restore
+from restoration.denoiser import ALL_VIEWS, Base, TiledDenoiser, Windows
+from restoration.tiling import Field, Scale, Window, bytes_on_disk, plan_tiles, row_bands
+from samplers import SCHEDULERS, draw_noise, noise_stream
+from tests.networks import PROCESS, random_model
+from unet import Condition, UNet
 
-PROCESS = {"timesteps": 1000, "mode": "v_prediction", "schedule": "cosine"}
 CPU = torch.device("cpu")
-
-
-def random_model(scale=4.0, gain=1.0, **settings):
-    """A small network whose zero-initialised layers are random too."""
-    torch.manual_seed(0)
-    unet = UNet(base_dim=8, context_dim=16, head_dim=8, **settings)
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                torch.nn.init.normal_(parameter, std=gain / math.sqrt(parameter[0].numel()))
-        unet.residual_std.fill_(0.12)
-        unet.scale.fill_(scale)
-    return LoadedModel(unet.eval().requires_grad_(False), PROCESS, 1)
+unhurried = settings(deadline=None)  # the first example pays for imports and caches
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def picture():
-    return dead_leaves((96, 80), np.random.default_rng(3))
+    """Without black and white, where clipping would hide what is compared."""
+    drawn = dead_leaves((96, 80), np.random.default_rng(3))
+    return (40 + 0.7 * drawn).astype(np.uint8)
 
 
 def run(image, model, **settings):
@@ -65,15 +59,22 @@ def psnr(a, b):
 # -------------------------------------------------------------------------------------------------- windows
 
 
-@pytest.mark.parametrize(
-    ("length", "tile", "overlap", "margin"), [(1000, 256, 64, 16), (300, 256, 128, 0), (257, 256, 2, 0)]
+@unhurried
+@given(
+    height=st.integers(1, 400),
+    width=st.integers(1, 400),
+    tile=st.integers(4, 200),
+    overlap=st.integers(2, 100),
+    margin=st.integers(0, 20),
 )
-def test_windows_cover_every_pixel_with_weights_that_sum_to_1(length, tile, overlap, margin):
-    total = torch.zeros(length, 300)
-    for one in plan_tiles(length, 300, tile, overlap, margin):
+def test_tile_weights_sum_to_1_at_every_pixel(height, width, tile, overlap, margin):
+    overlap = min(overlap, tile // 2)
+    margin = min(margin, (overlap - 1) // 2)
+    total = torch.zeros(height, width)
+    for one in plan_tiles(height, width, tile, overlap, margin):
         top, bottom, left, right = one.window
-        assert top % (tile - overlap) == 0
-        assert bottom - top <= tile
+        assert top == 0 or top % (tile - overlap) == 0
+        assert max(one.window.shape) <= max(tile, min(height, tile), min(width, tile))
         weights = one.row_weights * one.column_weights
         assert weights.shape == one.window.shape
         total[top:bottom, left:right] += weights
@@ -82,33 +83,46 @@ def test_windows_cover_every_pixel_with_weights_that_sum_to_1(length, tile, over
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
-@pytest.mark.parametrize("factor", [4.0, 3.0, 2.0, 2.5, 1.7, 10 / 3])
-def test_a_window_is_resized_as_in_the_whole_image(factor):
-    low_res = torch.rand(3, 61, 47, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+FACTORS = st.sampled_from([1.0, 1.5, 1.7, 2.0, 2.4, 2.5, 3.0, 10 / 3, 4.0])
+
+
+@unhurried
+@given(data=st.data(), factor=FACTORS, height=st.integers(1, 60), width=st.integers(1, 60))
+def test_a_window_is_resized_as_in_the_whole_image(data, factor, height, width):
+    low_res = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scale = Scale(float(torch.tensor(factor, dtype=torch.float32)))  # as a checkpoint holds it
     whole = resize(low_res, scale=factor)
-    height, width = scale.high_size(61, 47)
-    assert whole.shape[-2:] == (height, width)
-    for window in (
-        Window(0, 40, 0, 30),
-        Window(33, 70, 21, 75),
-        Window(height - 20, height, width - 9, width),
-    ):
-        torch.testing.assert_close(
-            scale.upscale(low_res, window), whole[:, window.top : window.bottom, window.left : window.right]
-        )
+    assert whole.shape[-2:] == scale.high_size(height, width)
+
+    def window(height, width):
+        top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+        bottom, right = data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width))
+        return Window(top, bottom, left, right)
+
+    def cut(image, window):
+        return image[:, window.top : window.bottom, window.left : window.right]
+
+    high = window(*whole.shape[-2:])
+    torch.testing.assert_close(scale.upscale(low_res, high), cut(whole, high))
     shrunk = resize(whole, scale=1 / factor)
-    for low in (Window(0, 9, 0, 47), Window(20, 33, 5, 30), Window(50, 61, 40, 47)):
-        high = scale.high_window(low, height, width)
-        pixels = whole[:, high.top : high.bottom, high.left : high.right]
-        expected = shrunk[:, low.top : low.bottom, low.left : low.right]
-        torch.testing.assert_close(scale.downscale(pixels, high, low), expected, rtol=1e-5, atol=1e-5)
+    low = window(height, width)
+    seen = scale.high_window(low, *whole.shape[-2:])
+    made = scale.downscale(cut(whole, seen), seen, low)
+    torch.testing.assert_close(made, cut(shrunk, low), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("height", [8, IN_MEMORY_BYTES // (4 * 3 * 64) + 1])
+@unhurried
+@given(numerator=st.integers(1, 64), denominator=st.integers(1, 16))
+def test_single_precision_does_not_change_a_scale(numerator, denominator):
+    stored = float(torch.tensor(numerator / denominator, dtype=torch.float32))
+    assert exact_scale(stored) == exact_scale(numerator / denominator)
+    assert float(exact_scale(stored)) == numerator / denominator
+
+
+@pytest.mark.parametrize("height", [8, 50_000])
 def test_a_field_holds_what_is_written_in_memory_and_in_a_file(height):
     field = Field((2, 3, height, 64), CPU)
-    assert (field._file is None) == (height == 8)
+    assert (bytes_on_disk(field.shape) == 0) == (height == 8)
     window = Window(height - 5, height - 1, 7, 60)
     values = torch.rand(2, 3, 4, 53, generator=torch.Generator().manual_seed(0))
     field.write(window, values)
@@ -134,13 +148,13 @@ CONFIGURATIONS = {
 def test_windows_give_what_one_piece_gives_and_no_seams(name, picture):
     loaded = random_model(**CONFIGURATIONS[name])
     if name == "convolutions only":
-        for transformer in loaded.unet.transformers:
+        for transformer in loaded.network.transformers:
             transformer.block.self_attention.out.weight.zero_()
     whole = run(picture, loaded, tile=0, steps=4).pixels.astype(float)
     tiled = run(picture, loaded, tile=256, steps=4).pixels.astype(float)
     assert whole.std() > 20
     assert psnr(whole, tiled) >= 45
-    config = loaded.unet.config
+    config = loaded.network.config
     multiple = config.size_multiple * config.attention_window
     overlap = math.ceil(64 / multiple) * multiple
     for axis in (0, 1):
@@ -162,54 +176,85 @@ def test_windows_work_with_every_scheduler(scheduler, model, picture):
     assert psnr(whole, tiled) >= 45
 
 
-def test_windows_begin_where_attention_windows_begin(model, picture):
-    restorer = ImageRestorer(model, RestoreConfig(tile=100, overlap=10), CPU)
-    low_res = to_model_range(pixels_to_unit(picture))
-    tiles = restoration._Canvas(restorer, low_res, restorer.plan, lambda _: None).tiles
-    multiple = model.unet.config.size_multiple * model.unet.config.attention_window
-    assert len(tiles) > 4
-    assert all(tile.window.top % multiple == 0 and tile.window.left % multiple == 0 for tile in tiles)
+@unhurried
+@given(side=st.integers(1, 300), overlap=st.integers(2, 300), multiple=st.sampled_from([4, 16, 64]))
+def test_windows_begin_at_multiples_and_are_as_large_as_was_asked(side, overlap, multiple):
+    windows = Windows(side, overlap, 1, multiple)
+    for tile in windows.plan(400, 700):
+        assert tile.window.top % multiple == tile.window.left % multiple == 0
+        assert max(tile.window.shape) <= max(2 * multiple, side + multiple - 1)
 
 
-def test_a_large_image_is_cut_by_itself_and_a_small_one_is_not(model, monkeypatch):
-    restorer = ImageRestorer(model, RestoreConfig(), CPU)
-
-    def windows(height, width):
-        low_res = torch.zeros(3, height, width)
-        return restoration._Canvas(restorer, low_res, restorer.plan, lambda _: None).tiles
-
-    assert len(windows(256, 256)) == 1
-    assert max(tile.window.shape for tile in windows(256, 300)) == (512, 512)
+def test_a_network_says_where_windows_begin(model):
+    config = model.network.config
+    multiple = config.size_multiple * config.attention_window
+    assert Restorer(model, RestoreConfig(), CPU).windows.multiple == multiple
 
 
-def test_the_work_goes_on_in_smaller_windows_when_a_gpu_runs_out_of_memory(model, picture, caplog):
-    restorer = ImageRestorer(model, RestoreConfig(tile=0, steps=3, batch_size=2, num_images=2), CPU)
+def test_a_tile_that_no_window_can_have_is_said(model, caplog):
+    Restorer(model, RestoreConfig(tile=64), CPU)
+    assert "64" in caplog.text
+    assert "128" in caplog.text
+    caplog.clear()
+    for tile in (None, 0, 128, 192):
+        Restorer(model, RestoreConfig(tile=tile), CPU)
+    assert not caplog.text
+
+
+def test_a_large_image_is_cut_by_itself_and_a_small_one_is_not(model):
+    windows = Restorer(model, RestoreConfig(), CPU).windows
+    assert len(windows.plan(1024, 1024)) == 1
+    assert max(tile.window.shape for tile in windows.plan(1024, 1200)) == (512, 512)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17.5 GB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError("Unable to allocate 3.00 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:16])
+def test_the_work_goes_on_in_smaller_windows_when_memory_runs_out(error, model, picture, caplog, monkeypatch):
+    restorer = Restorer(model, RestoreConfig(tile=0, steps=3, batch_size=2, num_images=2), CPU)
     largest, shapes = 200, []
-    estimate = restorer.estimate
+    estimate = restorer.generator.estimate
 
-    def limited(noisy, timestep, context, upscaled):
+    def limited(network, noisy, timestep, context, upscaled):
         if timestep != 999 and max(noisy.shape[-2:]) > largest:  # at first all is well
-            raise torch.cuda.OutOfMemoryError("no memory")
+            raise error
         shapes.append((timestep, len(noisy), max(noisy.shape[-2:])))
-        return estimate(noisy, timestep, context, upscaled)
+        return estimate(network, noisy, timestep, context, upscaled)
 
-    restorer.estimate = limited
+    monkeypatch.setattr(restorer.generator, "estimate", limited)
     pixels = restorer.restore(picture).pixels
     assert shapes[0] == (999, 2, 384)
     assert all(batch == 1 and side <= largest for timestep, batch, side in shapes if timestep != 999)
-    assert restorer.tile == 192
+    assert restorer.windows.side == 192
     assert "192" in caplog.text
     assert psnr(pixels, run(picture, model, tile=0, steps=3, num_images=2).pixels) > 45
 
 
-def test_no_memory_even_for_the_smallest_windows_is_an_error(model, picture):
-    restorer = ImageRestorer(model, RestoreConfig(), CPU)
+def test_no_memory_even_for_the_smallest_windows_is_an_error(model, picture, monkeypatch):
+    restorer = Restorer(model, RestoreConfig(), CPU)
 
     def fail(*_):
-        raise torch.cuda.OutOfMemoryError("no memory")
+        raise OUT_OF_MEMORY[0]
 
-    restorer.estimate = fail
-    with pytest.raises(torch.cuda.OutOfMemoryError, match="even with windows of 128 pixels"):
+    monkeypatch.setattr(restorer.generator, "estimate", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="128"):
+        restorer.restore(picture)
+
+
+def test_another_error_of_the_network_is_not_taken_for_missing_memory(model, picture, monkeypatch):
+    restorer = Restorer(model, RestoreConfig(), CPU)
+
+    def fail(*_):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(restorer.generator, "estimate", fail)
+    with pytest.raises(RuntimeError, match="mismatch"):
         restorer.restore(picture)
 
 
@@ -218,7 +263,8 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import numpy as np, torch
 torch.set_num_threads(1)
-from tests.test_restoration import random_model, run
+from tests.networks import random_model
+from tests.test_restoration import run
 run(np.zeros(({side}, {side}, 3), np.uint8) + 100, random_model(patch_size=4, dim_mults=(1, 2)), steps=1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -241,7 +287,7 @@ def test_peak_memory_hardly_grows_with_the_image():
 def test_one_piece_is_what_the_generator_gives(model, picture):
     low_res = to_model_range(pixels_to_unit(picture))[None]
     for steps in (1, 3):
-        expected = ResidualGenerator().generate_images(model.unet, low_res, 1, steps, seed=5)
+        expected = ResidualGenerator().generate_images(model.network, low_res, 1, steps, seed=5)
         ours = run(picture, model, steps=steps, seed=5).pixels
         assert psnr(ours, np.round(expected[0].permute(1, 2, 0).numpy() * 255)) > 70
 
@@ -249,7 +295,7 @@ def test_one_piece_is_what_the_generator_gives(model, picture):
 def test_a_scale_kept_in_single_precision_gives_the_size_it_stands_for(picture):
     loaded = random_model(scale=2.4)
     low_res = to_model_range(pixels_to_unit(picture[:50, :30]))[None]
-    assert ResidualGenerator().generate_images(loaded.unet, low_res, 1, 1, seed=0).shape == (1, 3, 120, 72)
+    assert ResidualGenerator().generate_images(loaded.network, low_res, 1, 1, seed=0).shape == (1, 3, 120, 72)
     assert run(picture[:50, :30], loaded, steps=1).pixels.shape == (120, 72, 3)
 
 
@@ -260,44 +306,51 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, picture)
 
 
 def test_a_batch_does_not_change_the_result(model, picture):
-    for settings in ({"num_images": 4}, {"tile": 128}):
-        alone = run(picture, model, steps=3, **settings).pixels
-        together = run(picture, model, steps=3, batch_size=3, **settings).pixels
+    for several in ({"num_images": 4}, {"tile": 128}):
+        alone = run(picture, model, steps=3, **several).pixels
+        together = run(picture, model, steps=3, batch_size=3, **several).pixels
         assert psnr(alone, together) > 60
 
 
 def test_mean_and_deviation_are_those_of_the_samples(model, picture):
-    restorer = ImageRestorer(model, RestoreConfig(steps=2, num_images=3), CPU)
+    restorer = Restorer(model, RestoreConfig(steps=2, num_images=3), CPU)
     result = restorer.restore(picture, deviation=True)
     low_res = to_model_range(pixels_to_unit(picture))[None]
-    samples = ResidualGenerator().generate_images(model.unet, low_res, 3, 2, seed=0)
+    samples = ResidualGenerator().generate_images(model.network, low_res, 3, 2, seed=0)
     mean = samples.mean(0).permute(1, 2, 0).numpy()
     assert np.abs(result.pixels / 255 - mean).max() < 0.6 / 255
     expected = samples.var(0).mean(0).sqrt().numpy()
     np.testing.assert_allclose(result.deviation, expected, atol=1e-4)
     with pytest.raises(ValueError, match="at least 2"):
-        ImageRestorer(model, RestoreConfig(), CPU).restore(picture, deviation=True)
+        Restorer(model, RestoreConfig(), CPU).restore(picture, deviation=True)
 
 
-def test_self_ensemble_makes_the_result_turn_with_the_image(model, picture):
-    """Without noise, which would have to turn as well."""
-    square = picture[:64, :64]
-    restorer = ImageRestorer(model, RestoreConfig(mode="fidelity", self_ensemble=True), CPU)
-    low_res = to_model_range(pixels_to_unit(square))
+def test_self_ensemble_turns_with_the_image(model, picture):
+    """Estimates of a turned image and turned noise are the turned estimates."""
+    restorer = Restorer(model, RestoreConfig(), CPU)
+    low_res = to_model_range(pixels_to_unit(picture[:40, :40]))[None]
+    noise = draw_noise([noise_stream(0, 0)], 3, 160, 160)
+    whole = Window(0, 160, 0, 160)
 
-    def estimate(image):
-        canvas = restoration._Canvas(restorer, image, restorer.plan, lambda _: None)
-        canvas._noise = lambda streams, band: torch.zeros(1, 3, *band.shape)
-        return canvas.restore(1, deviation=False)[0].read(Window(0, 256, 0, 256))
+    def estimate(low_res, noise):
+        noisy = Field((1, 3, 160, 160), CPU)
+        noisy.write(whole, noise)
+        base = Base(restorer.generator, restorer.network, low_res, restorer.windows, ALL_VIEWS)
+        denoiser = TiledDenoiser(restorer.generator, restorer.network, base, restorer.windows, lambda _: None)
+        return denoiser(noisy, 600).read(whole)
+
+    def turn(image):
+        return image.rot90(1, (2, 3)).flip(3)
 
     with torch.inference_mode():
-        upright, turned = estimate(low_res), estimate(low_res.rot90(1, (1, 2)).flip(2))
-    torch.testing.assert_close(turned, upright.rot90(1, (2, 3)).flip(3), rtol=0, atol=1e-4)
+        upright, turned = estimate(low_res, noise), estimate(turn(low_res), turn(noise))
+    torch.testing.assert_close(turned, turn(upright), rtol=0, atol=1e-4)
+    assert (upright - turn(upright)).abs().max() > 0.1
 
 
 def test_progress_rises_to_1(model, picture):
     seen = []
-    restorer = ImageRestorer(model, RestoreConfig(steps=2, num_images=2, tile=256), CPU)
+    restorer = Restorer(model, RestoreConfig(steps=2, num_images=2, tile=256), CPU)
     restorer.restore(picture, progress=seen.append)
     assert seen == sorted(seen)
     assert len(seen) > 8
@@ -321,38 +374,45 @@ def test_consistency_makes_the_downscaled_result_equal_the_input(factor, picture
 
 
 def test_presets_are_overridden_by_what_is_given():
-    assert RestoreConfig(mode="fidelity").effort == PRESETS["fidelity"] == (1, 1)
-    assert RestoreConfig(mode="balanced", steps=3).effort == (3, PRESETS["balanced"].num_images)
-    assert RestoreConfig().effort == PRESETS["fidelity"]
-    assert RestoreConfig(num_images=7).effort == (PRESETS["detail"].steps, 7)
+    assert RestoreConfig(mode="fidelity").budget == PRESETS["fidelity"] == (0, 1)
+    assert RestoreConfig(mode="balanced", steps=3).budget == (3, PRESETS["balanced"].num_images)
+    assert RestoreConfig().budget == PRESETS["fidelity"]
+    assert RestoreConfig(num_images=7).budget == (PRESETS["detail"].steps, 7)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("field", "value"),
     [
-        ({"mode": "fast"}, "'fast'"),
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"num_images": -1}, "num_images"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"scheduler": "lcm"}, "'lcm'"),
-        ({"eta": 0.5}, "needs the scheduler ddim"),
-        ({"eta": 2.0, "scheduler": "ddim"}, "between 0 and 1"),
-        ({"seed": -1}, "seed"),
-        ({"tile": -5}, "tile"),
-        ({"overlap": 0}, "overlap"),
+        ("mode", "fast"),
+        ("num_images", -1),
+        ("batch_size", 0),
+        ("scheduler", "lcm"),
+        ("seed", -1),
+        ("tile", -5),
+        ("overlap", 0),
+        ("eta", float("nan")),
     ],
 )
-def test_a_wrong_setting_is_refused_by_name(settings, message):
-    with pytest.raises(ValueError, match=message):
-        RestoreConfig(**settings)
+def test_a_wrong_setting_is_refused_by_name(field, value):
+    with pytest.raises(OptionError) as caught:
+        RestoreConfig(**{field: value})
+    assert caught.value.field == field
 
 
-def test_a_network_that_cannot_restore_is_refused(model):
-    untrained = LoadedModel(UNet(base_dim=8), PROCESS, 0)
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [({"steps": 1001}, "steps"), ({"eta": 0.5}, "eta"), ({"eta": 1.5}, "eta")],
+)
+def test_what_the_process_cannot_do_is_refused_before_the_work(wrong, field, model):
+    with pytest.raises(OptionError) as caught:
+        Restorer(model, RestoreConfig(**wrong), CPU)
+    assert caught.value.field == field
+
+
+def test_a_network_that_cannot_restore_is_refused():
+    untrained = LoadedModel(UNet(base_dim=8), PROCESS, {}, 0)
     with pytest.raises(ValueError, match="never trained"):
-        ImageRestorer(untrained, RestoreConfig(), CPU)
-    with pytest.raises(ValueError, match="between 1 and 1000, not 1001"):
-        ImageRestorer(model, RestoreConfig(steps=1001), CPU)
+        Restorer(untrained, RestoreConfig(), CPU)
 
 
 # -------------------------------------------------------------------------------------------- kinds of pixels
@@ -399,3 +459,56 @@ def test_three_lines_are_enough(model, picture, tmp_path):
 
 def test_bands_cover_an_image_from_the_top():
     assert list(row_bands(10, 3, 4)) == [Window(0, 4, 0, 3), Window(4, 8, 0, 3), Window(8, 10, 0, 3)]
+
+
+# --------------------------------------------------------------------------------------- the predicted mean
+
+
+@pytest.fixture(scope="module")
+def predicting():
+    return random_model(predictor_blocks=2, patch_size=4, dim_mults=(1, 2))
+
+
+def test_fidelity_is_the_predicted_mean_whatever_the_noise(predicting, picture):
+    unet = predicting.network
+    low_res = to_model_range(pixels_to_unit(picture))[None]
+    upscaled = upscale_image(low_res, 4).clamp(-1, 1)
+    _, mean = unet.encode_context(Condition(upscaled, low_res))
+    expected = ((upscaled + unet.residual_std * mean).clamp(-1, 1) + 1) / 2
+    found = [
+        Restorer(predicting, RestoreConfig(mode="fidelity", seed=n), CPU)(low_res[0] / 2 + 0.5)
+        for n in (0, 1)
+    ]
+    torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=0)
+    assert torch.equal(*found)
+    generated = ResidualGenerator().generate_images(unet, low_res, 1, 0)
+    torch.testing.assert_close(generated, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+def test_the_predicted_mean_is_exact_in_tiles(predicting, picture, tile):
+    low_res = pixels_to_unit(picture)
+    whole = Restorer(predicting, RestoreConfig(tile=0), CPU)(low_res)
+    tiled = Restorer(predicting, RestoreConfig(tile=tile), CPU)(low_res)
+    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 128}, {"self_ensemble": True}, {"num_images": 2}])
+def test_samples_are_added_to_the_mean(predicting, picture, settings):
+    """With a silent refiner (predicting 0) every sample is the mean."""
+    silent = copy.deepcopy(predicting)
+    for parameter in silent.network.out.parameters():
+        parameter.zero_()
+    model = silent._replace(process={**PROCESS, "mode": "clean"})
+    low_res = pixels_to_unit(picture)
+    views = {name: value for name, value in settings.items() if name == "self_ensemble"}
+    mean = Restorer(model, RestoreConfig(mode="fidelity", **views), CPU)(low_res)
+    sampled = Restorer(model, RestoreConfig(steps=3, **settings), CPU)(low_res)
+    torch.testing.assert_close(sampled, mean, atol=1e-5, rtol=0)
+
+
+def test_steps_of_zero_need_a_predictor(model, predicting):
+    with pytest.raises(OptionError) as caught:
+        Restorer(model, RestoreConfig(steps=0), CPU)
+    assert caught.value.field == "steps"
+    assert Restorer(predicting, RestoreConfig(steps=0), CPU).steps == ()

@@ -1,49 +1,98 @@
 """Samplers against the closed form of a Gaussian, against diffusers, and against their own definition.
 
-The analytic denoiser of N(mu, s^2) is affine and so is every sampler, so mean and variance of what comes out
-are followed exactly: a state is a vector of its parts of the first noise, of 1, and of each later noise.
+The exact denoiser of N(mu, s^2) is affine and so is every sampler, so mean and variance of what comes out are
+followed exactly: a state is a vector of its parts of the first noise, of 1, and of each later noise.
 """
 
 from collections import deque
 
 import pytest
 import torch
-from diffusers.schedulers import DDIMScheduler, DDPMScheduler
+from diffusers.schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from diffusion import (
+    cosine_alpha_bar,
+    linear_alpha_bar,
+    sigmoid_alpha_bar,
+    zero_terminal_alpha_bar,
+)
+from engine.options import OptionError
 from samplers import (
     DEFAULT_SCHEDULER,
     HISTORY,
+    LEAST_ALPHA_BAR,
     NOISE_ROWS,
     SCHEDULERS,
+    Sampler,
     Step,
-    build_scheduler,
     draw_noise,
     log_snr_timesteps,
+    sample,
     trailing_timesteps,
 )
-from schedules import cosine_alpha_bar
 
 T = 1000
-ALPHA_BAR = cosine_alpha_bar(T)
+unhurried = settings(deadline=None)  # the first example pays for imports and caches
 DEVIATIONS = (0.1, 0.2, 0.4, 1.0)
 MEAN = 0.3
 
 
-def gaussian_moments(steps, deviation, alpha_bar=ALPHA_BAR):
+def preserving(alpha_bar):
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def flow(total):
+    """Lipman et al. 2023, Liu et al. 2023."""
+    t = torch.arange(1, total + 1, dtype=torch.float64) / total
+    return 1 - t, t
+
+
+def resshift(total, kappa=2.0):
+    """Yue et al. 2023, in terms of the residual; sqrt(eta) here grows evenly in its logarithm."""
+    root = torch.logspace(-1.5, -0.0005, total, dtype=torch.float64)
+    return 1 - root**2, kappa * root
+
+
+PAIRS = {
+    "cosine": preserving(cosine_alpha_bar(T)),
+    "linear": preserving(linear_alpha_bar(T)),
+    "sigmoid": preserving(sigmoid_alpha_bar(T)),
+    "zero_terminal_snr": preserving(zero_terminal_alpha_bar(T)),
+    "flow": flow(T),
+    "resshift": resshift(T),
+}
+COSINE = PAIRS["cosine"]
+ALPHA_BAR = cosine_alpha_bar(T)
+
+
+def gaussian_moments(sampler, count, deviation, pair=COSINE):
     """Mean, and variance over the true one, of samples from N(MEAN, deviation^2) with its exact denoiser."""
-    state = torch.zeros(2 + sum(step.noise_weight > 0 for step in steps), dtype=torch.float64)
-    state[0], fresh, cleans = 1, 2, []
-    for step in steps:
-        alpha_bar_t = float(alpha_bar[step.timestep])
-        gain = deviation**2 * alpha_bar_t**0.5 / (alpha_bar_t * deviation**2 + 1 - alpha_bar_t)
+    steps = sampler.steps(count)
+    fresh = iter(range(2, 2 + len(steps)))
+    start = torch.zeros(2 + len(steps), dtype=torch.float64)
+    start[0] = sampler.initial_scale
+
+    def denoise(state, timestep):
+        signal, noise = (float(scale[timestep]) for scale in pair)
+        gain = deviation**2 * signal / ((signal * deviation) ** 2 + noise**2)
         clean = gain * state
-        clean[1] += (1 - gain * alpha_bar_t**0.5) * MEAN
-        cleans.insert(0, clean)
+        clean[1] += (1 - gain * signal) * MEAN
+        return clean
+
+    def advance(step, state, cleans):
         noise = torch.zeros_like(state)
-        if step.noise_weight > 0:
-            noise[fresh] = 1
-            fresh += 1
-        state = step.advance(state, cleans, noise)
+        noise[next(fresh)] = 1
+        return step.advance(state, cleans, noise)
+
+    *_, state = sample(steps, start, denoise, advance)
     mean, state[1] = float(state[1]), 0
     return mean, float(state @ state) / deviation**2
 
@@ -52,7 +101,7 @@ def gaussian_moments(steps, deviation, alpha_bar=ALPHA_BAR):
 def test_mean_and_variance_of_a_gaussian_converge(name):
     for deviation in DEVIATIONS:
         counts = (10, 30, 100, 300, T)
-        moments = [gaussian_moments(build_scheduler(name, ALPHA_BAR).steps(n), deviation) for n in counts]
+        moments = [gaussian_moments(Sampler(name, *COSINE), n, deviation) for n in counts]
         assert all(abs(mean - MEAN) < 1e-4 for mean, _ in moments)
         errors = [abs(variance - 1) for _, variance in moments]
         assert errors[-1] < (0.05 if name == "ddpm" else 0.02)
@@ -65,8 +114,8 @@ def test_mean_and_variance_of_a_gaussian_converge(name):
 
 def test_the_default_keeps_the_variance_within_5_percent_at_10_steps_and_ddim_does_not():
     def kept(name, deviations=(0.2, 0.4, 1, 2, 4)):
-        steps = build_scheduler(name, ALPHA_BAR).steps(10)
-        return [gaussian_moments(steps, deviation)[1] for deviation in deviations]
+        sampler = Sampler(name, *COSINE)
+        return [gaussian_moments(sampler, 10, deviation)[1] for deviation in deviations]
 
     assert kept(DEFAULT_SCHEDULER, (0.1,)) == pytest.approx([0.79], abs=0.01)  # below two grey levels
     assert kept(DEFAULT_SCHEDULER) == pytest.approx([1] * 5, abs=0.05)
@@ -77,7 +126,7 @@ def test_the_default_keeps_the_variance_within_5_percent_at_10_steps_and_ddim_do
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_one_step_is_the_clean_estimate_at_the_noisiest_timestep(name):
-    (step,) = build_scheduler(name, ALPHA_BAR).steps(1)
+    (step,) = Sampler(name, *COSINE).steps(1)
     assert step.timestep == T - 1
     noisy, clean = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(step.advance(noisy, [clean]), clean)
@@ -86,9 +135,9 @@ def test_one_step_is_the_clean_estimate_at_the_noisiest_timestep(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("total", [1, 2, 7, 60])
 def test_every_step_count_ends_in_its_last_clean_estimate(name, total):
-    alpha_bar = cosine_alpha_bar(total)
+    sampler = Sampler(name, *preserving(cosine_alpha_bar(total)))
     for count in range(1, total + 1):
-        steps = build_scheduler(name, alpha_bar).steps(count)
+        steps = sampler.steps(count)
         last = steps[-1]
         assert last.noisy_weight == pytest.approx(0, abs=1e-6)
         assert last.clean_weights == pytest.approx((1.0,), abs=1e-6)
@@ -103,22 +152,129 @@ def test_every_step_count_ends_in_its_last_clean_estimate(name, total):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_true_clean_image_keeps_the_noise_level_of_each_timestep(name):
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_true_clean_image_keeps_the_scales_of_each_timestep(pair, name):
     """Then noisy_k is signal_scale clean + noise_scale noise, exactly."""
+    signal_scale, noise_scale = PAIRS[pair]
+    sampler = Sampler(name, signal_scale, noise_scale)
     for count in (2, 5, 13, 100):
-        state = torch.tensor([1.0, 0.0], dtype=torch.float64)  # parts of the noise and of the clean image
+        state = torch.stack([noise_scale[-1], signal_scale[-1]])  # parts of the noise and of the clean image
         clean = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        for step in build_scheduler(name, ALPHA_BAR).steps(count):
-            alpha_bar_t = float(ALPHA_BAR[step.timestep])
-            assert float(state[1]) == pytest.approx(alpha_bar_t**0.5, abs=1e-4)
+        for step in sampler.steps(count):
+            assert float(state[1]) == pytest.approx(float(signal_scale[step.timestep]), abs=1e-4)
             if name != "ddpm":
-                assert float(state[0]) == pytest.approx((1 - alpha_bar_t) ** 0.5, abs=1e-4)
+                assert float(state[0]) == pytest.approx(float(noise_scale[step.timestep]), abs=1e-4)
             state = step.advance(state, [clean] * HISTORY, torch.zeros(2, dtype=torch.float64))
         assert state.tolist() == pytest.approx([0, 1], abs=1e-5)
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("pair", ["flow", "resshift"])
+def test_flow_and_resshift_end_in_the_moments_of_the_gaussian(pair, name):
+    """The last step is the posterior mean, which loses what the noise at that timestep hides."""
+    signal_scale, noise_scale = PAIRS[pair]
+    sampler = Sampler(name, signal_scale, noise_scale)
+    for deviation in DEVIATIONS:
+        mean, variance = gaussian_moments(sampler, 500, deviation, PAIRS[pair])
+        last = sampler.steps(500)[-1].timestep
+        hidden = float(noise_scale[last] / signal_scale[last]) / deviation
+        assert mean == pytest.approx(MEAN, abs=0.01)
+        assert variance == pytest.approx(1 / (1 + hidden**2), abs=0.05 if name == "ddpm" else 0.03)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_factor_of_the_noisy_image_changes_nothing(name):
+    """A process that is another one times a positive number for each timestep is sampled as that one."""
+    factor = torch.rand(T, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    noise = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    matrices = torch.randn(T, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / 8
+
+    def run(factor):
+        sampler = Sampler(name, *(factor * scale for scale in COSINE))
+        return list(
+            sample(
+                sampler.steps(6),
+                sampler.initial_scale * noise,
+                lambda noisy, timestep: matrices[timestep] @ noisy / factor[timestep],
+                lambda step, noisy, cleans: step.advance(noisy, cleans, noise),
+            )
+        )
+
+    torch.testing.assert_close(run(factor)[-1], run(torch.ones_like(factor))[-1])
+
+
+# ------------------------------------------------------------------------------------------------- diffusers
+
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+DIFFUSERS_SCHEDULES = {
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "linear": LINEAR,
+    "zero_terminal_snr": {**LINEAR, "rescale_betas_zero_snr": True},
+}
+PREDICTS_CLEAN = {"prediction_type": "sample"}
+
+
+def diffusers_pair(schedule):
+    alpha_bar = DDIMScheduler(num_train_timesteps=T, **DIFFUSERS_SCHEDULES[schedule]).alphas_cumprod.double()
+    return preserving(alpha_bar)
+
+
+def sent(reference, timesteps, sigmas, repeats=1):
+    """A scheduler of diffusers that visits these timesteps, of these sigmas, and then 0."""
+    reference.set_timesteps(len(timesteps))
+    times, levels = torch.tensor(timesteps), torch.tensor(sigmas, dtype=torch.float32)
+    reference.timesteps = torch.cat([times[:1], times[1:].repeat_interleave(repeats)])
+    reference.sigmas = torch.cat([levels[:1], levels[1:].repeat_interleave(repeats), levels.new_zeros(1)])
+    return reference
+
+
+def run_diffusers(name, timesteps, sigmas, noisy, denoise):
+    """Sample with diffusers' own objects; before Heun's method comes one step of Euler's (= DDIM's)."""
+    kind, order = (UniPCMultistepScheduler, 2) if name == "unipc" else (DPMSolverMultistepScheduler, 2)
+    if name == "heun":
+        order = 1
+    reference = sent(kind(T, solver_order=order, **PREDICTS_CLEAN), timesteps, sigmas)
+    for timestep in reference.timesteps[: 1 if name == "heun" else None]:
+        noisy = reference.step(denoise(noisy, int(timestep)), timestep, noisy).prev_sample
+    if name != "heun":
+        return noisy
+    reference = sent(HeunDiscreteScheduler(T, **PREDICTS_CLEAN), timesteps[1:], sigmas[1:], repeats=2)
+    scaled = noisy * (1 + reference.sigmas[0] ** 2).sqrt()
+    for timestep in reference.timesteps:
+        seen = reference.scale_model_input(scaled, timestep)
+        scaled = reference.step(denoise(seen, int(timestep)), timestep, scaled).prev_sample
+    return scaled
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm++", "heun"])
+@pytest.mark.parametrize("schedule", DIFFUSERS_SCHEDULES)
+def test_a_random_linear_denoiser_is_sampled_as_by_diffusers(schedule, name):
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(T, 12, 12, generator=generator, dtype=torch.float64) / 12
+    noisy = torch.randn(1, 1, 1, 12, generator=generator, dtype=torch.float64)
+    signal_scale, noise_scale = diffusers_pair(schedule)
+    sampler = Sampler(name, signal_scale, noise_scale)
+    sigmas = noise_scale / signal_scale.clamp(min=LEAST_ALPHA_BAR**0.5)
+
+    def denoise(noisy, timestep):
+        return noisy @ matrices[timestep]
+
+    for count in (2, 3, 5, 10, 25):
+        steps = sampler.steps(count)
+        timesteps = sorted({step.timestep for step in steps}, reverse=True)
+        *_, ours = sample(steps, noisy, denoise, Step.advance)
+        theirs = run_diffusers(name, timesteps, sigmas[timesteps].tolist(), noisy, denoise)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", DIFFUSERS_SCHEDULES)
+def test_the_schedules_are_those_of_diffusers(schedule):
+    for ours, theirs in zip(PAIRS[schedule], diffusers_pair(schedule), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
 def test_ddim_visits_exactly_its_own_list_at_every_step_count():
-    sampler = build_scheduler("ddim", ALPHA_BAR)
+    sampler = Sampler("ddim", *COSINE)
     for count in [*range(1, 40), 333, 999, T]:
         timesteps = [step.timestep for step in sampler.steps(count)]
         assert timesteps == trailing_timesteps(T, count)
@@ -127,18 +283,19 @@ def test_ddim_visits_exactly_its_own_list_at_every_step_count():
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 10, 50, 125, T])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_ddim_is_that_of_diffusers_where_the_step_count_divides_t(count, eta):
-    before = torch.cat([ALPHA_BAR.new_ones(1), ALPHA_BAR[:-1]])
+@pytest.mark.parametrize("schedule", DIFFUSERS_SCHEDULES)
+def test_ddim_is_that_of_diffusers_where_the_step_count_divides_t(schedule, count, eta):
     reference = DDIMScheduler(
         num_train_timesteps=T,
-        trained_betas=(1 - ALPHA_BAR / before).tolist(),
         clip_sample=False,
-        prediction_type="sample",
         timestep_spacing="trailing",
+        **PREDICTS_CLEAN,
+        **DIFFUSERS_SCHEDULES[schedule],
     )
-    reference.alphas_cumprod = ALPHA_BAR
+    alpha_bar = reference.alphas_cumprod.double().clamp(min=LEAST_ALPHA_BAR)
+    reference.alphas_cumprod = alpha_bar
     reference.set_timesteps(count)
-    steps = build_scheduler("ddim", ALPHA_BAR).steps(count, eta)
+    steps = Sampler("ddim", *preserving(alpha_bar)).steps(count, eta)
     assert [step.timestep for step in steps] == reference.timesteps.tolist()
     generator = torch.Generator().manual_seed(0)
     noisy, clean, noise = torch.randn(3, 1, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -150,9 +307,10 @@ def test_ddim_is_that_of_diffusers_where_the_step_count_divides_t(count, eta):
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 17])
-def test_ddpm_has_mean_and_variance_of_diffusers_ddpm(count):
-    timesteps = trailing_timesteps(T, count)
-    kept = ALPHA_BAR[timesteps[::-1]]
+@pytest.mark.parametrize("schedule", DIFFUSERS_SCHEDULES)
+def test_ddpm_has_mean_and_variance_of_diffusers_ddpm(schedule, count):
+    signal_scale, noise_scale = diffusers_pair(schedule)
+    kept = signal_scale[trailing_timesteps(T, count)[::-1]].square().clamp(min=LEAST_ALPHA_BAR)
     betas = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
     reference = DDPMScheduler(
         num_train_timesteps=count,
@@ -162,9 +320,10 @@ def test_ddpm_has_mean_and_variance_of_diffusers_ddpm(count):
         timestep_spacing="trailing",
     )
     reference.set_timesteps(count)
+    sampler = Sampler("ddpm", signal_scale, noise_scale)
     generator = torch.Generator().manual_seed(0)
     noisy, clean = torch.randn(2, 1, 3, 128, 128, generator=generator, dtype=torch.float64)
-    for step, own in zip(build_scheduler("ddpm", ALPHA_BAR).steps(count), reference.timesteps, strict=True):
+    for step, own in zip(sampler.steps(count), reference.timesteps, strict=True):
         seeded = torch.Generator().manual_seed(1)
         drawn = reference.step(clean, int(own), noisy, generator=seeded).prev_sample
         mean = step.advance(noisy, [clean], torch.zeros_like(noisy))
@@ -182,28 +341,33 @@ def test_log_snr_is_evenly_spaced():
     assert float(gaps.max() - gaps.min()) < 0.1 * float(gaps.abs().mean())
 
 
-@pytest.mark.parametrize("total", [1, 2, 10, 97])
-def test_timestep_lists_fall_and_stay_in_range_at_every_step_count(total):
-    alpha_bar = cosine_alpha_bar(total).tolist()
-    for count in range(1, total + 1):
-        for timesteps in (trailing_timesteps(total, count), log_snr_timesteps(alpha_bar, count)):
-            assert len(timesteps) == count
-            assert timesteps[0] == total - 1
-            assert timesteps == sorted(set(timesteps), reverse=True)
-            assert timesteps[-1] >= 0
+@unhurried
+@given(data=st.data(), total=st.integers(1, 3000))
+def test_timestep_lists_fall_strictly_from_the_noisiest(data, total):
+    count = data.draw(st.integers(1, total))
+    alpha_bar = data.draw(st.sampled_from([cosine_alpha_bar, linear_alpha_bar, sigmoid_alpha_bar]))(total)
+    for timesteps in (trailing_timesteps(total, count), log_snr_timesteps(alpha_bar.tolist(), count)):
+        assert len(timesteps) == count
+        assert timesteps[0] == total - 1
+        assert timesteps == sorted(set(timesteps), reverse=True)
+        assert timesteps[-1] >= 0
 
 
 def test_what_is_out_of_range_is_refused_by_name():
-    with pytest.raises(ValueError, match="'euler'"):
-        build_scheduler("euler", ALPHA_BAR)
-    with pytest.raises(ValueError, match="between 1 and 1000, not 1001"):
-        build_scheduler("dpm++", ALPHA_BAR).steps(1001)
-    with pytest.raises(ValueError, match="between 1 and 1000, not 0"):
-        trailing_timesteps(T, 0)
-    with pytest.raises(ValueError, match="eta"):
-        build_scheduler("ddim", ALPHA_BAR).steps(10, eta=1.5)
-    with pytest.raises(ValueError, match="deterministic"):
-        build_scheduler("unipc", ALPHA_BAR).steps(10, eta=0.5)
+    def refused(name, value, ask):
+        with pytest.raises(OptionError) as caught:
+            ask()
+        assert (caught.value.field, caught.value.value) == (name, value)
+
+    refused("scheduler", "euler", lambda: Sampler("euler", *COSINE))
+    for count in (0, -1, 1001):
+        refused("steps", count, lambda count=count: Sampler("dpm++", *COSINE).steps(count))
+    for eta in (-0.1, 1.5, float("nan")):
+        refused("eta", eta, lambda eta=eta: Sampler("ddim", *COSINE).steps(10, eta=eta))
+    for name in set(SCHEDULERS) - {"ddim"}:
+        refused("eta", 0.5, lambda name=name: Sampler(name, *COSINE).steps(10, eta=0.5))
+    with pytest.raises(ValueError, match="fall"):
+        Sampler("ddim", *(scale.flip(0) for scale in COSINE))
 
 
 def test_advance_leaves_its_inputs_alone():

@@ -55,7 +55,7 @@ def test_any_size_goes_in_and_comes_out(patch_size, norm, size):
 def test_an_encoded_context_equals_the_raw_condition(conditioning):
     noisy, t, condition = inputs()
     unet = tiny_unet(conditioning=conditioning, context_blocks=2)
-    torch.testing.assert_close(unet(noisy, t, unet.encode_context(condition)), unet(noisy, t, condition))
+    torch.testing.assert_close(unet(noisy, t, unet.encode_context(condition)[0]), unet(noisy, t, condition))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,59 @@ def test_each_conditioning_uses_what_it_says(conditioning, sees_upscaled, sees_l
     other_low_res = unet(noisy, t, condition._replace(low_res=-condition.low_res))
     assert torch.allclose(before, other_upscaled) != sees_upscaled
     assert torch.allclose(before, other_low_res) != sees_low_res
+
+
+def test_a_new_predictor_predicts_zero_and_a_network_without_one_nothing():
+    _, _, condition = inputs()
+    unet = UNet(base_dim=8, dim_mults=(1, 2), context_dim=16, predictor_blocks=2)
+    mean = unet.encode_context(condition)[1]
+    assert mean.shape == condition.upscaled.shape
+    assert not mean.any()
+    assert UNet(base_dim=8, dim_mults=(1, 2), context_dim=16).encode_context(condition)[1] is None
+
+
+@pytest.mark.parametrize("conditioning", ["none", "concat", "both"])
+@pytest.mark.parametrize("size", [(32, 32), (30, 17), (1, 1)])
+def test_the_refiner_starts_from_the_predictor_s_features(conditioning, size):
+    noisy, t, condition = inputs(*size, scale=1)
+    unet = tiny_unet(predictor_blocks=2, predictor_dim=12, conditioning=conditioning)
+    context, mean = unet.encode_context(condition)
+    assert mean.shape == noisy.shape
+    other = unet(noisy, t, unet.encode_context(condition._replace(upscaled=-condition.upscaled))[0])
+    assert not torch.allclose(unet(noisy, t, context), other)
+    unet.predictor.to_features.requires_grad_(False)
+    unet(noisy, t, condition).sum().backward()
+    assert unet.predictor.stem.weight.grad.abs().sum() > 0
+
+
+def test_the_mean_of_a_window_is_that_of_the_whole_image_beyond_its_reach():
+    _, _, condition = inputs(64, 64, batch=1)
+    unet = tiny_unet(predictor_blocks=2, patch_size=2)
+    whole = unet.encode_context(condition)[1]
+    window = unet.encode_context(Condition(condition.upscaled[..., 16:, 16:], condition.low_res))[1]
+    reach = unet.mean_reach
+    assert reach == 12
+    torch.testing.assert_close(window[..., reach:, reach:], whole[..., 16 + reach :, 16 + reach :])
+    assert not torch.allclose(window, whole[..., 16:, 16:])
+
+
+@pytest.mark.parametrize(
+    ("levels", "count"), [((-1,), 3), ((), 0), ((0,), 2), ((0, 1), 5), ((1, -1), 3), ((0, 1, 2), 7)]
+)
+def test_attention_is_at_the_levels_that_were_asked_for(levels, count):
+    noisy, t, condition = inputs()
+    mults = (1, 2, 2) if 2 in levels else (1, 2)
+    unet = tiny_unet(attention_levels=levels, dim_mults=mults, conditioning="both")
+    assert len(unet.transformers) == count
+    assert unet(noisy, t, condition).shape == noisy.shape
+    assert torch.allclose(
+        unet(noisy, t, condition), unet(noisy, t, condition._replace(low_res=-condition.low_res))
+    ) == (count == 0)
+
+
+def test_an_attention_level_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="2"):
+        UNetConfig(dim_mults=(1, 2), attention_levels=(2,))
 
 
 def test_callers_may_bring_their_own_tokens():

@@ -1,0 +1,157 @@
+"""What a caller hands over to be restored, of whatever kind, as what the network takes, and back.
+
+Shape legend: C channels, H x W pixels of the result, h x w of the input.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from imaging.files import (
+    DecodedImage,
+    Pixels,
+    decode_image,
+    pixels_to_unit,
+    to_model_range,
+    unit_to_pixels,
+)
+from imaging.metadata import Metadata
+from imaging.pictures import spread_colours
+from restoration.tiling import Field, row_bands
+from samplers import NOISE_ROWS
+
+Restorable: TypeAlias = str | Path | Pixels | Tensor | Image.Image | DecodedImage
+
+ACCEPTED = (
+    "give the path of a file, a PIL image, an array (h, w) or (h, w, 1, 3 or 4) of uint8 or uint16, or a "
+    "tensor (1, 3 or 4, h, w) of uint8 or of floats in [0, 1]"
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image on its way through the network.
+
+    Attributes:
+        low_res: (3, h, w) in [-1, 1]; grey is repeated.
+        alpha: (h, w), or None.
+        shape: (h, w), (h, w, 1) or (h, w, 3), as the caller's pixels without alpha; the result's is alike.
+        dtype: of the result.
+        metadata: what its file says besides.
+    """
+
+    low_res: Tensor
+    alpha: Pixels | None
+    shape: tuple[int, ...]
+    dtype: npt.DTypeLike
+    metadata: Metadata = field(default_factory=Metadata)
+
+    def to_pixels(self, restored: Field) -> Pixels:
+        """A field (1, 3, H, W) in [0, 1] as pixels; grey is the mean of the channels."""
+        height, width = restored.shape[-2:]
+        colour = self.shape[2:] == (3,)
+        pixels = np.empty((height, width, 3) if colour else (height, width), self.dtype)
+        for band in row_bands(height, width, NOISE_ROWS):
+            values = restored.read(band)[0]  # (3, rows, W)
+            values = values if colour else values.mean(dim=0, keepdim=True)
+            pixels[band.top : band.bottom] = unit_to_pixels(values, self.dtype)
+        return pixels[..., None] if self.shape[2:] == (1,) else pixels
+
+
+def to_picture(image: Restorable) -> Picture:
+    """Any image that can be restored as a Picture.
+
+    Raises:
+        ValueError: a file that cannot be read (UnreadableImageError), or another type, shape, dtype or range.
+    """
+    if isinstance(image, str | Path):
+        return _from_decoded(decode_image(image))
+    if isinstance(image, DecodedImage):
+        return _from_decoded(image)
+    if isinstance(image, Image.Image):
+        return _from_pil(image)
+    if isinstance(image, Tensor):
+        return _from_tensor(image)
+    if isinstance(image, np.ndarray):
+        return _from_pixels(image)
+    raise ValueError(f"an image of type {type(image).__name__}: {ACCEPTED}")
+
+
+def to_input(unit: Tensor) -> Tensor:
+    """(..., 1 or 3, h, w) in [0, 1] as (..., 3, h, w) in [-1, 1]."""
+    grey = unit.shape[-3] == 1
+    return to_model_range(unit.expand(*unit.shape[:-3], 3, -1, -1) if grey else unit)
+
+
+def grey_picture(alpha: Pixels) -> Picture:
+    """A mask (h, w) as a grey image."""
+    return Picture(to_input(pixels_to_unit(alpha)), None, alpha.shape, alpha.dtype)
+
+
+def to_deviation(variance: Field) -> npt.NDArray[np.float32]:
+    """A field (1, 3, H, W) of variances as deviations (H, W), root mean square over the channels."""
+    height, width = variance.shape[-2:]
+    deviation = np.empty((height, width), np.float32)
+    for band in row_bands(height, width, NOISE_ROWS):
+        deviation[band.top : band.bottom] = variance.read(band)[0].mean(dim=0).sqrt().cpu().numpy()
+    return deviation
+
+
+def _from_pixels(pixels: Pixels, metadata: Metadata | None = None) -> Picture:
+    """(h, w), or (h, w, n) with n of 1, 3 or, with alpha behind the colours, 4."""
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or not pixels.size:
+        raise ValueError(f"an array of shape {pixels.shape}: {ACCEPTED}")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"an array of {pixels.dtype}: {ACCEPTED}")
+    if pixels.shape[2:] == (4,):
+        return _from_decoded(DecodedImage(Path(), pixels[..., :3], pixels[..., 3]))
+    return _from_decoded(DecodedImage(Path(), pixels))
+
+
+def _from_decoded(image: DecodedImage) -> Picture:
+    """The colours hidden under transparency do not bleed into those that are seen."""
+    pixels = image.pixels if image.alpha is None else spread_colours(image.pixels, image.alpha)
+    unit = pixels_to_unit(pixels)
+    return Picture(to_input(unit), image.alpha, image.pixels.shape, pixels.dtype, image.metadata)
+
+
+def _from_tensor(image: Tensor) -> Picture:
+    if image.ndim != 3 or len(image) not in (1, 3, 4) or not image.numel():
+        raise ValueError(f"a tensor of shape {tuple(image.shape)}: {ACCEPTED}")
+    values = image.detach().cpu()
+    if not values.is_floating_point():
+        planes: Pixels = values.numpy()
+        return _from_pixels(planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0))
+    if not (values.min() >= 0 and values.max() <= 1):  # also where one is not a number
+        raise ValueError(f"a tensor of values from {values.min():g} to {values.max():g}: {ACCEPTED}")
+    alpha = unit_to_pixels(values[3:]) if len(values) == 4 else None
+    picture = _from_decoded(DecodedImage(Path(), unit_to_pixels(values[:3], np.uint16), alpha))
+    return replace(picture, dtype=np.uint8)
+
+
+def _from_pil(image: Image.Image) -> Picture:
+    """As a file that holds the image would be restored: upright, alpha and profile kept."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("I", "F"):
+        raise ValueError(f"a PIL image of mode {upright.mode}: {ACCEPTED}")
+    deep = upright.mode.startswith("I;16")
+    if not deep:
+        mode = "L" if upright.mode in ("1", "L", "LA", "La") else "RGB"
+        upright = upright.convert(mode + "A" if upright.has_transparency_data else mode)
+    samples: Pixels = np.asarray(upright, np.uint16) if deep else np.asarray(upright, np.uint8)
+    has_alpha = samples.shape[2:] in ((2,), (4,))
+    pixels = samples[..., :-1] if has_alpha else samples
+    exif = upright.getexif()
+    return _from_decoded(
+        DecodedImage(
+            Path(),
+            pixels[..., 0] if pixels.shape[2:] == (1,) else pixels,
+            samples[..., -1] if has_alpha else None,
+            Metadata(upright.info.get("icc_profile"), exif.tobytes() if exif else None),
+        )
+    )

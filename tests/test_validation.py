@@ -1,0 +1,103 @@
+"""Validation during training: its numbers against the metrics, flat images, and networks of any kind."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffusion import DiffusionModel, ResidualGenerator
+from evaluation import metrics
+from evaluation.table import METRICS
+from evaluation.validation import VALIDATION_SEED, Validator
+from imaging.files import to_unit_range, write_image
+from tests.networks import tiny_unet
+from training import NonFiniteError
+from util import ImageDataset
+
+SCALE = 2
+
+
+@pytest.fixture
+def dataset(photo_folder):
+    return ImageDataset(photo_folder, 32, SCALE, train=False)
+
+
+def with_flat(photo_folder, folder, level=77):
+    """The photos and one image of a single colour."""
+    write_image(folder / "flat.png", np.full((40, 40, 3), level, np.uint8))
+    return ImageDataset([folder / "flat.png", *sorted(photo_folder.iterdir())], 32, SCALE, train=False)
+
+
+def test_scalars_are_what_the_metrics_say_of_one_step(dataset):
+    unet, diffusion = tiny_unet(), DiffusionModel()
+    found = Validator(diffusion, dataset)(unet)
+    generator = ResidualGenerator()
+    expected = {"psnr": [], "ssim": [], "psnr_over_bicubic": []}
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        restored = generator.generate_images(unet, sample.low_res[None], 1, 1, seed=VALIDATION_SEED)
+        truth, upscaled = to_unit_range(sample.original[None]), to_unit_range(sample.upscaled[None])
+        protocol = metrics.Protocol(crop=SCALE)
+        psnr = metrics.psnr(restored, truth, protocol).item()
+        expected["psnr"].append(psnr)
+        expected["ssim"].append(metrics.ssim(restored, truth, protocol).item())
+        expected["psnr_over_bicubic"].append(psnr - metrics.psnr(upscaled, truth, protocol).item())
+    assert found.scalars == pytest.approx({name: np.mean(each) for name, each in expected.items()}, abs=1e-2)
+    assert set(found.scalars) == {each.name for each in METRICS if each.in_training} | {"psnr_over_bicubic"}
+    assert found.psnr == found.scalars["psnr"]
+
+
+def test_a_flat_image_changes_no_scalar_and_is_said(photo_folder, dataset, tmp_path, caplog):
+    unet, diffusion = tiny_unet(), DiffusionModel()
+    without = Validator(diffusion, dataset)(unet)
+    validator = Validator(diffusion, with_flat(photo_folder, tmp_path))
+    assert "1 of 7" in caplog.text
+    assert validator(unet).scalars == pytest.approx(without.scalars, abs=1e-6)
+
+
+def test_a_network_that_restores_exactly_has_a_finite_score(photo_folder, tmp_path):
+    """Flat images alone: bicubic is exact, and so is a network that predicts no residual."""
+    unet = tiny_unet(residual_std=1e-6)
+    write_image(tmp_path / "white.png", np.full((40, 40, 3), 255, np.uint8))
+    found = Validator(DiffusionModel(), ImageDataset(tmp_path, 32, SCALE, train=False))(unet)
+    assert all(math.isfinite(value) for value in found.scalars.values())
+    assert found.scalars["psnr_over_bicubic"] == pytest.approx(0, abs=1e-6)
+
+
+class OneConvolution(nn.Module):
+    """The least that is a diffusion.Network."""
+
+    image_channels, window_multiple, mean_reach = 3, 1, 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(6, 3, 1)
+        self.register_buffer("residual_std", torch.tensor(0.1))
+        self.register_buffer("scale", torch.tensor(float(SCALE)))
+
+    def encode_tokens(self, low_res):
+        return None
+
+    def encode_context(self, condition):
+        return condition.upscaled, None
+
+    def forward(self, noisy, t, context):
+        return self.layer(torch.cat([noisy, context], dim=1))
+
+
+def test_any_network_is_validated(dataset):
+    found = Validator(DiffusionModel(), dataset)(OneConvolution())
+    assert 0 < found.psnr < 60
+    assert all(image.shape[0] == 3 for image in found.images.values())
+    edges, heights = found.curves["loss_by_timestep"]
+    assert edges[-1] == 1000
+    assert len(edges) == len(heights) == 20
+
+
+def test_weights_that_are_not_finite_are_said(dataset):
+    unet = tiny_unet()
+    unet.residual_std.fill_(math.nan)
+    with pytest.raises(NonFiniteError):
+        Validator(DiffusionModel(), dataset)(unet)
