@@ -198,9 +198,8 @@ class TrainedModel:
             deviation = None if found.deviation is None else torch.from_numpy(found.deviation)
             return Estimate(pixels_to_unit(found.pixels), deviation)
 
-        return Method(
-            Label(how.mode or "model", how.scheduler, restorer.step_count, samples), restore, self.device
-        )
+        label = Label(how.mode or "model", how.scheduler, restorer.step_count, samples)
+        return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:
         """What identifies the model and how it is computed."""

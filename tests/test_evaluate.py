@@ -144,6 +144,7 @@ def test_bicubic_row_is_what_the_metrics_say(leaves):
     assert_is_bicubic_row(report.rows[0], sorted(leaves.glob("*.png")), 2)
 
 
+@pytest.mark.slow
 def test_bicubic_row_of_set5_and_of_its_published_low_resolution(sr_data):
     folder, chosen = sr_data / "test" / "Set5", config(scale=4.0)
     made = evaluation.evaluate(read_image_set(folder, chosen), chosen)
@@ -228,6 +229,7 @@ def test_a_result_of_the_wrong_size_is_refused(leaves):
         evaluation.evaluate(read_image_set(leaves, chosen, limit=1), chosen, methods)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table_and_another_seed_another(leaves, random_weights):
     first, again, other = (
         [
@@ -417,6 +419,7 @@ def test_without_lpips_the_notes_say_why_and_the_rest_goes_on(leaves, monkeypatc
 # ---------------------------------------------------------------- reports
 
 
+@pytest.mark.slow
 def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path):
     flags = "--scale 2 --no_lpips --steps 2 1 --num_samples 2 --seed 3 --device cpu --mode fidelity".split()
     command = [sys.executable, "evaluate.py", "--data", leaves, *flags, "--weights_path", random_weights]
