@@ -53,27 +53,27 @@ def test_requirements_are_the_dependencies():
     assert sorted(lines) == sorted(PROJECT["dependencies"])
 
 
+def imports_of(folders):
+    paths = (path for folder in folders for path in folder.glob("*.py"))
+    return set().union(*map(third_party, paths)) - {"tests", *OPTIONAL}
+
+
+PACKAGE = [ROOT, *(ROOT / name for name in SETUPTOOLS["packages"])]
+
+
 @pytest.mark.parametrize(
-    ("files", "extras"),
-    [
-        (
-            [
-                *ROOT.glob("*.py"),
-                *(path for name in SETUPTOOLS["packages"] for path in (ROOT / name).glob("*.py")),
-            ],
-            [],
-        ),
-        (list((ROOT / "tests").glob("*.py")), ["dev"]),
-        (list((ROOT / "bench").glob("*.py")), ["bench"]),
-    ],
-    ids=["package", "tests", "bench"],
+    ("folders", "extras"), [(PACKAGE, []), ([ROOT / "tests"], ["dev"]), ([ROOT / "bench"], ["bench"])]
 )
-def test_what_is_imported_is_required(files, extras):
+def test_what_is_imported_is_required(folders, extras):
     required = names(PROJECT["dependencies"])
     for extra in extras:
         required |= names(PROJECT["optional-dependencies"][extra])
-    missing = set().union(*map(third_party, files)) - {"tests", *OPTIONAL} - required
-    assert not missing
+    assert not imports_of(folders) - required
+
+
+def test_what_is_required_is_imported():
+    through_torch = {"tensorboard"}
+    assert not names(PROJECT["dependencies"]) - imports_of(PACKAGE) - through_torch
 
 
 def test_the_version_is_said_once_and_its_changes_are_written_down():

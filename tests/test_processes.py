@@ -12,7 +12,7 @@ import torch
 
 from engine.checkpoint import load_checkpoint
 from engine.processes import Processes, started_processes
-from training import BatchPlan
+from train_diffusion import main
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_diffusion.py")
@@ -52,25 +52,14 @@ def test_a_world_size_without_torchrun_is_refused(given, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("length", [5, 7, 8])
-def test_shares_cover_every_sample_once_and_meet_equally_often(length):
-    plan = BatchPlan(length, batch_size=2, accumulation_steps=2, seed=0, world_size=3)
-    for step in range(plan.steps_per_epoch):
-        shares = [plan.of_rank(step, rank) for rank in range(3)]
-        assert len({len(share) for share in shares}) == 1
-        weighed = [pair for share in shares for part in share if part.weight for pair in part.pairs]
-        assert sorted(weighed) == sorted(pair for part in plan.micro_batches(step) for pair in part)
-        assert sum(part.weight * len(part.pairs) for share in shares for part in share) == pytest.approx(1)
-
-
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(photo_folder, tmp_path):
     """5 training images in groups of 4: the last group of an epoch leaves one process without a sample."""
     more = ["--max_steps", "6", "--validate_every", "3"]
-    one = [sys.executable, SCRIPT, *flags(photo_folder, tmp_path / "one", *more, "--accumulation_steps", "4")]
+    assert main(flags(photo_folder, tmp_path / "one", *more, "--accumulation_steps", "4")) == 0
     two = [*TORCHRUN, SCRIPT, *flags(photo_folder, tmp_path / "two", *more, "--accumulation_steps", "2")]
-    for command in (one, two):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
+    result = subprocess.run(two, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 process(es)") == 1  # rank 0 alone speaks
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     ours, theirs = load_checkpoint(last(tmp_path / "two")), load_checkpoint(last(tmp_path / "one"))
@@ -79,6 +68,7 @@ def test_two_processes_train_what_one_does(photo_folder, tmp_path):
         torch.testing.assert_close(ours["ema"][name], value, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_job_ends_and_its_checkpoint_is_good(photo_folder, tmp_path, number):
     """A worker that is killed ends the others; a signal to the job saves first."""
