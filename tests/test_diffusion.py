@@ -23,10 +23,10 @@ from diffusion import (
 from engine.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from evaluation import metrics
 from evaluation.validation import Validator, comparison_grid
-from samplers import SCHEDULERS
-from tests.networks import tiny_unet
+from samplers import SCHEDULERS, Step, draw_noise, noise_stream, sample
+from tests.networks import random_model, tiny_unet
 from training import TrainingConfig, new_state
-from unet import UNet
+from unet import Condition, UNet
 from util import ImageDataset, Sample
 
 
@@ -473,6 +473,26 @@ def test_the_residual_is_what_is_added_to_the_upscaled_image():
     expected = (upscaled.repeat_interleave(2, 0) + residuals).clamp(-1, 1) / 2 + 0.5
     assert images.shape == (4, 3, 20, 26)
     torch.testing.assert_close(images, expected)
+
+
+def test_what_the_mean_leaves_is_sampled_and_both_are_added():
+    """As training defines it: clean = residual / residual_std - mean."""
+    network = random_model(scale=2.0, predictor_blocks=2, conditioning="concat").network
+    generator, low_res = ResidualGenerator(), fixed(1, 3, 10, 13).clamp(-1, 1)
+    upscaled = resize(low_res, scale=2).clamp(-1, 1)
+    context, mean = network.encode_context(Condition(upscaled))
+    bounds = [((edge - upscaled) / network.residual_std - mean) for edge in (-1, 1)]
+
+    def denoise(noisy, timestep):
+        t = torch.tensor([timestep])
+        return generator.diffusion.clean_estimate(network(noisy, t, context), noisy, t).clamp(*bounds)
+
+    noise = draw_noise([noise_stream(5, 0)], 3, 20, 26)
+    with torch.inference_mode():
+        for steps in (1, 4):
+            *_, left = sample(generator.plan(steps), noise, denoise, Step.advance)
+            residual = generator.generate_residuals(network, low_res, 1, steps, seed=5)
+            torch.testing.assert_close(residual, (mean + left) * network.residual_std, atol=1e-4, rtol=0)
 
 
 def test_seeds_repeat_and_samples_differ():
