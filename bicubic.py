@@ -268,7 +268,7 @@ def upscale_image(
     It gives back what it was given: the kind, the channels, the dtype and the range.
 
     Args:
-        image: the path of an image file, read as RGB (``images.read_rgb``); an array (H, W) or
+        image: the path of an image file, read as RGB (``files.read_rgb``); an array (H, W) or
             (H, W, 1, 3 or 4) of uint8, uint16 or floats; or a tensor (..., H, W), so also (C, H, W) and
             (B, C, H, W), of uint8 or floats. Floats may have any range and are neither rounded nor clamped.
             An alpha channel is resized like the others.

@@ -61,7 +61,7 @@ def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
     samples = "samples to average, instead of the mode's; one sample has no uncertainty"
     group.add_argument("--num_images", type=int, nargs="+", help=samples)
     group.add_argument("--num_samples", type=int, help="N: the same as --num_images 1 N")
-    add_flags(group, RestoreConfig, skip=["mode", "steps", "num_images", "seed", "tile"])
+    add_flags(group, RestoreConfig, skip=[*ROWS, "seed", "tile"])
     tile = "side of the windows a large image is restored in; 0: in one piece (default: auto, by its size)"
     group.add_argument("--tile", type=lambda text: None if text == "auto" else int(text), help=tile)
 
@@ -81,15 +81,14 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     for flag, values in (("mode", args.mode), ("steps", steps), ("num_images", numbers or [])):
         if len(set(values)) < len(values):
             raise ValueError(f"--{flag} is {' '.join(map(str, values))}: give each once")
-    common = from_args(RestoreConfig, args, mode=None, steps=None, num_images=None)
+    common = from_args(RestoreConfig, args, **dict.fromkeys(ROWS))
     modes = [replace(common, mode=mode, num_images=n) for mode in args.mode for n in numbers or [None]]
     return modes + [replace(common, steps=count, num_images=n) for count in steps for n in numbers or [1]]
 
 
 def describe_restoring(how: RestoreConfig) -> dict[str, Json]:
     """What all rows of the model have in common."""
-    own = {"mode", "steps", "num_images"}
-    return {name: value for name, value in how.to_dict().items() if name not in own}
+    return {name: value for name, value in how.to_dict().items() if name not in ROWS}
 
 
 def check_targets(targets: Sequence[Path]) -> None:

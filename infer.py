@@ -281,7 +281,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def export(model: LoadedModel, target: Path, overwrite: bool) -> None:
+def export(model: LoadedModel[UNet], target: Path, overwrite: bool) -> None:
     """Write the model as .safetensors.
 
     Raises:
@@ -311,7 +311,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--scale {args.scale:g}, but {args.weights_path} enlarges by {scale:g}")
     tasks = plan_tasks(args, scale)
     if args.compile:
-        compile_network(restorer.network, device)
+        compile_network(model.network, device)
     return restore_all(tasks, restorer, args.overwrite)
 
 

@@ -192,16 +192,14 @@ class TrainedModel:
             )
         restorer = Restorer(self.loaded, how, self.device, self.precision)
         samples = how.budget.num_images
-        steps = how.budget.steps or len(restorer.steps)  # a network that predicts no mean takes one
 
         def restore(low_res: Tensor) -> Estimate:
             found = restorer.restore(unit_to_pixels(low_res), deviation=samples > 1)
             deviation = None if found.deviation is None else torch.from_numpy(found.deviation)
             return Estimate(pixels_to_unit(found.pixels), deviation)
 
-        return Method(
-            Label(how.mode or "model", how.scheduler, restorer.step_count, samples), restore, self.device
-        )
+        label = Label(how.mode or "model", how.scheduler, restorer.step_count, samples)
+        return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:
         """What identifies the model and how it is computed."""

@@ -113,7 +113,7 @@ class Validator:
         """(B,) of every metric in SCALARS, on the CPU."""
         truth, low_res = to_unit_range(batch.original).cpu(), to_unit_range(batch.low_res).cpu()
         pair = Pair(restored, truth, low_res, self.conditions)
-        return [metric.of_image(pair).cpu() for metric in SCALARS if metric.of_image is not None]
+        return [metric.of_image(pair) for metric in SCALARS if metric.of_image is not None]
 
     def _psnr(self, batch: Sample, restored: Tensor) -> Tensor:
         """(B,) in dB on the CPU, at most PERFECT_PSNR."""
@@ -121,9 +121,10 @@ class Validator:
         return metrics.psnr(restored.cpu(), truth, self.conditions.protocol).clamp(max=PERFECT_PSNR)
 
     def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig) -> Tensor:
+        """(B, C, H, W) in [0, 1] on the CPU."""
         loaded = LoadedModel(model, self.diffusion.process.to_dict(), self.degradation.to_dict(), 0)
         restorer = Restorer(loaded, how, self.processes.device, self.precision)
-        restored = restorer(to_unit_range(batch.low_res)).to(self.processes.device)
+        restored = restorer(to_unit_range(batch.low_res))
         if not torch.isfinite(restored).all():
             raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
         return restored
@@ -156,6 +157,6 @@ def comparison_grid(samples: Sample, restored: Tensor) -> Tensor:
         restored,
         to_unit_range(samples.original[:count]),
     ]
-    rows = torch.stack(columns, dim=1).flatten(0, 1).cpu()
+    rows = torch.stack([column.cpu() for column in columns], dim=1).flatten(0, 1)
     grid: Tensor = make_grid(rows, nrow=len(columns), padding=4)
     return grid

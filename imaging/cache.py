@@ -44,7 +44,7 @@ class CachedReader:
         self.read = read
         # shared by the processes: bytes used, and whether the disk refused more
         self._state = torch.zeros(2, dtype=torch.int64)
-        self._state.share_memory_()  # type: ignore[no-untyped-call]
+        self._state.share_memory_()
         self._folder: Path | None = None
         if limit_bytes:
             try:

@@ -522,20 +522,22 @@ def write_image(
     has_alpha = alpha is not None
     name = check_format(path, height, width, samples.dtype, has_alpha=has_alpha, metadata=metadata)
     _warn_of_losses(path, name, metadata)
-    described = metadata.resized(height, width, path)
-    try:
-        if name == "TIFF":
-            encoded = _encode_tiff(samples, described)
-        elif samples.dtype == np.uint16:
-            pixels_alone = _as_vips(samples).pngsave_buffer(filter="all", keep="none")
-            encoded = png_with_metadata(pixels_alone, described)
-        else:
-            encoded = _encode_with_pillow(samples, name, described, quality)
-    except (pyvips.Error, zlib.error, *DAMAGE_ERRORS) as error:
-        raise ValueError(f"{path}: cannot be encoded as {name} ({error})") from error
+    encoded = _encode(path, name, samples, metadata.resized(height, width, path), quality)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
     write_atomically(path, lambda temporary: temporary.write_bytes(encoded))
+
+
+def _encode(path: Path, name: str, samples: Pixels, metadata: Metadata, quality: int) -> bytes:
+    """Encode (H, W, 1 to 4) in the format of this name; ValueError where its encoder fails."""
+    try:
+        if name == "TIFF":
+            return _encode_tiff(samples, metadata)
+        if samples.dtype == np.uint16:
+            return png_with_metadata(_as_vips(samples).pngsave_buffer(filter="all", keep="none"), metadata)
+        return _encode_with_pillow(samples, name, metadata, quality)
+    except (pyvips.Error, zlib.error, *DAMAGE_ERRORS) as error:
+        raise ValueError(f"{path}: cannot be encoded as {name} ({error})") from error
 
 
 def _check_integer_pixels(pixels: Pixels) -> None:

@@ -18,9 +18,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from diffusion import Encoded, Network, ResidualGenerator
+from diffusion import Network, ResidualGenerator
 from engine.device import is_out_of_memory
-from restoration.tiling import Field, Scale, Tile, plan_tiles
+from restoration.tiling import Field, Scale, Tile, Window, plan_tiles
 from unet import Condition
 
 logger = logging.getLogger(__name__)
@@ -227,18 +227,8 @@ class TiledDenoiser:
     def __call__(self, noisy: Field, timestep: int) -> Field:
         """The clean estimates (n B, C, H, W), in smaller windows if memory runs out."""
         clean = Field(noisy.shape, noisy.device)
-        while True:
-            try:
-                self._denoise(noisy, clean, timestep)
-                self.evaluations += 1
-                return clean
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Behind the handler, which holds on to the tensors that filled the memory.
-            self.prepared.clear()
-            self.windows.use_less_memory(self.tiles)
-            self.tiles = self.windows.plan(*noisy.shape[-2:])
+
+        def work(tiles: list[Tile]) -> None:
             clean.clear()
             if [tile.window for tile in tiles] != [tile.window for tile in self.tiles]:
                 self.prepared.clear()

@@ -102,7 +102,7 @@ def to_deviation(variance: Field) -> npt.NDArray[np.float32]:
     return deviation
 
 
-def _from_pixels(pixels: Pixels, metadata: Metadata | None = None) -> Picture:
+def _from_pixels(pixels: Pixels) -> Picture:
     """(h, w), or (h, w, n) with n of 1, 3 or, with alpha behind the colours, 4."""
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or not pixels.size:
         raise ValueError(f"an array of shape {pixels.shape}: {ACCEPTED}")
@@ -116,8 +116,8 @@ def _from_pixels(pixels: Pixels, metadata: Metadata | None = None) -> Picture:
 def _from_decoded(image: DecodedImage) -> Picture:
     """The colours hidden under transparency do not bleed into those that are seen."""
     pixels = image.pixels if image.alpha is None else spread_colours(image.pixels, image.alpha)
-    unit = pixels_to_unit(pixels)
-    return Picture(to_input(unit), image.alpha, image.pixels.shape, pixels.dtype, image.metadata)
+    low_res = to_input(pixels_to_unit(pixels))
+    return Picture(low_res, image.alpha, pixels.shape, pixels.dtype, image.metadata)
 
 
 def _from_tensor(image: Tensor) -> Picture:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from diffusion import Network, ProcessConfig, ResidualGenerator
-from engine.checkpoint import LoadedModel, load_model, released_model
+from engine.checkpoint import LoadedModel, NetworkT, load_model, released_model
 from engine.device import autocast_dtype, select_device
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
 from imaging.metadata import Metadata
-from restoration.denoiser import TiledDenoiser, Windows, logger
+from restoration.denoiser import ALL_VIEWS, UPRIGHT, Base, TiledDenoiser, Windows, logger
 from restoration.pictures import Restorable, grey_picture, to_deviation, to_input, to_picture
 from restoration.tiling import Field, Scale, Window, bytes_on_disk, row_bands
 from samplers import (
@@ -101,7 +101,7 @@ class Restoration:
         alpha: (H, W) of the same dtype, or None.
         deviation: (H, W) float32, standard deviation over the samples in [0, 1], root mean square over the
             channels; None unless asked for.
-        metadata: what the input's file says besides.
+        metadata: as in imaging.files.DecodedImage.
     """
 
     pixels: Pixels
@@ -117,7 +117,7 @@ class Restoration:
 
 def restore(
     image: Restorable,
-    model: str | Path | LoadedModel | None = None,
+    model: str | Path | LoadedModel[NetworkT] | None = None,
     config: RestoreConfig | None = None,
     *,
     device: str = "auto",
@@ -164,12 +164,12 @@ class Restorer:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: LoadedModel[NetworkT],
         config: RestoreConfig,
         device: torch.device,
         precision: torch.dtype | None = None,
     ) -> None:
-        self.network: Network = model.network.to(device)
+        self.network = cast(Network, model.network.to(device))
         self.config = config
         self.device = device
         process = ProcessConfig.from_dict(model.process)

@@ -26,7 +26,7 @@ from evaluation.validation import Validator, comparison_grid
 from samplers import SCHEDULERS, Step, draw_noise, noise_stream, sample
 from tests.networks import random_model, tiny_unet
 from training import TrainingConfig, new_state
-from unet import UNet
+from unet import Condition, UNet
 from util import ImageDataset, Sample
 
 
@@ -491,7 +491,7 @@ def test_what_the_mean_leaves_is_sampled_and_both_are_added():
     noise = draw_noise([noise_stream(5, 0)], 3, 20, 26)
     with torch.inference_mode():
         for steps in (1, 4):
-            *_, left = sample(generator.plan(network, steps), noise, denoise, Step.advance)
+            *_, left = sample(generator.plan(steps), noise, denoise, Step.advance)
             residual = generator.generate_residuals(network, low_res, 1, steps, seed=5)
             torch.testing.assert_close(residual, (mean + left) * network.residual_std, atol=1e-4, rtol=0)
 

@@ -230,6 +230,7 @@ def test_a_result_of_the_wrong_size_is_refused(leaves):
         evaluation.evaluate(read_image_set(leaves, chosen, limit=1), chosen, methods)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table_and_another_seed_another(leaves, random_weights):
     first, again, other = (
         [

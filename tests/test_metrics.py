@@ -173,6 +173,7 @@ def test_ssim_is_that_of_torchmetrics(channel):
 
 @pytest.mark.slow
 @needs_photos
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scale"), PUBLISHED)
 def test_published_bicubic_rows(name, scale):
     """The luma, rounded to uint8, shrunk and enlarged in double precision, rounded once at the end."""
@@ -415,6 +416,7 @@ def test_distance_grows_from_zero_with_noise_and_with_blur(statistics):
             assert distance.average == pytest.approx(sum(distance.per_level) / 3)
 
 
+@pytest.mark.slow
 def test_distance_is_a_function_of_its_seed():
     restored, truth = texture_set(3), texture_set(0)
     first = sliced_wasserstein_distance(restored, truth, seed=5)
@@ -437,6 +439,7 @@ def test_distance_is_between_sets_not_between_pixels():
     assert psnr(redrawn[0][None], truth[0][None], WHOLE) < psnr(smoothed[0][None], truth[0][None], WHOLE)
 
 
+@pytest.mark.slow
 def test_distance_with_own_statistics_is_symmetric_and_blind_to_contrast():
     truth, other = texture_set(0), texture_set(10)
     forward = sliced_wasserstein_distance(other, truth, seed=0, statistics="own")
