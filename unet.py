@@ -138,10 +138,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         """(B, M, dim) queries against given keys and values -> (B, M, dim)."""
         attended = F.scaled_dot_product_attention(self._split(self.to_query(x)), *keys_values)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        output: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return output
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
+        output: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
+        return output
 
 
 class BasicTransformerBlock(nn.Module):
@@ -182,7 +184,8 @@ class BasicTransformerBlock(nn.Module):
             assert self.cross_attention is not None
             assert self.norm2 is not None
             x = x + self.cross_attention(self.norm2(x), keys_values)
-        return x + self.feed_forward(self.norm3(x))
+        output: Tensor = x + self.feed_forward(self.norm3(x))
+        return output
 
 
 class WindowTransformer(nn.Module):
@@ -216,7 +219,8 @@ class WindowTransformer(nn.Module):
         tokens = self.block(tokens, keys_values)
         windows = tokens.unflatten(0, (batch, grid_y, grid_x)).unflatten(3, (rows, columns))
         mixed = windows.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, D, padded h, padded w)
-        return mixed[:, :, top : top + height, left : left + width]
+        output: Tensor = mixed[:, :, top : top + height, left : left + width]
+        return output
 
     def _partition(self, length: int) -> tuple[int, int, int]:
         """Window side along one axis, and the padding before and after it."""
@@ -256,7 +260,8 @@ class ImageContextExtractor(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, h, w) in [-1, 1] -> (B, N, E)."""
         pooled = F.adaptive_avg_pool2d(self.features(image), self.grid)  # (B, 4 width, grid, grid)
-        return self.norm(self.project(pooled.flatten(2).transpose(1, 2)) + self.position)
+        output: Tensor = self.norm(self.project(pooled.flatten(2).transpose(1, 2)) + self.position)
+        return output
 
 
 class Predictor(nn.Module):

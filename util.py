@@ -128,7 +128,8 @@ class ResidualBlock(nn.Module):
             modulation = self.modulation(F.silu(time_embedding))[:, :, None, None]
             scale, shift = modulation.chunk(2, dim=1)  # each (B, C_out, 1, 1)
             hidden = torch.addcmul(shift, hidden, 1 + scale)
-        return self.shortcut(x) + self.conv2(F.silu(hidden))
+        output: Tensor = self.shortcut(x) + self.conv2(F.silu(hidden))
+        return output
 
 
 class MultiHeadAttentionBlock(nn.Module):
@@ -157,7 +158,8 @@ class MultiHeadAttentionBlock(nn.Module):
         heads = (batch, 3, self.num_heads, channels // self.num_heads, height * width)
         query, key, value = self.qkv(self.norm(x)).reshape(heads).transpose(-1, -2).unbind(1)
         attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, H W, C / heads)
-        return x + self.out(attended.transpose(-1, -2).reshape(x.shape))
+        output: Tensor = x + self.out(attended.transpose(-1, -2).reshape(x.shape))
+        return output
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

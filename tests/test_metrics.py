@@ -171,7 +171,6 @@ def test_ssim_is_that_of_torchmetrics(channel):
     assert ssim(restored, truth, protocol).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.slow
 @needs_photos
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "scale"), PUBLISHED)
