@@ -245,6 +245,7 @@ def test_a_resumed_run_takes_its_flags_from_the_checkpoint(finished):
     assert parse([*path, "--epochs", "2"])[0].training.max_steps is None
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_beside_the_curves(photo_folder, tmp_path):
     assert main(flags(photo_folder, tmp_path, "--max_steps", "11", "--profile")) == 0
     trace = next((tmp_path / "logs").glob("*/*.pt.trace.json")).read_text()
@@ -365,6 +366,7 @@ def test_two_runs_of_one_second_have_a_folder_each(photo_folder, tmp_path, monke
     ]
 
 
+@pytest.mark.slow
 def test_a_run_can_be_resumed_from_another_working_folder(photo_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(photo_folder.parent)
     places = ["--log_dir", str(tmp_path / "logs"), "--checkpoint_dir", str(tmp_path / "checkpoints")]
