@@ -76,6 +76,7 @@ def test_one_photo_as_the_readme_says(weights, picture, tmp_path, monkeypatch, c
     assert (tmp_path / "out/photo_x4.png").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_bad_file_in_it(weights, picture, tmp_path):
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
@@ -92,6 +93,7 @@ def test_a_folder_with_a_bad_file_in_it(weights, picture, tmp_path):
     assert written == [Path("a_x4.png"), Path("more/b_x4.png")]
 
 
+@pytest.mark.slow
 def test_export_is_read_wherever_a_checkpoint_is(weights, picture, tmp_path):
     model = tmp_path / "model.safetensors"
     done = script("--weights_path", weights, "--export", model)
