@@ -67,6 +67,7 @@ def psnr(a, b):
     overlap=st.integers(2, 100),
     margin=st.integers(0, 20),
 )
+@pytest.mark.slow
 def test_tile_weights_sum_to_1_at_every_pixel(height, width, tile, overlap, margin):
     overlap = min(overlap, tile // 2)
     margin = min(margin, (overlap - 1) // 2)
@@ -145,6 +146,7 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.slow
 def test_windows_give_what_one_piece_gives_and_no_seams(name, picture):
     loaded = random_model(**CONFIGURATIONS[name])
     if name == "convolutions only":
@@ -170,6 +172,7 @@ def test_windows_give_what_one_piece_gives_and_no_seams(name, picture):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.slow
 def test_windows_work_with_every_scheduler(scheduler, model, picture):
     whole = run(picture, model, tile=0, steps=3, scheduler=scheduler).pixels
     tiled = run(picture, model, tile=192, overlap=64, steps=3, scheduler=scheduler).pixels
@@ -216,6 +219,7 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:16])
+@pytest.mark.slow
 def test_the_work_goes_on_in_smaller_windows_when_memory_runs_out(error, model, picture, caplog, monkeypatch):
     restorer = Restorer(model, RestoreConfig(tile=0, steps=3, batch_size=2, num_images=2), CPU)
     largest, shapes = 200, []
