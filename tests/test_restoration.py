@@ -5,6 +5,7 @@ and conditioning all have an effect on the result.
 """
 
 import copy
+import errno
 import io
 import math
 import subprocess
@@ -214,6 +215,7 @@ OUT_OF_MEMORY = [
     RuntimeError("MPS backend out of memory (MPS allocated: 17.5 GB)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
     MemoryError("Unable to allocate 3.00 GiB"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 
 
