@@ -1,5 +1,6 @@
 """Which device to compute on, and in which precision."""
 
+import errno
 import logging
 from typing import Literal
 
@@ -56,6 +57,8 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: CUDA has a class for it, the CPU and MPS have words."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # of mapping a file
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = ("out of memory", "can't allocate memory")

@@ -95,7 +95,7 @@ class Windows:
             tiles = self.plan(height, width)
             try:
                 return work(tiles)
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Behind the handler, which holds on to the tensors that filled the memory.

@@ -203,7 +203,12 @@ class Field:
             self._tensor.zero_()
         if self._file is not None:
             self._file.truncate(0)
-            _reserve(self._file.fileno(), bytes_on_disk(self.shape))
+            size = bytes_on_disk(self.shape)
+            try:
+                _reserve(self._file.fileno(), size)
+            except OSError as error:
+                reason = f"{tempfile.gettempdir()} has no room for {size / 1e6:.0f} MB ({error.strerror})"
+                raise OSError(f"{reason}: set TMPDIR to a folder with more room") from error
 
     def read(self, window: Window, image: int | None = None) -> Tensor:
         """A copy of (b, C, height, width): of one image, or of all."""

@@ -5,6 +5,8 @@ and conditioning all have an effect on the result.
 """
 
 import copy
+import errno
+import io
 import math
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from bicubic import exact_scale, resize, upscale_image
 from diffusion import ResidualGenerator
@@ -22,7 +25,7 @@ from engine.checkpoint import LoadedModel
 from engine.options import OptionError
 from evaluation.metrics import low_resolution_psnr
 from examples.dead_leaves import dead_leaves
-from imaging.files import pixels_to_unit, to_model_range, write_image
+from imaging.files import decode_image, pixels_to_unit, to_model_range, write_image
 from imaging.metadata import Metadata
 from restoration import PRESETS, RestoreConfig, Restorer, restore
 from restoration.denoiser import ALL_VIEWS, Base, TiledDenoiser, Windows
@@ -215,6 +218,7 @@ OUT_OF_MEMORY = [
     RuntimeError("MPS backend out of memory (MPS allocated: 17.5 GB)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
     MemoryError("Unable to allocate 3.00 GiB"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 
 
@@ -516,3 +520,109 @@ def test_steps_of_zero_need_a_predictor(model, predicting):
         Restorer(model, RestoreConfig(steps=0), CPU)
     assert caught.value.field == "steps"
     assert Restorer(predicting, RestoreConfig(steps=0), CPU).steps == ()
+
+
+# ------------------------------------------------------------------------------------------- kinds of images
+
+
+def test_every_kind_of_image_is_restored_alike(model, picture, tmp_path):
+    image = picture[:20, :24]
+    expected = run(image, model).pixels
+    write_image(tmp_path / "a.png", image)
+    planes = torch.from_numpy(image).permute(2, 0, 1)
+    for one in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        decode_image(tmp_path / "a.png"),
+        Image.fromarray(image),
+        planes,
+        planes / 255,
+        np.dstack([image, np.full((20, 24), 255, np.uint8)]),
+    ):
+        assert np.array_equal(run(one, model).pixels, expected), type(one)
+
+
+def test_alpha_comes_back_beside_the_colours(model, picture):
+    image, alpha = picture[:20, :24], np.zeros((20, 24), np.uint8)
+    alpha[4:16, 4:20] = 255
+    both = np.dstack([image, alpha])
+    planes = torch.from_numpy(both).permute(2, 0, 1)
+    results = [run(one, model) for one in (both, Image.fromarray(both), planes, planes / 255)]
+    for result in results:
+        assert result.pixels.shape == (80, 96, 3)
+        assert result.alpha.dtype == result.pixels.dtype == np.uint8
+        assert np.array_equal(result.alpha, results[0].alpha)
+    grey = Image.fromarray(both).convert("LA")
+    assert run(grey, model).pixels.shape == run(grey, model).alpha.shape == (80, 96)
+
+
+def test_grey_keeps_its_shape_and_can_be_saved(model, picture, tmp_path):
+    grey = picture[:20, :24, 0]
+    flat = run(grey, model)
+    assert flat.pixels.shape == (80, 96)
+    deep = run(grey[..., None], model)
+    assert np.array_equal(deep.pixels, flat.pixels[..., None])
+    deep.save(tmp_path / "grey.png")
+    assert np.array_equal(decode_image(tmp_path / "grey.png").pixels, flat.pixels)
+    assert np.array_equal(run(Image.fromarray(grey), model).pixels, flat.pixels)
+    assert np.array_equal(run(torch.from_numpy(grey.copy())[None], model).pixels, flat.pixels)
+
+
+def test_a_pil_image_is_turned_upright_and_keeps_its_profile(model, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(picture[:20, :24]).save(buffer, "PNG", exif=exif, icc_profile=b"profile")
+    result = run(Image.open(buffer), model)
+    assert result.pixels.shape == (96, 80, 3)
+    assert result.metadata.icc_profile == b"profile"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8, 2), np.uint8),
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        np.zeros((8, 8, 3)),
+        np.zeros((8, 8, 3), np.int64),
+        torch.zeros(8, 8, 3),
+        torch.zeros(1, 3, 8, 8),
+        torch.full((3, 8, 8), 1.5),
+        torch.full((3, 8, 8), math.nan),
+        torch.zeros(3, 8, 8, dtype=torch.int64),
+        Image.new("F", (8, 8)),
+        b"bytes",
+        None,
+        7,
+    ],
+    ids=lambda image: f"{type(image).__name__} {getattr(image, 'shape', '')}",
+)
+def test_what_is_no_image_is_refused_with_what_is_one(image, model):
+    with pytest.raises(ValueError, match="PIL"):
+        run(image, model)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_hidden_colours_do_not_show_at_the_edge_of_what_is_seen(dtype):
+    """A white disc on transparent black, put on white, is white."""
+    network = random_model(gain=0.02)  # nearly bicubic
+    y, x = np.mgrid[:40, :40]
+    largest = np.iinfo(dtype).max
+    alpha = ((x - 20) ** 2 + (y - 20) ** 2 < 144).astype(dtype) * largest
+    result = run(np.dstack([alpha] * 4), network)
+    opacity = result.alpha[..., None] / largest
+    over_white = opacity * result.pixels + (1 - opacity) * largest
+    assert over_white.min() / largest > 0.98
+
+
+def test_missing_room_for_a_field_is_said_before_it_is_written(monkeypatch):
+    def full(file, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr("restoration.tiling.IN_MEMORY_BYTES", 10**6)
+    with pytest.raises(OSError, match="12 MB") as caught:
+        Field((1, 3, 1000, 1000), CPU)
+    assert caught.value.errno is None  # not the disk of the results
