@@ -106,13 +106,18 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: give the path of a .pth file that training wrote")
+        what = "a folder" if path.is_dir() else "no file"
+        raise CheckpointError(f"{path} is {what}: give the path of a .pth file that training wrote")
+    if not zipfile.is_zipfile(path) and path.read_bytes()[:2] == b"\x80\x02":  # how torch saved before 1.6
+        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}, but a pickle of another program")
     damage = _damage(path)
     if damage is not None:
         raise CheckpointError(f"{path} {damage}; {_offer_instead(path)}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except pickle.UnpicklingError as error:  # its message advises to run what is in the file
+        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: it holds objects that are not read") from error
+    except (RuntimeError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: {reason}") from error
     if not isinstance(content, dict) or "format" not in content:
@@ -189,13 +194,13 @@ def load_model(
         CheckpointError: the file is missing, damaged, or lacks what a model needs.
     """
     path = Path(path)
-    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else load_checkpoint(path)
+    content = _read_safetensors(path) if _is_safetensors(path) else load_checkpoint(path)
     try:
         options = content["network" if content["format"] == FORMAT else "unet"]
-        weights, process, step = content["ema"], content["process"], content["step"]
+        weights, process, step = content["ema"], dict(content["process"]), int(content["step"])
         rebuilt = network.from_config(options)  # type: ignore[attr-defined]  # Rebuildable, see above
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe a model of this project: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
     load_weights(rebuilt, weights, path)
     rebuilt.to(memory_format=torch.channels_last).to(torch.device(device)).eval().requires_grad_(False)
     return LoadedModel(rebuilt, process, content.get("degradation", {}), step)
@@ -247,6 +252,16 @@ def _digest(weights: StateDict) -> str:
     return digest.hexdigest()
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By what is in the file, where there is one: a renamed model loads."""
+    if not path.is_file():
+        return path.suffix.lower() == ".safetensors"
+    with path.open("rb") as file:
+        start = file.read(9)
+    named = path.suffix.lower() == ".safetensors"
+    return start[8:] == b"{" or (named and not zipfile.is_zipfile(path))
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
@@ -266,5 +281,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             if name in header
         }
         return {**sections, "ema": {name: weight.float() for name, weight in weights.items()}}
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}, or is damaged: {error}") from error

@@ -189,3 +189,39 @@ def test_a_model_of_format_1_loads_and_is_not_resumed(saved, tmp_path):
 
 def test_the_version_that_wrote_a_file_is_in_it(saved):
     assert load_checkpoint(saved[0])["version"] == VERSION
+
+
+def test_a_model_under_another_suffix_is_read_by_what_it_is(saved, tmp_path):
+    export_safetensors(load_model(saved[0], UNet), tmp_path / "x4.SAFETENSORS")
+    (tmp_path / "renamed.pth").write_bytes((tmp_path / "x4.SAFETENSORS").read_bytes())
+    for name in ("x4.SAFETENSORS", "renamed.pth"):
+        assert load_model(tmp_path / name, UNet).step == 7
+
+
+@pytest.mark.parametrize("header", [{"network": "[1]"}, {"process": "3"}, {"step": "many"}, {"network": "{"}])
+def test_a_header_with_a_wrong_kind_of_value_is_one_line(saved, tmp_path, header):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "model.safetensors"
+    export_safetensors(load_model(saved[0], UNet), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), **header}
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors") as found:
+        load_model(path, UNet)
+    assert "\n" not in str(found.value)
+
+
+def test_weights_of_another_origin_are_refused_in_one_plain_line(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    torch.save(network, tmp_path / "module.pth")
+    torch.save(network.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("module.pth", "old.pth", "."):
+        with pytest.raises(CheckpointError) as found:
+            load_model(tmp_path / name, UNet)
+        message = str(found.value)
+        assert str(tmp_path) in message
+        assert "\n" not in message
+        assert "\x1b" not in message
+        assert "weights_only" not in message
