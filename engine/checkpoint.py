@@ -15,6 +15,7 @@ version, network, process, degradation and step, as JSON, and a checksum of the 
 import hashlib
 import json
 import pickle
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,10 +93,9 @@ def save_checkpoint(path: Path, content: dict[str, object]) -> None:
     try:
         write_atomically(path, write)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(
-            f"could not write {path}: {str(error).splitlines()[0]}. Is the disk full? "
-            "Earlier checkpoints are intact"
-        ) from error
+        full = shutil.disk_usage(path.parent).free < 2**20 if path.parent.is_dir() else False
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise CheckpointError(f"could not write {path}: {reason}; earlier checkpoints are intact") from error
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:

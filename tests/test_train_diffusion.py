@@ -440,3 +440,13 @@ def test_eight_bit_adamw_that_does_not_import_is_replaced_where_nobody_asked_for
     assert "bitsandbytes" in caplog.text
     with pytest.raises(ValueError, match="adamw8bit"):
         new_state(torch.nn.Linear(2, 2), TrainingConfig(optimizer="adamw8bit"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(
+    photo_folder, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(DiffusionModel, "loss", None)  # a step would fail
+    places = ["--checkpoint_dir", str(tmp_path / "file" / "runs"), "--max_steps", "1"]
+    assert main([*flags(photo_folder, tmp_path), *places]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
