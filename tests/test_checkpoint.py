@@ -108,7 +108,7 @@ def test_a_checkpoint_without_a_network_is_refused(tmp_path):
 def test_weights_that_do_not_fit_change_nothing():
     small, large = tiny_unet(), tiny_unet(base_dim=12, seed=1)
     before = {name: value.clone() for name, value in large.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"here\.pth.*stem\.weight is \(8, 12, 3, 3\), not \(12,"):
+    with pytest.raises(CheckpointError, match=r"here\.pth.*stem\.weight.*\(8, 12, 3, 3\).*\(12,"):
         load_weights(large, small.state_dict(), "here.pth")
     assert all(torch.equal(value, before[name]) for name, value in large.state_dict().items())
 
@@ -117,7 +117,7 @@ def test_missing_and_unknown_keys_are_listed():
     unet = tiny_unet()
     weights = dict(unet.state_dict())
     weights["extra"] = weights.pop("stem.weight")
-    with pytest.raises(CheckpointError, match=r"missing stem\.weight; unknown extra"):
+    with pytest.raises(CheckpointError, match=r"stem\.weight.*extra"):
         load_weights(unet, weights, "here.pth")
 
 
