@@ -196,7 +196,7 @@ def _steps(name: SchedulerName, alpha_bar: tuple[float, ...], count: int, eta: f
 def _respaced(
     kind: str, alpha_bar: Sequence[float], timesteps: Sequence[int], **options: int | str | bool
 ) -> "SchedulerMixin":
-    """A scheduler of diffusers for a process that has these timesteps and no others, and visits them all."""
+    """A scheduler of diffusers that knows these timesteps alone, and visits them all."""
     # That makes any list exact (Nichol & Dhariwal 2021, section 4). `DDIMScheduler.step` takes the previous
     # timestep to be t - T // n, which is another one wherever n does not divide T.
     from diffusers import schedulers  # takes seconds: only what samples an image pays for it
@@ -247,11 +247,9 @@ def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> tuple[S
 
 
 def _local_form(timesteps: Sequence[int], states: Sequence[Tensor]) -> tuple[Step, ...]:
-    """Express each state by the one before it and the newest clean estimates.
+    """Express each state by the one before it and the newest clean estimates, those of n timesteps.
 
-    Args:
-        timesteps: (n) where the clean estimates were made.
-        states: (n + 1) noisy images (1, 1, 1, 1 + n), as parts of the initial noise and of each estimate.
+    The n + 1 states (1, 1, 1, 1 + n) are made of the first noise and of each clean estimate.
     """
     steps = []
     for index, timestep in enumerate(timesteps):

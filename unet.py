@@ -1,9 +1,7 @@
-"""The denoising network: a UNet that works below the full resolution and is conditioned on the input image.
+"""The denoising network: a UNet below the full resolution, conditioned on the low-resolution image.
 
-Shapes: B batch, C image channels, H x W pixels of the high resolution, h x w of the low one, p patch size,
-D_i width of level i, N tokens of width E (context_dim), T timesteps.
-
-The condition is paid for once per image: `encode_context` makes the `Context` that every step reuses.
+Shapes: B batch, C image channels, H x W high-resolution pixels, h x w low-resolution ones, p patch size,
+D_i width of level i, N tokens of width E (context_dim).
 """
 
 import itertools
@@ -71,13 +69,12 @@ class UNetConfig(Options):
 
     @property
     def size_multiple(self) -> int:
-        """Inputs are padded to a multiple of this, the pixels of a deepest token's side."""
+        """Pixels along a deepest token: inputs are padded to a multiple."""
         return int(self.patch_size * 2 ** (len(self.dim_mults) - 1))
 
     def attends(self, level: int) -> bool:
         """Whether a level has transformer blocks."""
-        depth = len(self.dim_mults)
-        return level in {one % depth for one in self.attention_levels}
+        return level in {one % len(self.dim_mults) for one in self.attention_levels}
 
 
 class Condition(NamedTuple):
@@ -96,10 +93,7 @@ class Context(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head scaled dot-product attention (Vaswani et al. 2017, Eq. 1) with a zero-initialised output.
-
-    `dim` is the width of the queries and of the result, `source_dim` of what keys and values are made from.
-    """
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, Eq. 1) whose output starts at 0."""
 
     def __init__(self, dim: int, source_dim: int, head_dim: int) -> None:
         super().__init__()
@@ -116,7 +110,7 @@ class Attention(nn.Module):
         return self._split(keys), self._split(values)
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """(B, M, dim) queries against given keys and values -> (B, M, dim)."""
+        """(B, M, dim) -> the same shape."""
         attended = F.scaled_dot_product_attention(self._split(self.to_query(x)), *keys_values)
         result: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return result
@@ -127,10 +121,7 @@ class Attention(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention where a context is given, feed-forward: pre-normalised, added.
-
-    Without a `context_dim`, the width of context tokens, there is no cross-attention.
-    """
+    """Self-attention, cross-attention where a context is given, feed-forward: pre-normalised, added."""
 
     def __init__(self, dim: int, context_dim: int | None = None, *, head_dim: int = 32) -> None:
         super().__init__()
@@ -148,7 +139,7 @@ class BasicTransformerBlock(nn.Module):
         return self.cross_attention.keys_values(context)
 
     def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
-        """(B, M, dim), and (B, N, E) tokens, their keys and values or None -> (B, M, dim)."""
+        """(B, M, dim) -> the same shape, attending to context tokens or their keys and values."""
         normed = self.norm1(x)
         x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
         if context is not None:
@@ -173,7 +164,7 @@ class WindowTransformer(nn.Module):
         self.shift = window // 2 if shifted else 0
 
     def forward(self, x: Tensor, keys_values: KeysValues | None) -> Tensor:
-        """(B, D, h, w), keys and values of the context or None -> (B, D, h, w)."""
+        """(B, D, h, w) -> the same shape."""
         batch, _, height, width = x.shape
         rows, top, bottom = self._partition(height)
         columns, left, right = self._partition(width)
@@ -198,7 +189,7 @@ class WindowTransformer(nn.Module):
 
 
 class ImageContextExtractor(nn.Module):
-    """An image as grid * grid tokens, whatever its size: convolutions, from `width` channels on, averaged."""
+    """An image of any size as grid * grid tokens: averages of convolutional features."""
 
     def __init__(self, in_channels: int = 3, context_dim: int = 512, grid: int = 4, width: int = 32) -> None:
         super().__init__()
@@ -268,13 +259,12 @@ class ResidualStage(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts a diffusion target from a noisy residual, its timestep and the image it belongs to.
+    """Predicts a diffusion target from a noisy residual, its timestep and its image.
 
     Residual blocks at every level, transformer blocks at some, skip connections (Ronneberger et al. 2015;
     Ho et al. 2020, appendix B). Arguments: the fields of UNetConfig.
 
-    `scale` and `residual_std`, the enlargement and the deviation of residuals in [-2, 2] that it was trained
-    for, travel with the weights; 0: not trained.
+    `scale` and `residual_std` (of residuals in [-2, 2]) travel with the weights; 0: not trained.
     """
 
     residual_std: Tensor
@@ -315,7 +305,7 @@ class UNet(nn.Module):
         return 0 if self.predictor is None else self.predictor.reach
 
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:
-        """(B, C, h, w) -> tokens (B, N, E), or None for a network without cross-attention."""
+        """(B, C, h, w) -> tokens (B, N, E), or None without cross-attention."""
         return None if self.context_extractor is None else self.context_extractor(low_res)
 
     def _build_inputs(self, config: UNetConfig, width: int) -> None:
@@ -338,17 +328,17 @@ class UNet(nn.Module):
         )
 
     def _build_levels(self, config: UNetConfig, dims: list[int]) -> None:
-        def stage(width_in: int, width: int) -> ResidualStage:
-            return ResidualStage(width_in, width, 4 * dims[0], config)
-
-        self.encoder = nn.ModuleList(stage(width, width) for width in dims)
+        time_dim = 4 * dims[0]
+        self.encoder = nn.ModuleList(ResidualStage(width, width, time_dim, config) for width in dims)
         self.downsample = nn.ModuleList(
             nn.Conv2d(wide, deeper, 2, stride=2) for wide, deeper in itertools.pairwise(dims)
         )
         self.bottleneck = nn.ModuleList(
-            ResidualBlock(dims[-1], dims[-1], 4 * dims[0], norm=config.norm) for _ in range(2)
+            ResidualBlock(dims[-1], dims[-1], time_dim, norm=config.norm) for _ in range(2)
         )
-        self.decoder = nn.ModuleList(stage(2 * width, width) for width in reversed(dims))
+        self.decoder = nn.ModuleList(
+            ResidualStage(2 * width, width, time_dim, config) for width in dims[::-1]
+        )
         self.upsample = nn.ModuleList(
             nn.Conv2d(deeper, 4 * wide, 1) for deeper, wide in zip(dims[:0:-1], dims[-2::-1], strict=True)
         )
@@ -365,7 +355,7 @@ class UNet(nn.Module):
         )
 
     def encode_context(self, condition: Condition) -> tuple[Context, Tensor | None]:
-        """What the condition adds to every step, and the mean (B, C, H, W); ValueError if it lacks a part."""
+        """What every step needs, made once, and the mean (B, C, H, W); ValueError if a part is missing."""
         features, mean = self._features(condition)
         return Context(features, self._keys_values(condition)), mean
 
@@ -388,14 +378,13 @@ class UNet(nn.Module):
             return ()
         if condition.tokens is None and condition.low_res is None:
             raise ValueError(
-                f"conditioning is {self.config.conditioning!r}: give the low-resolution image or tokens"
+                f"conditioning {self.config.conditioning!r} needs a low-resolution image or tokens"
             )
         tokens = self.context_extractor(condition.low_res) if condition.tokens is None else condition.tokens
         if tokens.ndim != 3 or tokens.shape[-1] != self.config.context_dim:
             raise ValueError(f"tokens must be (B, N, {self.config.context_dim}), not {tuple(tokens.shape)}")
-        return tuple(
-            one.block.keys_values(tokens) for one in self.transformers if isinstance(one, WindowTransformer)
-        )
+        blocks = (one.block for one in self.transformers if isinstance(one, WindowTransformer))
+        return tuple(block.keys_values(tokens) for block in blocks)
 
     def forward(
         self, noisy: Tensor, t: Tensor, context: Context | Condition | Tensor | None = None
@@ -403,9 +392,9 @@ class UNet(nn.Module):
         """Predict the target (B, out_channels, H, W).
 
         Args:
-            noisy: (B, C, H, W), a noisy residual of unit variance; any H and W.
-            t: (B,) timesteps in [0, T).
-            context: an encoded Context, a Condition, tokens (B, N, E), or None without conditioning.
+            noisy: (B, C, H, W) of any H and W, a residual of unit variance made noisy.
+            t: (B,) timesteps.
+            context: encoded or not, or tokens (B, N, E); None without conditioning.
         """
         if isinstance(context, Tensor):
             context = Condition(tokens=context)

@@ -1,6 +1,6 @@
 """Network blocks, and the dataset that turns a folder of photos into training samples.
 
-Shapes: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, D embedding width.
+Shapes: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, D width.
 """
 
 import logging
@@ -27,10 +27,7 @@ Norm = Literal["group", "pixel"]
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """Sines and cosines of t at geometrically spaced frequencies (Vaswani et al. 2017, section 3.5).
-
-    `dim` is even, at least 4; the longest wavelength is 2 pi max_period timesteps.
-    """
+    """Sines and cosines of t (Vaswani et al. 2017, section 3.5), of wavelengths 2 pi to 2 pi max_period."""
 
     frequencies: Tensor
 
@@ -77,8 +74,8 @@ def normalisation(norm: Norm, channels: int, groups: int = 8) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with normalisation and SiLU, added to the input (He et al. 2016).
 
-    A time embedding of width `time_dim`, where there is one, scales and shifts the second normalisation
-    (Dhariwal & Nichol 2021, section 3). A new block is the identity, or its 1x1 projection to another width.
+    A time embedding scales and shifts the second normalisation (Dhariwal & Nichol 2021, section 3). A new
+    block is the identity, or its 1x1 projection to another width.
     """
 
     def __init__(
@@ -185,16 +182,16 @@ def check_crop_size(img_size: int, downscale_factor: float) -> None:
 class ImageDataset(Dataset[Sample]):
     """A folder of photos as samples: `dataset[index]` of epoch 0, `dataset[epoch, index]` of any.
 
-    A sample depends on (seed, epoch, index) alone. Images too small or unreadable are in `left_out`, with the
-    reason. One that turns unreadable later is in `failed`, which workers share, and the next takes its place.
+    A sample depends on (seed, epoch, index) alone. `left_out` has the images too small or unreadable and the
+    reason; `failed`, which workers share, marks those that turn unreadable later: the next takes their place.
 
     Args:
         images: a folder, searched with its subfolders, or files.
         img_size: side of the square crop, a whole multiple of downscale_factor.
-        upscale_function: maps (..., 3, h, w) in [-1, 1] and the factor to (..., 3, H, W).
+        upscale_function: (..., 3, h, w) in [-1, 1] and the factor -> (..., 3, H, W).
         train: a random crop and augmentation; False: the central crop.
         augment: "none", "flip" (left-right) or "dihedral" (all 8 flips and rotations).
-        reader: path -> (H, W, 3) uint8, for instance a cache.
+        reader: path -> (H, W, 3) uint8.
         cache_dir: remembers the sizes of the images.
         degradation: makes the low resolution; by default bicubic by downscale_factor.
 
@@ -301,7 +298,7 @@ class CropDataset(Dataset[Tensor]):
 def _usable(
     paths: Sequence[Path], img_size: int, cache_dir: Path | None
 ) -> tuple[list[Path], dict[Path, str]]:
-    """The images of at least img_size on both sides, by their headers, and why each other is none."""
+    """The images of at least img_size on both sides, and why not the others."""
     left_out: dict[Path, str] = {}
     for path, size in zip(paths, image_sizes(paths, cache_dir), strict=True):
         if isinstance(size, UnreadableImageError):
