@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +103,7 @@ def write_results(
     for target in task.targets:
         target.parent.mkdir(parents=True, exist_ok=True)
     if task.comparison is not None:
-        bicubic = upscale_image(source.pixels, scale)
+        bicubic = cast(Pixels, upscale_image(source.pixels, scale))
         write_image(task.comparison, comparison_picture(source.pixels, bicubic, restoration.pixels, truth))
     if task.uncertainty is not None and restoration.deviation is not None:
         write_uncertainty(task.uncertainty, restoration.deviation)
