@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -86,70 +85,43 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     return modes + [replace(common, steps=count, num_images=n) for count in steps for n in numbers or [1]]
 
 
-def describe_restoring(how: RestoreConfig) -> dict[str, Json]:
-    """What all rows of the model have in common."""
-    return {name: value for name, value in how.to_dict().items() if name not in ROWS}
-
-
-def check_targets(targets: Sequence[Path]) -> None:
-    """Refuse files that could not be written, before a long computation is spent on them.
+def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files that were asked for; refused before a long computation is spent on what cannot be written.
 
     Raises:
-        ValueError: a target is a folder, is named twice, or cannot be created where it is.
+        ValueError: the plot is no .png; a file is a folder, is named twice, or cannot be created.
     """
-    if len({target.resolve() for target in targets}) < len(targets):
-        raise ValueError(f"{', '.join(map(str, targets))}: give every output a file of its own")
-    for target in targets:
-        if target.is_dir():
-            raise ValueError(f"{target} is a folder; give the name of a file")
-        existing = next(folder for folder in target.resolve().parents if folder.exists())
+    outputs = {name: Path(getattr(args, name)) for name in WRITERS if getattr(args, name) is not None}
+    if "plot" in outputs and outputs["plot"].suffix.lower() != ".png":
+        raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
+    if len({path.resolve() for path in outputs.values()}) < len(outputs):
+        raise ValueError(f"{', '.join(map(str, outputs.values()))}: give every output a file of its own")
+    for path in outputs.values():
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give the name of a file")
+        existing = next(folder for folder in path.resolve().parents if folder.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(f"{target} cannot be written, because of {existing}; give another place")
-
-
-def planned_outputs(args: argparse.Namespace) -> list[tuple[Path, Callable[[Report, Path], None]]]:
-    """The files that were asked for, and what writes each.
-
-    Raises:
-        ValueError: see check_targets, or the plot is no .png.
-    """
-    texts = {"json": Report.to_json, "csv": Report.to_csv, "markdown": Report.to_markdown}
-    outputs: list[tuple[Path, Callable[[Report, Path], None]]] = [
-        (Path(getattr(args, name)), partial(_write_text, make))
-        for name, make in texts.items()
-        if getattr(args, name) is not None
-    ]
-    if args.plot is not None:
-        if Path(args.plot).suffix.lower() != ".png":
-            raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
-        outputs.append((Path(args.plot), _write_plot))
-    check_targets([path for path, _ in outputs])
+            raise ValueError(f"{path} cannot be written, because of {existing}; give another place")
     return outputs
 
 
-def _write_text(make: Callable[[Report], str], report: Report, path: Path) -> None:
-    write_text_atomically(path, make(report))
-
-
-def _write_plot(report: Report, path: Path) -> None:
+def write_plot(report: Report, path: Path) -> None:
+    """Write the figure as PNG."""
     figure = perception_distortion_figure(report)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
-def write_all(report: Report, outputs: Sequence[tuple[Path, Callable[[Report, Path], None]]]) -> list[str]:
-    """Write every file that can be written; returns what went wrong with the others."""
-    errors = []
-    for path, write in outputs:
-        try:
-            write(report, path)
-        except (OSError, ValueError) as error:
-            errors.append(f"{path} was not written: {error}")
-    return errors
+WRITERS: dict[str, Callable[[Report, Path], None]] = {
+    "json": lambda report, path: write_text_atomically(path, report.to_json()),
+    "csv": lambda report, path: write_text_atomically(path, report.to_csv()),
+    "markdown": lambda report, path: write_text_atomically(path, report.to_markdown()),
+    "plot": write_plot,
+}
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the files, and print the table; returns the exit status."""
-    for name in ("data", "low_res", "weights_path", "lpips_weights", "json", "csv", "markdown", "plot"):
+    for name in ("data", "low_res", "weights_path", "lpips_weights", *WRITERS):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty; give a path")
     outputs = planned_outputs(args)
@@ -161,18 +133,23 @@ def run(args: argparse.Namespace) -> int:
     methods: list[Method] = []
     facts: dict[str, Json] = {}
     if args.weights_path is not None:
-        precision = autocast_dtype(device, args.precision)
-        model = TrainedModel.load(args.weights_path, device, precision)
+        model = TrainedModel.load(args.weights_path, device, autocast_dtype(device, args.precision))
         methods = [model.method(one, config.scale) for one in how]
-        facts = {"model": model.describe(), "restoring": describe_restoring(how[0])}
+        common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
+        facts = {"model": model.describe(), "restoring": common}
     report = evaluate(images, config, methods, device=device, facts=facts, progress=True)
-    errors = write_all(report, outputs)  # before printing, which fails if nobody reads
+    errors = []
+    for name, path in outputs.items():  # before printing, which fails if nobody reads
+        try:
+            WRITERS[name](report, path)
+        except (OSError, ValueError) as error:
+            errors.append(f"{path} was not written: {error}")
     print(report.to_markdown(), end="", flush=True)
     errors += [f"left out: {failure}" for failure in report.failures]
     if report.failures:
         errors.append(f"{len(report.failures)} of {len(images)} images were left out")
-    for error in errors:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+    for message in errors:
+        print(f"evaluate.py: error: {message}", file=sys.stderr)
     return 1 if errors else 0
 
 
@@ -184,11 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print a file's name
     try:
         return run(args)
-    except OptionError as error:
-        print(f"evaluate.py: error: {with_flag(error, [EvaluationConfig, RestoreConfig])}", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        flags = [EvaluationConfig, RestoreConfig]
+        message = with_flag(error, flags) if isinstance(error, OptionError) else str(error)
+        print(f"evaluate.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; files are written only at the end", file=sys.stderr)

@@ -138,8 +138,7 @@ def one_step_psnr(network: nn.Module, images: Iterable[Picture], device: torch.d
     for picture in images:
         low_res = to_model_range(picture.low_res[None].float() / 255)
         restored = generator.generate_images(cast(Network, network), low_res, 1, 1, seed=0).cpu()
-        truth = picture.truth[None].float() / 255
-        values.append(float(metrics.psnr(metrics.round_to_uint8(restored), truth, protocol)))
+        values.append(float(metrics.psnr(restored, picture.truth[None].float() / 255, protocol)))
     return sum(values) / len(values)
 
 

@@ -10,14 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from degradation import Degradation
-from evaluation.pairs import find_low_resolution
-from imaging.files import decode_image, pixels_to_unit, unit_to_pixels
+from evaluation.metrics import to_uint8
+from imaging.files import decode_image, pixels_to_unit
 
 
 class Picture(NamedTuple):
@@ -25,8 +22,8 @@ class Picture(NamedTuple):
 
     Attributes:
         name: of the file.
-        truth: (C, H, W) uint8; the sides are whole multiples of what the scale needs.
-        low_res: (C, h, w) uint8, H / h = W / w = scale.
+        truth: (C, H, W); the sides are whole multiples of what the scale needs.
+        low_res: (C, h, w), H / h = W / w = scale.
     """
 
     name: str
@@ -51,7 +48,7 @@ class ImageSet:
     paths: tuple[Path, ...]
     scale: Fraction
     degradation: Degradation
-    smallest: int = 1
+    smallest: int
     low_res_paths: tuple[Path, ...] | None = None
 
     def __len__(self) -> int:
@@ -66,21 +63,6 @@ class ImageSet:
         Raises:
             ValueError: a file is unreadable or too small, has no partner, or one of another size.
         """
-        truth = self._read_truth(path)
-        if self.low_res_paths is None:
-            low_res = self.degradation(truth)
-        else:
-            low_res = self._read_low_res(path, truth, self.low_res_paths)
-        return Picture(printable(path.name), truth, low_res)
-
-    def describe(self) -> str:
-        """Where the low resolution comes from."""
-        if self.low_res_paths is not None:
-            return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}"
-        return self.degradation.describe()
-
-    def _read_truth(self, path: Path) -> Tensor:
-        """Read an image and crop it, top-left, to a size that the scale divides."""
         truth, multiple = _read_planes(path), self.scale.numerator
         height, width = (length - length % multiple for length in truth.shape[-2:])
         if min(height, width) < self.smallest:
@@ -88,10 +70,18 @@ class ImageSet:
                 f"{path} is {truth.shape[2]}x{truth.shape[1]}, {width}x{height} as a multiple of {multiple}; "
                 f"{self.smallest} pixels a side are needed: leave it out"
             )
-        return truth[:, :height, :width]
+        truth = truth[:, :height, :width]
+        low_res = self.degradation(truth) if self.low_res_paths is None else self._read_low_res(path, truth)
+        return Picture(printable(path.name), truth, low_res)
 
-    def _read_low_res(self, path: Path, truth: Tensor, candidates: tuple[Path, ...]) -> Tensor:
-        low_path = find_low_resolution(path, candidates, float(self.scale))
+    def describe(self) -> str:
+        """Where the low resolution comes from."""
+        if self.low_res_paths is None:
+            return self.degradation.describe()
+        return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}"
+
+    def _read_low_res(self, path: Path, truth: Tensor) -> Tensor:
+        low_path = self._find_low_res(path)
         low_res = _read_planes(low_path)
         height, width = (int(length / self.scale) for length in truth.shape[-2:])
         if low_res.shape[-2:] != (height, width):
@@ -99,20 +89,28 @@ class ImageSet:
                 f"{low_path} is {low_res.shape[2]}x{low_res.shape[1]}, but {path} at scale "
                 f"{float(self.scale):g} needs {width}x{height}; give the folders that belong together"
             )
-        if len(truth) == 1 and bool((low_res != low_res[:1]).any()):
-            raise ValueError(
-                f"{low_path} has colours, but {path} is grey; give the files that belong together"
-            )
-        return low_res[:1] if len(truth) == 1 else low_res.expand(3, -1, -1)
+        grey = len(truth) == 1
+        if grey and bool((low_res != low_res[:1]).any()):
+            raise ValueError(f"{low_path} has colours, but {path} is grey; give files that belong together")
+        return low_res[:1] if grey else low_res.expand(3, -1, -1)
+
+    def _find_low_res(self, path: Path) -> Path:
+        """The file of the same base name, or else the one with an ending such as x4, _x4 or _LRx4."""
+        high, tag = path.stem.lower(), f"x{float(self.scale):g}"
+        endings = ("", tag, f"_{tag}", f"-{tag}", "_lr", f"_lr{tag}", f"_lr_{tag}", f"_{tag}_lr", f"{tag}_lr")
+        names = {high, *(high.removesuffix("_hr") + ending for ending in endings)}
+        found = [each for each in self.low_res_paths or () if each.stem.lower() in names]
+        found = [each for each in found if each.stem == path.stem] or found
+        if not found:
+            raise ValueError(f"no low-resolution image for {path}; name it {path.stem}{tag} or the like")
+        if len(found) > 1:
+            raise ValueError(f"{found[0]} and {found[1].name} could both belong to {path}; leave one out")
+        return found[0]
 
 
 def _read_planes(path: Path) -> Tensor:
     """(1 or 3, H, W) uint8; 16 bits are rounded to 8, alpha is dropped."""
-    pixels = decode_image(path).pixels
-    if pixels.dtype == np.uint16:
-        pixels = unit_to_pixels(pixels_to_unit(pixels))
-    narrow: npt.NDArray[np.uint8] = pixels.astype(np.uint8, copy=False)
-    return torch.from_numpy(np.array(narrow[None] if narrow.ndim == 2 else narrow.transpose(2, 0, 1)))
+    return to_uint8(pixels_to_unit(decode_image(path).pixels))
 
 
 def printable(name: str) -> str:

@@ -4,8 +4,6 @@ import hashlib
 import os
 import pickle
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,13 +22,12 @@ class MetricUnavailableError(RuntimeError):
 class Lpips:
     """LPIPS of Zhang et al. 2018, "The unreasonable effectiveness of deep features", AlexNet, version 0.1.
 
-    The heads come with torchmetrics. AlexNet's features come from a file, or torchvision fetches them once
-    (233 MB) into torch's hub folder. Build one Lpips and call it for all images.
+    The heads come with torchmetrics, the features from a file, or torchvision fetches them once (233 MB).
 
     Args:
         device: where to compute.
-        weights: the file of AlexNet's convolutions under torchvision's names `features.N.weight` and
-            `features.N.bias`, .pth or .safetensors; None for the one that SR_LPIPS_WEIGHTS names, if any.
+        weights: AlexNet's features under torchvision's names, .pth or .safetensors; None for the file that
+            SR_LPIPS_WEIGHTS names, if any.
         timeout: seconds that the server may stay silent while the features are fetched.
 
     Raises:
@@ -39,17 +36,16 @@ class Lpips:
     """
 
     def __init__(
-        self,
-        device: torch.device | str = "cpu",
-        weights: str | Path | None = None,
-        *,
-        timeout: float = 20.0,
+        self, device: torch.device | str = "cpu", weights: str | Path | None = None, *, timeout: float = 20.0
     ) -> None:
         weights = weights or os.environ.get(WEIGHTS_VARIABLE) or None
-        features = None if weights is None else read_features(Path(weights))
-        self._network = _build_network(features, timeout).to(device)
+        self._network = _build_network(weights is None, timeout)
         self._device = torch.device(device)
-        self._source = "torchvision's features" if weights is None else _identify(Path(weights))
+        self._source = "torchvision's features"
+        if weights is not None:
+            load_features(self._network, Path(weights))
+            self._source = f"features from {Path(weights).name} (SHA-256 {file_digest(Path(weights))})"
+        self._network.to(device)
 
     def describe(self) -> str:
         """Which network measures, in one line."""
@@ -57,9 +53,9 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, restored: Tensor, truth: Tensor) -> Tensor:
-        """Distance per image, 0 for identical ones: two (B, C, H, W) in [0, 1], C 3 or 1 (repeated), to (B,).
+        """Distance, 0 for identical images: two (B, C, H, W) in [0, 1], C 3 or 1 (repeated), to (B,).
 
-        Values are clipped to [0, 1], as a file would hold them, but not rounded.
+        Values are clipped to [0, 1], but not rounded.
 
         Raises:
             ValueError: shapes differ, values are not in [0, 1], or a side is shorter than 32.
@@ -79,71 +75,52 @@ class Lpips:
         return distances.flatten().double().cpu()
 
 
-def read_features(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of AlexNet features, .pth or .safetensors, by name.
-
-    Raises:
-        ValueError: the file is missing, or is no file of tensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix.lower() == ".safetensors":
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; give a file of AlexNet's features") from error
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a file of weights; give AlexNet's features") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds no weights by name; give AlexNet's features")
-    return {str(name): value for name, value in content.items()}
-
-
-def _build_network(features: dict[str, Tensor] | None, timeout: float) -> nn.Module:
-    """The network and its heads; features None lets torchvision fetch them."""
+def _build_network(fetch: bool, timeout: float) -> nn.Module:
+    """The network and its heads; its features are fetched, or random."""
+    silence = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout)  # what fetches the weights sets no bound of its own
     try:
         # Its public class always fetches; this one, which it wraps, can leave the features to us (pnet_rand).
         from torchmetrics.functional.image.lpips import _LPIPS
 
-        with _network_timeout(timeout):
-            network: nn.Module = _LPIPS(net="alex", pnet_rand=features is not None)
+        network: nn.Module = _LPIPS(net="alex", pnet_rand=not fetch)
     except (ImportError, OSError, RuntimeError) as error:
         # Not installed; no network, no space or no permission; a download that fails its checksum.
         reason = " ".join(str(error).split())
         raise MetricUnavailableError(f"LPIPS is unavailable: {type(error).__name__}: {reason}") from error
-    if features is not None:
-        _load_features(network, features)
+    finally:
+        socket.setdefaulttimeout(silence)
     return network
 
 
-def _load_features(network: nn.Module, features: dict[str, Tensor]) -> None:
+def load_features(network: nn.Module, path: Path) -> None:
+    """Fill the network with AlexNet's features from a file; ValueError for a file that does not hold them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     backbone = network.get_submodule("net")
-    # slice2.3.weight is torchvision's features.3.weight
-    names = {name: f"features.{name.split('.', 1)[1]}" for name in backbone.state_dict()}
-    missing = sorted(set(names.values()) - set(features))
-    if missing:
-        raise ValueError(f"the weights for LPIPS have no {missing[0]}; give torchvision's AlexNet features")
     try:
+        if path.suffix.lower() == ".safetensors":
+            features = load_file(path)
+        else:
+            features = torch.load(path, map_location="cpu", weights_only=True)
+        # slice2.3.weight is torchvision's features.3.weight
+        names = {name: f"features.{name.split('.', 1)[1]}" for name in backbone.state_dict()}
         backbone.load_state_dict({name: features[original] for name, original in names.items()})
-    except RuntimeError as error:
+    except (
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+    ) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"the weights for LPIPS are not AlexNet's: {reason}") from error
+        raise ValueError(f"{path} does not hold torchvision's AlexNet features: {reason}") from error
 
 
-def _identify(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The beginning of the file's SHA-256."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    return f"features from {path.name} (SHA-256 {digest})"
-
-
-@contextmanager
-def _network_timeout(seconds: float) -> Iterator[None]:
-    """Bound the silence of connections opened inside; what fetches the weights sets no bound of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
