@@ -7,15 +7,18 @@ import socket
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluation.metrics import check_pair
 
 WEIGHTS_VARIABLE = "SR_LPIPS_WEIGHTS"
+BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, TypeError)
 _SMALLEST = 32
 
 
-class MetricUnavailableError(RuntimeError):
+class MetricUnavailableError(Exception):
     """A metric that needs a package or weights which cannot be had; the message says why in one line."""
 
 
@@ -38,18 +41,26 @@ class Lpips:
     def __init__(
         self, device: torch.device | str = "cpu", weights: str | Path | None = None, *, timeout: float = 20.0
     ) -> None:
-        weights = weights or os.environ.get(WEIGHTS_VARIABLE) or None
-        self._network = _build_network(weights is None, timeout)
-        self._device = torch.device(device)
-        self._source = "torchvision's features"
-        if weights is not None:
-            load_features(self._network, Path(weights))
-            self._source = f"features from {Path(weights).name} (SHA-256 {file_digest(Path(weights))})"
+        weights = weights or os.environ.get(WEIGHTS_VARIABLE)
+        path = Path(weights) if weights else None
+        try:
+            features = None if path is None else read_features(path)
+            self._network = _build_network(path is None, timeout)
+            if features is not None:
+                backbone = self._network.get_submodule("net")
+                # slice2.3.weight is torchvision's features.3.weight
+                names = {name: f"features.{name.split('.', 1)[1]}" for name in backbone.state_dict()}
+                backbone.load_state_dict({name: features[original] for name, original in names.items()})
+        except BAD_FILE as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} does not hold torchvision's AlexNet features: {reason}") from error
         self._network.to(device)
+        self._device = torch.device(device)
+        self._source = f"{path.name} (SHA-256 {file_digest(path)})" if path else "torchvision's"
 
     def describe(self) -> str:
         """Which network measures, in one line."""
-        return f"AlexNet, version 0.1, {self._source}; lower is better"
+        return f"AlexNet 0.1, features: {self._source}; lower is better"
 
     @torch.no_grad()
     def __call__(self, restored: Tensor, truth: Tensor) -> Tensor:
@@ -93,31 +104,11 @@ def _build_network(fetch: bool, timeout: float) -> nn.Module:
     return network
 
 
-def load_features(network: nn.Module, path: Path) -> None:
-    """Fill the network with AlexNet's features from a file; ValueError for a file that does not hold them."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    backbone = network.get_submodule("net")
-    try:
-        if path.suffix.lower() == ".safetensors":
-            features = load_file(path)
-        else:
-            features = torch.load(path, map_location="cpu", weights_only=True)
-        # slice2.3.weight is torchvision's features.3.weight
-        names = {name: f"features.{name.split('.', 1)[1]}" for name in backbone.state_dict()}
-        backbone.load_state_dict({name: features[original] for name, original in names.items()})
-    except (
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        SafetensorError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-    ) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not hold torchvision's AlexNet features: {reason}") from error
+def read_features(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file by name."""
+    if path.suffix.lower() == ".safetensors":
+        return dict(load_file(path))
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def file_digest(path: Path) -> str:

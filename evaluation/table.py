@@ -151,14 +151,14 @@ def _memory(pair: Pair) -> Tensor:
     return pair.each(pair.peak_bytes / 1e6)
 
 
-def _uncertainty(pair: Pair, ranks: bool = False) -> Tensor:
+def _pearson(pair: Pair, ranks: bool = False) -> Tensor:
     if pair.deviation is None:
         return pair.each(math.nan)
     return pair.each(metrics.uncertainty_correlation(pair.deviation, pair.restored, pair.truth, ranks=ranks))
 
 
-def _rank_uncertainty(pair: Pair) -> Tensor:
-    return _uncertainty(pair, ranks=True)
+def _spearman(pair: Pair) -> Tensor:
+    return _pearson(pair, ranks=True)
 
 
 METRICS = (
@@ -168,23 +168,12 @@ METRICS = (
     Metric("lr_psnr", "LR-PSNR", ".2f", "result shrunk again (uint8) against the input", _lr_psnr),
     Metric("lpips", "LPIPS", ".4f", "{lpips}", _lpips),
     Metric(
-        "hf_energy",
-        "HF energy",
-        ".3f",
-        "power at 0.35 to 0.9 of Nyquist over the truth's",
-        _energy,
-        geometric_mean,
+        "hf_energy", "HF energy", ".3f", "power at 0.35 to 0.9 Nyquist; 1 is right", _energy, geometric_mean
     ),
     Metric("swd", "SWD", ".1f", "1000 x sliced Wasserstein distance of 7x7 patches, 3 levels", of_set=_swd),
     Metric("seconds_per_megapixel", "s/MP", ".3g", "seconds per megapixel of output", _seconds),
     Metric("peak_memory_mb", "peak MB", ".0f", "most memory of CUDA tensors, 10^6 bytes", _memory, largest),
-    Metric(
-        "uncertainty_pearson",
-        "uncertainty r",
-        ".2f",
-        "of the samples' deviation with the error",
-        _uncertainty,
-    ),
-    Metric("uncertainty_spearman", "uncertainty rho", ".2f", "the same of the ranks", _rank_uncertainty),
+    Metric("uncertainty_pearson", "uncertainty r", ".2f", "samples' deviation with the error", _pearson),
+    Metric("uncertainty_spearman", "uncertainty rho", ".2f", "the same of the ranks", _spearman),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
