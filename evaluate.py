@@ -18,7 +18,9 @@ import torch
 
 from engine.device import Precision, autocast_dtype, select_device
 from engine.options import OptionError, add_flags, from_args, with_flag
-from evaluation.evaluation import EvaluationConfig, Method, TrainedModel, evaluate, read_image_set
+from evaluation.config import EvaluationConfig
+from evaluation.evaluation import Method, TrainedModel, evaluate
+from evaluation.images import ImageSet
 from evaluation.report import Json, Report, perception_distortion_figure
 from imaging.atomic import write_atomically, write_text_atomically
 from restoration import PRESETS, RestoreConfig
@@ -129,11 +131,11 @@ def run(args: argparse.Namespace) -> int:
     how = restore_configs(args)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
     device = select_device(args.device)
-    images = read_image_set(args.data, config, args.low_res, args.limit)
+    images = ImageSet(args.data, config, args.low_res, args.limit)
     methods: list[Method] = []
     facts: dict[str, Json] = {}
     if args.weights_path is not None:
-        model = TrainedModel.load(args.weights_path, device, autocast_dtype(device, args.precision))
+        model = TrainedModel(args.weights_path, device, autocast_dtype(device, args.precision))
         methods = [model.method(one, config.scale) for one in how]
         common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
         facts = {"model": model.describe(), "restoring": common}

@@ -1,31 +1,28 @@
 """Measure bicubic, trained models and any other way to restore on a set of images: one row per method.
 
 A restorer is any callable low_res (C, h, w) in [0, 1] -> restored (C, H, W) in [0, 1], C 1 (grey) or 3 (RGB);
-its results are rounded to uint8 before they are measured. A grey file is its own luma.
+its results are rounded to uint8 before they are measured.
 """
 
 import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bicubic import Border, resize
-from degradation import Bicubic
+from bicubic import resize
 from diffusion import ProcessConfig
-from engine.checkpoint import LoadedModel, load_model
-from engine.options import Options, option
+from engine.checkpoint import load_model
+from evaluation.config import EvaluationConfig
 from evaluation.images import ImageSet, Picture, printable
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
-from evaluation.metrics import SSIM_WINDOW, Channel, Protocol, to_uint8
+from evaluation.metrics import to_uint8
 from evaluation.report import Json, Label, Report, Scores
 from evaluation.table import METRICS, Conditions, Pair
 from evaluation.wasserstein import (
@@ -35,71 +32,13 @@ from evaluation.wasserstein import (
     patch_positions,
     pyramid_patches,
 )
-from imaging.files import list_images, pixels_to_unit, unit_to_pixels
+from imaging.files import pixels_to_unit, unit_to_pixels
 from restoration import RestoreConfig, Restorer
 from unet import UNet
 
 CPU = torch.device("cpu")
-SMALLEST_SIDE = 32  # what LPIPS, the spectrum and the pyramid of patches need
 # What one image may fail with while the others are measured.
 IMAGE_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig(Options):
-    """What is measured, and how; the scale may be a fraction such as 1.5."""
-
-    scale: float = option(MISSING, "the enlargement, such as 4", above=1)
-    border: Border = option("mirror", "what bicubic sees beyond the edge; mirror is today's MATLAB")
-    channel: Channel = option("luma", "what PSNR and SSIM compare")
-    crop: int | None = option(
-        None, "pixels that PSNR and SSIM leave out at each border; without it, the scale", low=0
-    )
-    seed: int = option(0, "of the noise, and of SWD's patches", low=0, high=2**63 - 1)
-    lpips: bool = option(True, "measure LPIPS")
-    lpips_weights: str | None = option(
-        None, "AlexNet's features for LPIPS, .pth or .safetensors; without it, SR_LPIPS_WEIGHTS or a download"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if abs(self.ratio - self.scale) > 1e-6:
-            raise ValueError(f"scale is {self.scale:g}; give a number such as 2, 3, 4 or 1.5")
-
-    @property
-    def ratio(self) -> Fraction:
-        """The scale: a side that can be shrunk exactly is a multiple of its numerator."""
-        return Fraction(self.scale).limit_denominator(100)
-
-    @property
-    def protocol(self) -> Protocol:
-        """What PSNR and SSIM compare."""
-        return Protocol(math.ceil(self.ratio) if self.crop is None else self.crop, self.channel)
-
-
-def read_image_set(
-    folder: str | Path,
-    config: EvaluationConfig,
-    low_res_folder: str | Path | None = None,
-    limit: int | None = None,
-) -> ImageSet:
-    """The images of a folder, or the first `limit` of them, subfolders left out; no file is opened yet.
-
-    `low_res_folder` holds low-resolution images to use instead of making them, matched by name.
-
-    Raises:
-        ValueError: a folder is missing or holds no image.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; give a number of images, at least 1")
-    return ImageSet(
-        folder=printable(Path(folder).resolve().name),
-        paths=tuple(list_images(folder, recursive=False)[:limit]),
-        scale=config.ratio,
-        degradation=Bicubic(scale=config.scale, border=config.border),
-        smallest=max(SMALLEST_SIDE, 2 * config.protocol.crop + SSIM_WINDOW),
-        low_res_paths=None if low_res_folder is None else tuple(list_images(low_res_folder, recursive=False)),
-    )
 
 
 # --------------------------------------------------------------------------------------------------- methods
@@ -112,15 +51,12 @@ class Estimate(NamedTuple):
     deviation: Tensor | None = None
 
 
-RestoreFunction: TypeAlias = "Callable[[Tensor], Tensor | Estimate]"
-
-
 @dataclass(frozen=True)
 class Method:
     """One row: how it is called, the restorer, and where it computes, to tell its time and memory."""
 
     label: Label
-    restore: RestoreFunction
+    restore: Callable[[Tensor], Tensor | Estimate]
     device: torch.device = CPU
 
 
@@ -133,28 +69,23 @@ def bicubic_method(config: EvaluationConfig) -> Method:
     return Method(Label("bicubic"), restore)
 
 
-@dataclass(frozen=True)
 class TrainedModel:
-    """A trained network, the file it came from, where to compute, and the dtype to autocast to, if any."""
+    """A checkpoint (.pth) or an exported model (.safetensors), and how to compute with it.
 
-    loaded: LoadedModel[UNet]
-    path: Path
-    device: torch.device = CPU
-    precision: torch.dtype | None = None
+    Args:
+        path: the file; CheckpointError where it is not a model.
+        device: where to compute.
+        precision: dtype to autocast to, None for float32.
+    """
 
-    @classmethod
-    def load(
-        cls, path: str | Path, device: torch.device = CPU, precision: torch.dtype | None = None
-    ) -> "TrainedModel":
-        """Read a checkpoint (.pth) or an exported model (.safetensors); CheckpointError for anything else."""
-        return cls(load_model(Path(path), UNet, device), Path(path), device, precision)
+    def __init__(
+        self, path: str | Path, device: torch.device = CPU, precision: torch.dtype | None = None
+    ) -> None:
+        self.loaded = load_model(Path(path), UNet, device)
+        self.path, self.device, self.precision = Path(path), device, precision
 
     def method(self, how: RestoreConfig, scale: float) -> Method:
-        """Restoring as infer.py does with this configuration, named after its mode, or "model".
-
-        Raises:
-            ValueError: the network cannot restore like that, or was trained for another scale.
-        """
+        """Restoring as infer.py does; ValueError for what the network cannot do, such as another scale."""
         trained = float(self.loaded.network.scale)
         if abs(trained - scale) > 1e-4:
             raise ValueError(
@@ -169,9 +100,8 @@ class TrainedModel:
             deviation = None if found.deviation is None else torch.from_numpy(found.deviation)
             return Estimate(pixels_to_unit(found.pixels), deviation)
 
-        return Method(
-            Label(how.mode or "model", how.scheduler, restorer.step_count, samples), restore, self.device
-        )
+        label = Label(how.mode or "model", how.scheduler, restorer.step_count, samples)
+        return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:
         """What identifies the model and how it is computed."""
@@ -202,20 +132,17 @@ def evaluate(
     facts: Mapping[str, Json] | None = None,
     progress: bool = False,
 ) -> Report:
-    """Measure bicubic and other methods; an image that fails is left out of every row, and named.
+    """Measure bicubic and other methods, one image in memory at a time.
 
-    The same arguments give the same numbers, except for time and memory. One image is in memory at a time.
+    The same arguments give the same numbers, except for time and memory. An image that fails is left out of
+    every row, and named; ValueError where all do, or the weights for LPIPS are wrong.
 
     Args:
-        images: see read_image_set.
-        config: what to measure.
+        images, config: what to measure, and how.
         methods: see TrainedModel.method; for a restorer of your own, Method(Label("mine"), restore).
         device: where LPIPS is computed.
         facts: more for the protocol, such as which model it was.
         progress: show a progress bar on stderr, if that is a terminal.
-
-    Raises:
-        ValueError: no image could be measured, or the weights for LPIPS are wrong.
     """
     conditions = _conditions(config, device)
     methods = (bicubic_method(config), *methods)
@@ -224,24 +151,19 @@ def evaluate(
         raise ValueError(failures[0] if len(failures) == 1 else f"no image can be measured: {failures[0]}")
     protocol = _protocol(images, config, conditions, methods[-1].device)
     columns = list(zip(*measured, strict=True))  # one per method
-    return Report(
-        protocol | {"images": len(measured)} | dict(facts or {}),
-        [_summarise(column, config.seed) for column in columns],
-        [scores for column in columns for scores, _ in column],
-        failures,
-    )
+    rows = [_row(column, config.seed) for column in columns]
+    scores = [score for column in columns for score, _ in column]
+    return Report(protocol | {"images": len(measured)} | dict(facts or {}), rows, scores, failures)
 
 
-def _summarise(column: Sequence[Measured], seed: int) -> Scores:
-    """The row of one method."""
-    patches = [pair for _, pair in column]
+def _row(column: Sequence[Measured], seed: int) -> Scores:
+    """What one method scores on the set."""
+    scores, patches = zip(*column, strict=True)
     values = {
-        metric.name: metric.summarise([scores[metric.name] for scores, _ in column])
-        if metric.of_set is None
-        else _defined(metric.of_set(patches, seed))
+        metric.name: metric.summarise([score[metric.name] for score in scores], patches, seed)
         for metric in METRICS
     }
-    return Scores(column[0][0].label, values)
+    return Scores(scores[0].label, values)
 
 
 def _measure_all(
@@ -281,10 +203,7 @@ def _measure(method: Method, picture: Picture, conditions: Conditions) -> tuple[
     pair = Pair(
         restored[None], _unit(picture.truth), low_res, conditions, estimate.deviation, seconds, peak_bytes
     )
-    values = {
-        metric.name: None if metric.of_image is None else _defined(metric.of_image(pair).item())
-        for metric in METRICS
-    }
+    values = {metric.name: metric.score(pair) for metric in METRICS}
     return Scores(method.label, values, picture.name), restored
 
 
@@ -307,10 +226,6 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _defined(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 def _unit(pixels: Tensor) -> Tensor:
     """(C, H, W) uint8 to (1, C, H, W) float32 in [0, 1]."""
     return pixels[None].float() / 255
@@ -318,14 +233,14 @@ def _unit(pixels: Tensor) -> Tensor:
 
 def _conditions(config: EvaluationConfig, device: torch.device) -> Conditions:
     """What the metrics depend on, and LPIPS if it is wanted and can be had."""
-    without = Conditions(config.protocol, config.border)
     if not config.lpips:
-        return without
+        return Conditions(config.protocol, config.border)
     try:
         lpips = Lpips(device, config.lpips_weights)
     except MetricUnavailableError as error:
-        return replace(without, lpips_note=str(error).replace("LPIPS is unavailable", "unavailable"))
-    return replace(without, lpips=lpips, lpips_note=lpips.describe())
+        note = str(error).replace("LPIPS is unavailable", "unavailable")
+        return Conditions(config.protocol, config.border, lpips_note=note)
+    return Conditions(config.protocol, config.border, lpips, lpips.describe())
 
 
 def _protocol(
@@ -343,9 +258,5 @@ def _protocol(
         "model": None,
         "restoring": None,
         "device": f"{name}, threads: {torch.get_num_threads()}" if device.type == "cpu" else name,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }

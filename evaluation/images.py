@@ -5,51 +5,55 @@ Shapes: C channels (1 grey or 3 RGB), H x W pixels of the high resolution, h x w
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from degradation import Degradation
-from evaluation.metrics import to_uint8
-from imaging.files import decode_image, pixels_to_unit
+from degradation import Bicubic
+from evaluation.config import EvaluationConfig
+from evaluation.metrics import SSIM_WINDOW, to_uint8
+from imaging.files import decode_image, list_images, pixels_to_unit
+
+SMALLEST_SIDE = 32  # what LPIPS, the spectrum and the pyramid of patches need
 
 
 class Picture(NamedTuple):
-    """One image to restore and the truth to compare with.
+    """One image to restore and the truth to compare with."""
 
-    Attributes:
-        name: of the file.
-        truth: (C, H, W); the sides are whole multiples of what the scale needs.
-        low_res: (C, h, w), H / h = W / w = scale.
-    """
-
-    name: str
-    truth: Tensor
-    low_res: Tensor
+    name: str  # of the file
+    truth: Tensor  # (C, H, W)
+    low_res: Tensor  # (C, h, w), H / h = W / w = scale
 
 
-@dataclass(frozen=True)
 class ImageSet:
-    """The images of one folder; `read` opens one of them.
+    """The images of a folder, subfolders left out, in the order of their names; `read` opens one of them.
 
-    Attributes:
-        folder: name of the folder.
-        paths: high-resolution files, in the order of their names.
-        scale: the enlargement. Each image is cropped (top-left) to a size that it divides.
-        degradation: makes the low resolution.
-        smallest: pixels a side that the metrics need.
-        low_res_paths: low-resolution files to use instead of making them, matched by name.
+    Args:
+        folder: high-resolution images, each cropped (top-left) to a size that the scale divides.
+        config: its scale and border say how the low resolution is made.
+        low_res_folder: low-resolution images to use instead of making them, matched by name.
+        limit: only the first so many.
+
+    Raises:
+        ValueError: a folder is missing or holds no image.
     """
 
-    folder: str
-    paths: tuple[Path, ...]
-    scale: Fraction
-    degradation: Degradation
-    smallest: int
-    low_res_paths: tuple[Path, ...] | None = None
+    def __init__(
+        self,
+        folder: str | Path,
+        config: EvaluationConfig,
+        low_res_folder: str | Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit is {limit}; give a number of images, at least 1")
+        self.folder = printable(Path(folder).resolve().name)
+        self.paths = list_images(folder, recursive=False)[:limit]
+        self.low_res_paths = None if low_res_folder is None else list_images(low_res_folder, recursive=False)
+        self.scale = config.ratio
+        self.degradation = Bicubic(scale=config.scale, border=config.border)
+        self.smallest = max(SMALLEST_SIDE, 2 * config.protocol.crop + SSIM_WINDOW)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -58,11 +62,7 @@ class ImageSet:
         return (self.read(path) for path in self.paths)
 
     def read(self, path: Path) -> Picture:
-        """Read one of the images, and make or read its low resolution.
-
-        Raises:
-            ValueError: a file is unreadable or too small, has no partner, or one of another size.
-        """
+        """One of the images; ValueError where a file is unreadable, too small or without its partner."""
         truth, multiple = _read_planes(path), self.scale.numerator
         height, width = (length - length % multiple for length in truth.shape[-2:])
         if min(height, width) < self.smallest:

@@ -1,11 +1,8 @@
 """How close a restored image is to the truth, how consistent with its input, and how real its texture looks.
 
-Images are (B, C, H, W) floating point in [0, 1], C 1 (grey) or 3 (RGB), all else is refused; scores are (B,)
-float64 on the CPU.
-
-The accepted tables print `Protocol(crop=scale)`. Their bicubic rows were made from luma rounded to uint8,
-then shrunk and enlarged in double precision and rounded at the end, which `tests/test_metrics.py` reproduces;
-bicubic of RGB in uint8 differs by up to 0.013 dB and 0.0008 SSIM.
+Images are (B, C, H, W) floating point in [0, 1], C 1 (grey) or 3 (RGB), or ValueError; scores are (B,) float64
+on the CPU. The accepted tables print `Protocol(crop=scale)`, their bicubic rows of luma rounded before it was
+shrunk: RGB in uint8 differs by up to 0.013 dB and 0.0008 SSIM.
 """
 
 from dataclasses import MISSING, dataclass
@@ -19,7 +16,7 @@ from engine.options import Options, option
 
 Channel: TypeAlias = Literal["luma", "rgb"]
 SSIM_WINDOW = 11
-DETAIL_BAND = (0.35, 0.9)  # fractions of the Nyquist frequency
+DETAIL_BAND = (0.35, 0.9)  # of Nyquist; from x3 up the low resolution has none of it
 _SMALLEST_SPECTRUM = 16
 _FLAT_POWER = 1e-10  # a hundred times below one uint8 step, squared
 
@@ -43,10 +40,7 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 def to_luma(image: Tensor) -> Tensor:
-    """BT.601 luma, as MATLAB's `rgb2ycbcr` on double: (B, 3, H, W) to (B, 1, H, W) in 16 / 255 to 235 / 255.
-
-    A grey image is its own luma: through RGB it would be compressed to that range.
-    """
+    """BT.601 luma as MATLAB's `rgb2ycbcr` on double, (B, 1, H, W), 16 to 235 of 255; grey is its own."""
     channels = image.shape[-3]
     if channels == 1:
         return image
@@ -88,10 +82,9 @@ def psnr(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
 
 
 def ssim(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
-    """Structural similarity, 1 for identical images, the mean over channels and windows inside the image.
+    """Structural similarity over the windows inside the image, 1 for identical images.
 
-    Wang et al. 2004, Eq. 13, as the authors' MATLAB code: Gaussian window 11x11 of sigma 1.5, moments without
-    the N - 1 correction.
+    Wang et al. 2004, Eq. 13, as the authors' MATLAB code: Gaussian window 11x11 of sigma 1.5.
     """
     from skimage.metrics import structural_similarity
 
@@ -126,12 +119,8 @@ def _decibels(error: Tensor) -> Tensor:
 def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mirror") -> Tensor:
     """PSNR in dB of the restored image, shrunk again, against the input, both in uint8: LR-PSNR.
 
-    Li et al. 2022, "SRDiff". inf where nothing differs; from about 50 dB on, what differs is the rounding.
-
-    Args:
-        restored: (B, C, H, W) in [0, 1].
-        low_res: (B, C, h, w) in [0, 1], h <= H and w <= W.
-        border: what the shrinking saw beyond the edge when the input was made.
+    Li et al. 2022, "SRDiff". From about 50 dB on, what differs is the rounding. `border` is what the input,
+    (B, C, h, w), was made with.
     """
     check_images("restored", restored)
     check_images("low_res", low_res)
@@ -149,10 +138,7 @@ def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mir
 
 
 def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
-    """Power of fine detail over the truth's: 1 is right, less is blur, more is noise; nan for a flat truth.
-
-    The band, 0.35 to 0.9 of Nyquist, does not exist in the low resolution from x3 up: the model put it there.
-    """
+    """Power of fine detail over the truth's: 1 is right, less blur, more noise; nan for a flat truth."""
     check_pair(restored, truth)
     height, width = truth.shape[-2:]
     if min(height, width) < _SMALLEST_SPECTRUM:
@@ -180,16 +166,9 @@ def _band_energy(image: Tensor) -> Tensor:
 def uncertainty_correlation(
     deviation: Tensor, restored: Tensor, truth: Tensor, *, ranks: bool = False
 ) -> float:
-    """Does the deviation of several samples tell where their mean is wrong? 1 is perfect, 0 is no use.
+    """Pearson's (or Spearman's) coefficient of the samples' deviation (H, W) with the error of their mean.
 
-    Args:
-        deviation: (H, W), standard deviation over the samples, root mean square over the channels.
-        restored: (1, C, H, W), the mean of the samples.
-        truth: (1, C, H, W).
-        ranks: Spearman's coefficient instead of Pearson's.
-
-    Returns:
-        The correlation over the pixels with the error; nan where one of the two is the same everywhere.
+    Over the pixels of (1, C, H, W); nan where one of the two is the same everywhere.
     """
     from scipy import stats
 

@@ -20,18 +20,12 @@ STYLES = (("o-", "tab:blue"), ("^--", "tab:orange"), ("v:", "tab:green"), ("d-."
 
 @dataclass(frozen=True)
 class Label:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        method: "bicubic", "model", a mode of restoring, or a name of the caller's own.
-        scheduler, steps: of the sampler; None where there is none.
-        samples: how many restorations of each image were averaged before anything was measured.
-    """
-
-    method: str
+    method: str  # "bicubic", "model", a mode of restoring, or a name of the caller's own
     scheduler: str | None = None
     steps: int | None = None
-    samples: int = 1
+    samples: int = 1  # restorations of each image that were averaged before anything was measured
 
 
 HEADINGS = tuple(vars(Label("")))
@@ -39,11 +33,11 @@ HEADINGS = tuple(vars(Label("")))
 
 @dataclass(frozen=True)
 class Scores:
-    """What was found by one method, of an image (its file's name) or of a set; None where undefined."""
+    """What one method scores."""
 
     label: Label
-    values: dict[str, float | None]
-    image: str | None = None
+    values: dict[str, float | None]  # by metric; None where undefined
+    image: str | None = None  # name of the file; None for a set
 
     def __getitem__(self, name: str) -> float | None:
         return self.values[name]
@@ -51,26 +45,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        protocol: all that the numbers depend on.
-        rows: of the set; bicubic first, then the methods in their order.
-        scores: of every image in every row, in the same order.
-        failures: why an image was left out, one line each.
-    """
-
-    protocol: dict[str, Json]
-    rows: list[Scores]
-    scores: list[Scores]
-    failures: list[str]
+    protocol: dict[str, Json]  # all that the numbers depend on
+    rows: list[Scores]  # of the set; bicubic first, then the methods in their order
+    scores: list[Scores]  # of every image in every row
+    failures: list[str]  # why an image was left out, one line each
 
     def to_json(self) -> str:
         """{"protocol": ..., "rows": [...]}: null is "not available", and infinity the string "inf"."""
         rows = [
-            vars(row.label)
-            | {name: "inf" if value == math.inf else value for name, value in row.values.items()}
-            for row in self.rows
+            {name: "inf" if value == math.inf else value for name, value in cells.items()}
+            for cells in (vars(row.label) | row.values for row in self.rows)
         ]
         return json.dumps({"protocol": self.protocol, "rows": rows}, indent=2, allow_nan=False) + "\n"
 
@@ -120,10 +106,9 @@ def _as_dict(value: Json) -> Mapping[str, Json]:
 
 
 def perception_distortion_figure(report: Report) -> "Figure":
-    """Draw the rows in the plane of Blau & Michaeli 2018: how true against how real, over step counts.
+    """The rows in the plane of Blau & Michaeli 2018: PSNR against LPIPS where every row has it, else SWD.
 
-    Distortion is PSNR; perception is LPIPS where every row has it, else SWD. Rows of infinite PSNR have no
-    place in the plane and are left out.
+    Rows of infinite PSNR have no place in it and are left out.
     """
     from matplotlib.figure import Figure
 

@@ -32,9 +32,8 @@ logger = logging.getLogger(__name__)
 class Validator:
     """Restores the dataset's images with a network, and measures; for DiffusionModel.train.
 
-    The scalars are the metrics of METRICS that say so, in the mode "fidelity", averaged over the images that
-    are not flat. Pictures are shown of this and of a sample of ten steps, the loss by timestep. The noise is
-    the same at every call. Every process restores a part of the images.
+    The scalars are in the mode "fidelity", averaged over the images that are not flat; pictures show it and a
+    sample of ten steps. The noise is the same at every call. Every process restores a part of the images.
 
     Args:
         diffusion: the process.
@@ -65,11 +64,8 @@ class Validator:
         self.counted = self._choose_counted()
 
     def _choose_counted(self) -> list[Tensor]:
-        """Which images of each batch count, (B,) bool: those that bicubic does not restore exactly.
-
-        A flat image has an infinite PSNR or nearly so, which would outweigh what happens to all others and
-        freeze the best checkpoint. Where all images are flat, all count.
-        """
+        """Which images of each batch count, (B,) bool: those that are not flat, or all where all are."""
+        # A flat image's PSNR, infinite or nearly so, would outweigh all others, and no other be the best.
         counted = [psnr < PERFECT_PSNR for psnr in self.bicubic_psnr]
         flat, total = int((~torch.cat(counted)).sum()), len(torch.cat(counted))
         if flat and self.processes.is_main:

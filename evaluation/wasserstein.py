@@ -2,9 +2,8 @@
 
 Karras et al. 2018, "Progressive growing of GANs", section 5: random 7x7 patches of each level of a Laplacian
 pyramid, normalised per channel, projected on random directions; the mean absolute difference of the sorted
-projections. Patches of a restored image and of its truth lie at the same positions: sorting forgets which
-came from where, so that this removes sampling noise (30 to 40 at 512 patches of each Set5 image) and compares
-no pixels.
+projections. A restored image and its truth give patches at the same positions, which compares no pixels, as
+sorting forgets positions, and removes sampling noise (30 to 40 at 512 patches of each Set5 image).
 """
 
 from collections.abc import Sequence
@@ -56,7 +55,7 @@ def pyramid_patches(image: Tensor, positions: Positions) -> Tensor:
 def laplacian_pyramid(image: Tensor) -> list[Tensor]:
     """Bands of (C, H, W), finest first, sides halved and rounded up; the last is low-pass.
 
-    Burt & Adelson 1983, "The Laplacian pyramid as a compact image code", with the binomial filter 1 4 6 4 1.
+    Burt & Adelson 1983, with the binomial filter 1 4 6 4 1.
     """
     bands = []
     for _ in range(LEVELS - 1):
@@ -82,19 +81,16 @@ def _binomial_blur(image: Tensor) -> Tensor:
 
 
 def patch_distance(pairs: Sequence[PatchPair], seed: int) -> list[float]:
-    """Distance times 1000 at each level, finest first, of the patches of two sets; nan where one is flat.
-
-    Grey patches become RGB where the set has both. The truth's mean and deviation normalise both sides: with
-    their own, as in the code of Karras et al., nothing would tell that all texture has half its contrast.
-    """
+    """Distance times 1000 at each level, finest first, of the patches of two sets; nan for a flat truth."""
     channels = max(pair.truth.shape[2] for pair in pairs)
     generator = torch.Generator().manual_seed(seed)
     distances = []
     for level in range(LEVELS):
         ours, theirs = (
-            torch.cat([patches[level].expand(-1, channels, -1, -1) for patches in side])
+            torch.cat([patches[level].expand(-1, channels, -1, -1) for patches in side])  # grey to RGB
             for side in zip(*pairs, strict=True)
         )
+        # Of the truth for both: with its own, as Karras et al. have it, half the contrast would go unseen.
         deviation, mean = torch.std_mean(theirs, dim=(0, 2, 3), keepdim=True, correction=0)
         deviation = deviation.where(deviation > 1e-6, torch.nan)
         ours, theirs = (((one - mean) / deviation).flatten(start_dim=1) for one in (ours, theirs))

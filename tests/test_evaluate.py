@@ -25,7 +25,9 @@ from diffusion import ProcessConfig
 from engine.checkpoint import load_model, save_checkpoint
 from evaluate import main
 from evaluation import evaluation, metrics
-from evaluation.evaluation import Estimate, EvaluationConfig, Method, TrainedModel, read_image_set
+from evaluation.config import EvaluationConfig
+from evaluation.evaluation import Estimate, Method, TrainedModel
+from evaluation.images import ImageSet
 from evaluation.lpips import MetricUnavailableError
 from evaluation.report import Label, Report, Scores, perception_distortion_figure
 from evaluation.table import METRICS
@@ -93,9 +95,9 @@ def measured(folder, model=None, how=(), **changes):
     chosen = config(**changes)
     methods = []
     if model is not None:
-        trained = TrainedModel.load(model)
+        trained = TrainedModel(model)
         methods = [trained.method(RestoreConfig(**each), chosen.scale) for each in how or [{"steps": 1}]]
-    return evaluation.evaluate(read_image_set(folder, chosen), chosen, methods)
+    return evaluation.evaluate(ImageSet(folder, chosen), chosen, methods)
 
 
 def numbers(row):
@@ -154,14 +156,14 @@ def test_bicubic_row_is_what_the_metrics_say(leaves):
 @pytest.mark.slow
 def test_bicubic_row_of_set5_and_of_its_published_low_resolution(sr_data):
     folder, chosen = sr_data / "test" / "Set5", config(scale=4.0)
-    made = evaluation.evaluate(read_image_set(folder, chosen), chosen)
-    given = evaluation.evaluate(read_image_set(folder, chosen, folder / "LRx4_mirror"), chosen)
+    made = evaluation.evaluate(ImageSet(folder, chosen), chosen)
+    given = evaluation.evaluate(ImageSet(folder, chosen, folder / "LRx4_mirror"), chosen)
     assert_is_bicubic_row(made.rows[0], sorted(folder.glob("*.png")), 4)
     assert numbers(given.rows[0]) == numbers(made.rows[0])
     assert made.rows[0]["psnr"] == pytest.approx(28.42, abs=0.02)
     assert given.protocol["low_resolution"] == "read from LRx4_mirror"
-    replicated = read_image_set(folder, replace(chosen, border="replicate"))
-    published = read_image_set(folder, chosen, folder / "LRx4")
+    replicated = ImageSet(folder, replace(chosen, border="replicate"))
+    published = ImageSet(folder, chosen, folder / "LRx4")
     for ours, theirs in zip(replicated, published, strict=True):
         assert torch.equal(ours.low_res, theirs.low_res)
 
@@ -186,7 +188,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("how", OPTIONS)
 def test_a_model_row_is_what_the_restorer_writes(leaves, random_weights, how):
-    images = read_image_set(leaves, config())
+    images = ImageSet(leaves, config())
     row = measured(leaves, random_weights, [how]).rows[1]
     restorer = Restorer(load_model(random_weights, UNet), RestoreConfig(**how), CPU)
     expected = []
@@ -219,7 +221,7 @@ def test_any_callable_is_a_restorer(leaves):
         return Estimate(3 * nearest(low_res) - 1, None)
 
     chosen = config()
-    images = read_image_set(leaves, chosen)
+    images = ImageSet(leaves, chosen)
     methods = [Method(Label("nearest"), nearest), Method(Label("overshooting"), overshooting)]
     rows = evaluation.evaluate(images, chosen, methods).rows
     expected = [
@@ -234,7 +236,7 @@ def test_a_result_of_the_wrong_size_is_refused(leaves):
     chosen = config()
     methods = [Method(Label("same"), lambda low_res: low_res)]
     with pytest.raises(ValueError, match=r"\(1, 3, 32, 36\)"):
-        evaluation.evaluate(read_image_set(leaves, chosen, limit=1), chosen, methods)
+        evaluation.evaluate(ImageSet(leaves, chosen, limit=1), chosen, methods)
 
 
 @pytest.mark.slow
@@ -292,7 +294,7 @@ def test_flat_images_alone_have_no_texture_and_lose_nothing_else(tmp_path):
 def test_sixteen_bits_are_rounded_to_eight(leaves, tmp_path):
     deep = read_rgb(leaves / "0.png").astype(np.uint16) * 257
     write_image(tmp_path / "deep.png", deep + np.uint16(100) * (deep < 60000))  # less than half a step of 257
-    ours, theirs = (next(iter(read_image_set(folder, config()))) for folder in (tmp_path, leaves))
+    ours, theirs = (next(iter(ImageSet(folder, config()))) for folder in (tmp_path, leaves))
     assert torch.equal(ours.truth, theirs.truth)
 
 
@@ -308,7 +310,7 @@ def test_channel_and_crop_reach_the_metrics(leaves):
 
 
 def test_a_fraction_as_scale(leaves):
-    pictures = list(read_image_set(leaves, config(scale=1.5)))
+    pictures = list(ImageSet(leaves, config(scale=1.5)))
     assert [tuple(picture.truth.shape[1:]) for picture in pictures] == [(63, 72), (66, 63)]
     assert [tuple(picture.low_res.shape[1:]) for picture in pictures] == [(42, 48), (44, 42)]
     expected = resize(pictures[0].truth, size=(42, 48), rounding="uint8")
@@ -316,15 +318,15 @@ def test_a_fraction_as_scale(leaves):
 
 
 def first(folder, low_res=None):
-    return next(iter(read_image_set(folder, config(), low_res)))
+    return next(iter(ImageSet(folder, config(), low_res)))
 
 
 @pytest.mark.parametrize("ending", ["", "x2", "_x2", "-X2", "_LRx2"])
 def test_low_resolution_files_are_found_by_name(leaves, tmp_path, ending):
-    made = list(read_image_set(leaves, config()))
+    made = list(ImageSet(leaves, config()))
     for index, picture in enumerate(made):
         write_image(tmp_path / f"{index}{ending}.png", picture.low_res.permute(1, 2, 0).numpy())
-    given = list(read_image_set(leaves, config(), tmp_path))
+    given = list(ImageSet(leaves, config(), tmp_path))
     for ours, theirs in zip(given, made, strict=True):
         assert torch.equal(ours.low_res, theirs.low_res)
 
@@ -364,7 +366,7 @@ def test_one_image_is_in_memory_at_a_time(leaves):
         return result
 
     chosen = config()
-    evaluation.evaluate(read_image_set(leaves, chosen), chosen, [Method(Label("mine"), restore)])
+    evaluation.evaluate(ImageSet(leaves, chosen), chosen, [Method(Label("mine"), restore)])
     assert alive == [0] * 3  # a warm-up, and two images
 
 
@@ -377,7 +379,7 @@ def test_time_is_that_of_restoring(leaves):
         return resize(low_res, scale=2).clamp(0, 1)
 
     chosen = config()
-    report = evaluation.evaluate(read_image_set(leaves, chosen), chosen, [Method(Label("slow"), slow)])
+    report = evaluation.evaluate(ImageSet(leaves, chosen), chosen, [Method(Label("slow"), slow)])
     megapixels = [64 * 72 / 1e6, 66 * 64 / 1e6]
     found = [score["seconds_per_megapixel"] for score in report.scores if score.label.method == "slow"]
     for value, size in zip(found, megapixels, strict=True):
@@ -554,7 +556,7 @@ def test_running_out_of_memory_for_one_image_leaves_it_out_of_every_row(leaves):
         return resize(low_res, scale=2)
 
     chosen = config()
-    report = evaluation.evaluate(read_image_set(leaves, chosen), chosen, [Method(Label("mine"), restore)])
+    report = evaluation.evaluate(ImageSet(leaves, chosen), chosen, [Method(Label("mine"), restore)])
     assert [score.image for score in report.scores] == ["0.png", "0.png"]
     assert len(report.failures) == 1
     assert "1.png" in report.failures[0]

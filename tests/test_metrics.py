@@ -385,9 +385,9 @@ def test_energy_of_flat_images():
 
 
 def test_geometric_mean():
-    assert geometric_mean(torch.tensor([2.0, 0.5])) == pytest.approx(1.0, abs=1e-12)
-    assert geometric_mean(torch.tensor([1.0, 10.0, 100.0])) == pytest.approx(10.0)
-    assert geometric_mean(torch.tensor([1.0, 0.0])) == 0.0
+    assert geometric_mean(torch.tensor([2.0, 0.5])).item() == pytest.approx(1.0, abs=1e-12)
+    assert geometric_mean(torch.tensor([1.0, 10.0, 100.0])).item() == pytest.approx(10.0)
+    assert geometric_mean(torch.tensor([1.0, 0.0])).item() == 0.0
 
 
 # ---------------------------------------------------------------- sliced wasserstein distance
