@@ -1,8 +1,8 @@
 """How close a restored image is to the truth, how consistent with its input, and how real its texture looks.
 
-Images are (B, C, H, W) floating point in [0, 1], C 1 (grey) or 3 (RGB), or ValueError; scores are (B,) float64
-on the CPU. The accepted tables print `Protocol(crop=scale)`, their bicubic rows of luma rounded before it was
-shrunk: RGB in uint8 differs by up to 0.013 dB and 0.0008 SSIM.
+Images are (B, C, H, W) floating point in [0, 1], C 1 (grey) or 3 (RGB), or ValueError; scores are (B,)
+float64 on the CPU. The accepted tables print `Protocol(crop=scale)`, their bicubic rows of luma rounded
+before it was shrunk: RGB in uint8 differs by up to 0.013 dB and 0.0008 SSIM.
 """
 
 from dataclasses import MISSING, dataclass
