@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import TypeAlias, get_args
 
 import torch
 
@@ -27,6 +27,28 @@ from restoration import PRESETS, RestoreConfig
 
 DEFAULT_STEPS = (1, 4, 10, 50)
 ROWS = ("mode", "steps", "num_images")  # the options of RestoreConfig that make rows
+
+
+Writer: TypeAlias = Callable[[Report, Path], None]
+
+
+def text_writer(make: Callable[[Report], str]) -> Writer:
+    """Writes what `make` says of a report."""
+    return lambda report, path: write_text_atomically(path, make(report))
+
+
+def write_plot(report: Report, path: Path) -> None:
+    """Write the figure as PNG."""
+    figure = perception_distortion_figure(report)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+OUTPUTS: dict[str, tuple[str, Writer]] = {
+    "json": ("the protocol and the rows", text_writer(Report.to_json)),
+    "csv": ("every image in every row", text_writer(Report.to_csv)),
+    "markdown": ("the table, which is printed anyway", text_writer(Report.to_markdown)),
+    "plot": ("a .png: PSNR against LPIPS or, without it, SWD", write_plot),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,10 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
     _add_restoring_flags(parser)
     output = parser.add_argument_group("output", "written at the end, each file whole or not at all")
-    output.add_argument("--json", metavar="FILE", help="the protocol and the rows")
-    output.add_argument("--csv", metavar="FILE", help="every image in every row")
-    output.add_argument("--markdown", metavar="FILE", help="the table, which is printed anyway")
-    output.add_argument("--plot", metavar="FILE", help="a .png: PSNR against LPIPS or, without it, SWD")
+    for name, (text, _) in OUTPUTS.items():
+        output.add_argument(f"--{name}", metavar="FILE", help=text)
     return parser
 
 
@@ -68,11 +88,7 @@ def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
-    """One configuration for each row of the model: modes first, then step counts.
-
-    Raises:
-        ValueError: a number is given twice, or a value is out of range.
-    """
+    """One configuration for each row of the model: modes first, then step counts."""
     numbers = args.num_images
     if args.num_samples is not None:
         if numbers is not None:
@@ -88,12 +104,8 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
 
 
 def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
-    """The files that were asked for; refused before a long computation is spent on what cannot be written.
-
-    Raises:
-        ValueError: the plot is no .png; a file is a folder, is named twice, or cannot be created.
-    """
-    outputs = {name: Path(getattr(args, name)) for name in WRITERS if getattr(args, name) is not None}
+    """The files that were asked for; ValueError for what cannot be written, before the long computation."""
+    outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
     if "plot" in outputs and outputs["plot"].suffix.lower() != ".png":
         raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
     if len({path.resolve() for path in outputs.values()}) < len(outputs):
@@ -107,23 +119,9 @@ def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
     return outputs
 
 
-def write_plot(report: Report, path: Path) -> None:
-    """Write the figure as PNG."""
-    figure = perception_distortion_figure(report)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-
-
-WRITERS: dict[str, Callable[[Report, Path], None]] = {
-    "json": lambda report, path: write_text_atomically(path, report.to_json()),
-    "csv": lambda report, path: write_text_atomically(path, report.to_csv()),
-    "markdown": lambda report, path: write_text_atomically(path, report.to_markdown()),
-    "plot": write_plot,
-}
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, write the files, and print the table; returns the exit status."""
-    for name in ("data", "low_res", "weights_path", "lpips_weights", *WRITERS):
+    for name in ("data", "low_res", "weights_path", "lpips_weights", *OUTPUTS):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty; give a path")
     outputs = planned_outputs(args)
@@ -143,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     errors = []
     for name, path in outputs.items():  # before printing, which fails if nobody reads
         try:
-            WRITERS[name](report, path)
+            OUTPUTS[name][1](report, path)
         except (OSError, ValueError) as error:
             errors.append(f"{path} was not written: {error}")
     print(report.to_markdown(), end="", flush=True)

@@ -1,11 +1,9 @@
 """Everything that bench/RESULTS.md holds, measured in one run: `make bench`.
 
+A part of it, here what one peer reaches in 25 minutes:
 python -m bench --only quality --networks "diffusers UNet2DModel" --seconds 1500 --out longer.md
 
-measures a part of it, here what one peer reaches in 25 minutes.
-
-Networks are timed in turns, after a warm-up; the median and the range are given. Photos come from the folder
-that SR_DATA names; without it the rows that need photos say so.
+Photos come from the folder that SR_DATA names; without it the rows that need photos say so.
 """
 
 import argparse

@@ -25,13 +25,7 @@ from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
 from evaluation.metrics import to_uint8
 from evaluation.report import Json, Label, Report, Scores
 from evaluation.table import METRICS, Conditions, Pair
-from evaluation.wasserstein import (
-    PATCHES_OF_A_SET,
-    PATCHES_PER_IMAGE,
-    PatchPair,
-    patch_positions,
-    pyramid_patches,
-)
+from evaluation.wasserstein import PatchPair, patch_count, patch_positions, pyramid_patches
 from imaging.files import pixels_to_unit, unit_to_pixels
 from restoration import RestoreConfig, Restorer
 from unet import UNet
@@ -160,8 +154,7 @@ def _row(column: Sequence[Measured], seed: int) -> Scores:
     """What one method scores on the set."""
     scores, patches = zip(*column, strict=True)
     values = {
-        metric.name: metric.summarise([score[metric.name] for score in scores], patches, seed)
-        for metric in METRICS
+        each.name: each.summarise([one[each.name] for one in scores], patches, seed) for each in METRICS
     }
     return Scores(scores[0].label, values)
 
@@ -173,12 +166,11 @@ def _measure_all(
     measured: list[list[Measured]] = []
     failures: list[str] = []
     generator = torch.Generator().manual_seed(seed)
-    count = max(1, min(PATCHES_PER_IMAGE, PATCHES_OF_A_SET // len(images)))
     for path in tqdm(images.paths, unit="image", disable=None if progress else True, dynamic_ncols=True):
         try:
             picture = images.read(path)
             height, width = picture.truth.shape[-2:]
-            positions = patch_positions(height, width, count, generator)
+            positions = patch_positions(height, width, patch_count(len(images)), generator)
             if not measured:  # what the first call alone has to set up belongs to no row
                 quickest = min(methods[1:], key=lambda method: method.label.steps or 0, default=methods[0])
                 quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
@@ -238,8 +230,7 @@ def _conditions(config: EvaluationConfig, device: torch.device) -> Conditions:
     try:
         lpips = Lpips(device, config.lpips_weights)
     except MetricUnavailableError as error:
-        note = str(error).replace("LPIPS is unavailable", "unavailable")
-        return Conditions(config.protocol, config.border, lpips_note=note)
+        return Conditions(config.protocol, config.border, lpips_note=f"unavailable: {error}")
     return Conditions(config.protocol, config.border, lpips, lpips.describe())
 
 

@@ -15,7 +15,6 @@ from evaluation.metrics import check_pair
 
 WEIGHTS_VARIABLE = "SR_LPIPS_WEIGHTS"
 BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, TypeError)
-_SMALLEST = 32
 
 
 class MetricUnavailableError(Exception):
@@ -64,20 +63,14 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, restored: Tensor, truth: Tensor) -> Tensor:
-        """Distance, 0 for identical images: two (B, C, H, W) in [0, 1], C 3 or 1 (repeated), to (B,).
+        """Distance (B,), 0 for identical images: two (B, C, H, W), C 3 or 1 (repeated), H and W from 32.
 
         Values are clipped to [0, 1], but not rounded.
-
-        Raises:
-            ValueError: shapes differ, values are not in [0, 1], or a side is shorter than 32.
         """
         check_pair(restored, truth)
         batch, channels, height, width = truth.shape
-        if min(height, width) < _SMALLEST or channels not in (1, 3):
-            raise ValueError(
-                f"LPIPS got {channels} channels of {height}x{width}; "
-                f"give 1 or 3, of {_SMALLEST} pixels or more"
-            )
+        if min(height, width) < 32 or channels not in (1, 3):
+            raise ValueError(f"LPIPS got {channels} channels of {height}x{width}; give 1 or 3, sides from 32")
         ours, theirs = (
             image.to(self._device, torch.float32).clamp(0, 1).expand(batch, 3, height, width)
             for image in (restored, truth)
@@ -98,7 +91,7 @@ def _build_network(fetch: bool, timeout: float) -> nn.Module:
     except (ImportError, OSError, RuntimeError) as error:
         # Not installed; no network, no space or no permission; a download that fails its checksum.
         reason = " ".join(str(error).split())
-        raise MetricUnavailableError(f"LPIPS is unavailable: {type(error).__name__}: {reason}") from error
+        raise MetricUnavailableError(f"{type(error).__name__}: {reason}") from error
     finally:
         socket.setdefaulttimeout(silence)
     return network

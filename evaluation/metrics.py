@@ -64,10 +64,8 @@ def check_images(name: str, images: Tensor) -> None:
 def check_pair(restored: Tensor, truth: Tensor) -> None:
     """ValueError for images that cannot be compared."""
     if restored.shape != truth.shape:
-        raise ValueError(
-            f"restored is {tuple(restored.shape)} and truth is {tuple(truth.shape)}; give both the same "
-            "channels, and crop the truth (top-left) to a multiple of the scale"
-        )
+        shapes = f"restored is {tuple(restored.shape)} and truth is {tuple(truth.shape)}"
+        raise ValueError(f"{shapes}; crop the truth (top-left) to a multiple of the scale")
     check_images("restored", restored)
     check_images("truth", truth)
 
@@ -103,10 +101,8 @@ def _compared(restored: Tensor, truth: Tensor, protocol: Protocol, smallest: int
     crop, (height, width) = protocol.crop, truth.shape[-2:]
     remaining = height - 2 * crop, width - 2 * crop
     if min(remaining) < smallest:
-        raise ValueError(
-            f"{height}x{width} less {crop} pixels at each border is {remaining[0]}x{remaining[1]}, "
-            f"and {smallest}x{smallest} is needed; use a larger image or a smaller crop"
-        )
+        left = f"{height}x{width} less {crop} pixels at each border is {remaining[0]}x{remaining[1]}"
+        raise ValueError(f"{left}, and {smallest}x{smallest} is needed; use a larger image or a smaller crop")
     images = [to_uint8(image)[..., crop : height - crop, crop : width - crop] for image in (restored, truth)]
     planes = [image.double() / 255 for image in images]
     return [to_luma(image) for image in planes] if protocol.channel == "luma" else planes
@@ -126,10 +122,8 @@ def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mir
     check_images("low_res", low_res)
     (height, width), size = restored.shape[-2:], (low_res.shape[-2], low_res.shape[-1])
     if restored.shape[:2] != low_res.shape[:2] or height < size[0] or width < size[1]:
-        raise ValueError(
-            f"restored is {tuple(restored.shape)} and low_res is {tuple(low_res.shape)}; give the restored, "
-            "larger image first, with the same batch and channels"
-        )
+        shapes = f"restored is {tuple(restored.shape)} and low_res is {tuple(low_res.shape)}"
+        raise ValueError(f"{shapes}; give the larger image first, with the same batch and channels")
     shrunk = resize(to_uint8(restored), size=size, border=border, rounding="uint8")
     return _decibels((shrunk.double() - to_uint8(low_res)) / 255)
 
@@ -143,7 +137,7 @@ def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
     height, width = truth.shape[-2:]
     if min(height, width) < _SMALLEST_SPECTRUM:
         raise ValueError(
-            f"{height}x{width} is too small for a spectrum; give {_SMALLEST_SPECTRUM} pixels or more"
+            f"{height}x{width} is too small for a spectrum; give sides from {_SMALLEST_SPECTRUM}"
         )
     energy, reference = _band_energy(restored), _band_energy(truth)
     return torch.where(reference > _FLAT_POWER, energy / reference, torch.nan)

@@ -88,17 +88,16 @@ class Report:
 
     def _notes(self, shown: Sequence[Metric]) -> list[str]:
         protocol = self.protocol
-        meanings = _as_dict(protocol["metrics"])
-        notes = [f"- left out: {failure}" for failure in self.failures]
-        notes += [f"- low resolution: {protocol['low_resolution']}"]
+        notes = [f"left out: {failure}" for failure in self.failures]
+        notes.append(f"low resolution: {protocol['low_resolution']}")
         for metric in METRICS:
-            meaning = str(meanings[metric.name])
+            meaning = str(_as_dict(protocol["metrics"])[metric.name])
             if metric in shown or meaning.startswith("unavailable"):
-                notes.append(f"- {metric.heading}: {meaning}")
+                notes.append(f"{metric.heading}: {meaning}")
         for name in ("model", "restoring"):
             facts = ", ".join(f"{key} {value}" for key, value in _as_dict(protocol[name]).items())
-            notes += [f"- {name}: {facts}"] if facts else []
-        return [*notes, f"- seed {protocol['seed']}; {protocol['device']}"]
+            notes += [f"{name}: {facts}"] if facts else []
+        return [f"- {note}" for note in (*notes, f"seed {protocol['seed']}; {protocol['device']}")]
 
 
 def _as_dict(value: Json) -> Mapping[str, Json]:

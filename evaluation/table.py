@@ -116,12 +116,12 @@ class Metric:
         return None if self.of_image is None else _defined(self.of_image(pair).item())
 
     def summarise(
-        self, values: Sequence[float | None], patches: Sequence[PatchPair], seed: int
+        self, scores: Sequence[float | None], patches: Sequence[PatchPair], seed: int
     ) -> float | None:
         """The value of a set, from those of its images or from their patches; None where it has none."""
         if self.of_set is not None:
             return _defined(self.of_set(patches, seed))
-        defined = [value for value in values if value is not None]
+        defined = [score for score in scores if score is not None]
         return self.average(torch.tensor(defined, dtype=torch.float64)).item() if defined else None
 
     def print(self, value: float | None) -> str:

@@ -32,6 +32,11 @@ class PatchPair(NamedTuple):
     truth: Tensor
 
 
+def patch_count(images: int) -> int:
+    """How many patches each of so many images gives at each level."""
+    return max(1, min(PATCHES_PER_IMAGE, PATCHES_OF_A_SET // images))
+
+
 def patch_positions(height: int, width: int, count: int, generator: torch.Generator) -> Positions:
     """Draw where `count` patches of each level of an H x W image lie; sides from 25."""
     positions = []

@@ -415,7 +415,7 @@ def test_lpips_is_measured_where_it_can_be_had(leaves, monkeypatch):
 
 def test_without_lpips_the_notes_say_why_and_the_rest_goes_on(leaves, monkeypatch):
     def missing(device, weights):
-        raise MetricUnavailableError("LPIPS is unavailable: no network")
+        raise MetricUnavailableError("no network")
 
     monkeypatch.setattr(evaluation, "Lpips", missing)
     report = measured(leaves, lpips=True)
