@@ -13,6 +13,7 @@ from torch import Tensor
 from degradation import Bicubic
 from evaluation.config import EvaluationConfig
 from evaluation.metrics import SSIM_WINDOW, to_uint8
+from evaluation.pairs import find_low_resolution
 from imaging.files import decode_image, list_images, pixels_to_unit
 
 SMALLEST_SIDE = 32  # what LPIPS, the spectrum and the pyramid of patches need
@@ -70,8 +71,11 @@ class ImageSet:
                 f"{path} is {truth.shape[2]}x{truth.shape[1]}, {width}x{height} as a multiple of {multiple}; "
                 f"{self.smallest} pixels a side are needed: leave it out"
             )
-        truth = truth[:, :height, :width]
-        low_res = self.degradation(truth) if self.low_res_paths is None else self._read_low_res(path, truth)
+        truth, scale = truth[:, :height, :width], float(self.scale)
+        if self.low_res_paths is None:
+            low_res = self.degradation(truth)
+        else:
+            low_res = self._read_low_res(find_low_resolution(path, self.low_res_paths, scale), path, truth)
         return Picture(printable(path.name), truth, low_res)
 
     def describe(self) -> str:
@@ -80,8 +84,7 @@ class ImageSet:
             return self.degradation.describe()
         return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}"
 
-    def _read_low_res(self, path: Path, truth: Tensor) -> Tensor:
-        low_path = self._find_low_res(path)
+    def _read_low_res(self, low_path: Path, path: Path, truth: Tensor) -> Tensor:
         low_res = _read_planes(low_path)
         height, width = (int(length / self.scale) for length in truth.shape[-2:])
         if low_res.shape[-2:] != (height, width):
@@ -93,19 +96,6 @@ class ImageSet:
         if grey and bool((low_res != low_res[:1]).any()):
             raise ValueError(f"{low_path} has colours, but {path} is grey; give files that belong together")
         return low_res[:1] if grey else low_res.expand(3, -1, -1)
-
-    def _find_low_res(self, path: Path) -> Path:
-        """The file of the same base name, or else the one with an ending such as x4, _x4 or _LRx4."""
-        high, tag = path.stem.lower(), f"x{float(self.scale):g}"
-        endings = ("", tag, f"_{tag}", f"-{tag}", "_lr", f"_lr{tag}", f"_lr_{tag}", f"_{tag}_lr", f"{tag}_lr")
-        names = {high, *(high.removesuffix("_hr") + ending for ending in endings)}
-        found = [each for each in self.low_res_paths or () if each.stem.lower() in names]
-        found = [each for each in found if each.stem == path.stem] or found
-        if not found:
-            raise ValueError(f"no low-resolution image for {path}; name it {path.stem}{tag} or the like")
-        if len(found) > 1:
-            raise ValueError(f"{found[0]} and {found[1].name} could both belong to {path}; leave one out")
-        return found[0]
 
 
 def _read_planes(path: Path) -> Tensor:

@@ -29,6 +29,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.evaluation import Estimate, Method, TrainedModel
 from evaluation.images import ImageSet
 from evaluation.lpips import MetricUnavailableError
+from evaluation.pairs import find_original
 from evaluation.report import Label, Report, Scores, perception_distortion_figure
 from evaluation.table import METRICS
 from evaluation.wasserstein import (
@@ -329,6 +330,8 @@ def test_low_resolution_files_are_found_by_name(leaves, tmp_path, ending):
     given = list(ImageSet(leaves, config(), tmp_path))
     for ours, theirs in zip(given, made, strict=True):
         assert torch.equal(ours.low_res, theirs.low_res)
+    low_res = sorted(tmp_path.iterdir())[1]
+    assert find_original(low_res, sorted(leaves.glob("*.png")), 2) == leaves / "1.png"
 
 
 def test_the_same_name_goes_before_an_ending_and_two_endings_are_refused(leaves, tmp_path):

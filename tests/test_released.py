@@ -113,7 +113,7 @@ def test_infer_needs_nothing_but_a_photo(tmp_path, capsys):
     assert "x3" in capsys.readouterr().err
     model = str(released_model(2))
     assert infer.main([*flags, "--weights_path", model, "--scale", "4", "--overwrite"]) == 2
-    assert "--scale 4" in capsys.readouterr().err
+    assert "--scale is 4" in capsys.readouterr().err
 
 
 def test_the_results_in_the_readme_are_those_of_the_weights():
