@@ -240,6 +240,13 @@ def test_a_result_of_the_wrong_size_is_refused(leaves):
         evaluation.evaluate(ImageSet(leaves, chosen, limit=1), chosen, methods)
 
 
+def test_a_result_that_is_not_a_number_is_refused_and_not_measured_as_black(leaves):
+    chosen = config()
+    methods = [Method(Label("nan"), lambda low_res: resize(low_res, scale=2) * math.nan)]
+    with pytest.raises(ValueError, match="NaN"):
+        evaluation.evaluate(ImageSet(leaves, chosen, limit=1), chosen, methods)
+
+
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_table_and_another_seed_another(leaves, random_weights):
     first, again, other = (
