@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bicubic import exact_scale, resize, upscale_image
+from degradation import Bicubic
 from diffusion import ResidualGenerator
 from engine.checkpoint import LoadedModel
 from engine.options import OptionError
@@ -345,8 +346,7 @@ def test_self_ensemble_turns_with_the_image(model, picture):
         noisy = Field((1, 3, 160, 160), CPU)
         noisy.write(whole, noise)
         base = Base(restorer.generator, restorer.network, low_res, restorer.windows, ALL_VIEWS)
-        denoiser = TiledDenoiser(restorer.generator, restorer.network, base, restorer.windows, lambda _: None)
-        return denoiser(noisy, 600).read(whole)
+        return TiledDenoiser(base, lambda _: None)(noisy, 600).read(whole)
 
     def turn(image):
         return image.rot90(1, (2, 3)).flip(3)
@@ -370,16 +370,26 @@ def test_progress_rises_to_1(model, picture):
 # ------------------------------------------------------------------------------------- what it is faithful to
 
 
-@pytest.mark.parametrize("factor", [4.0, 2.5])
-def test_consistency_makes_the_downscaled_result_equal_the_input(factor, picture):
+@pytest.mark.parametrize(("factor", "border"), [(4.0, None), (2.5, None), (4.0, "replicate")])
+def test_consistency_makes_the_downscaled_result_equal_the_input(factor, border, picture):
     loaded = random_model(scale=factor)
+    if border is not None:
+        loaded = loaded._replace(degradation=Bicubic(scale=factor, border=border).to_dict())
     low_res = pixels_to_unit(picture)[None]
     scores = []
     for consistency in (False, True):
         restored = pixels_to_unit(run(picture, loaded, steps=2, consistency=consistency).pixels)[None]
-        scores.append(float(low_resolution_psnr(restored, low_res)))
+        scores.append(float(low_resolution_psnr(restored, low_res, border or "mirror")))
     assert scores[1] > 53.7
     assert scores[1] > scores[0] + 10
+
+
+def test_consistency_with_another_degradation_than_bicubic_is_refused(model):
+    other = model._replace(degradation={"kind": "photo", "scale": 4.0})
+    Restorer(other, RestoreConfig(), CPU)
+    with pytest.raises(OptionError, match="photo") as caught:
+        Restorer(other, RestoreConfig(consistency=True), CPU)
+    assert caught.value.field == "consistency"
 
 
 def test_presets_are_overridden_by_what_is_given():
