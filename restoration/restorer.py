@@ -33,7 +33,7 @@ from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_s
 from unet import UNet
 
 Preset = Literal["fidelity", "balanced", "detail"]
-Progress = Callable[[float], None]
+Progress = Callable[[float], object]
 logger = logging.getLogger(__name__)
 
 
