@@ -130,11 +130,7 @@ def make_config(args: argparse.Namespace) -> RestoreConfig:
 
 
 def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
-    """The images that were named, each once, with its path below the output folder.
-
-    Raises:
-        ValueError: no such file or folder, a folder without images, or no name.
-    """
+    """The images that were named, each once, with its path below the output folder; ValueError for none."""
     if not names:
         raise ValueError("no input: name images or folders, for example: infer.py photo.png")
     found: dict[Path, tuple[Path, Path]] = {}  # by what it is, however it was named
@@ -176,7 +172,7 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
     """Where everything goes: <name>_x<scale>.png, with the old suffix in it where two have one name.
 
     Raises:
-        ValueError: as find_inputs, or a name is given where a folder is needed.
+        ValueError: no input, or a file is named where a folder is needed.
     """
     output, named = Path(args.output), names_a_file(args.output)
     found = find_inputs([*args.inputs, *args.input], output)
@@ -204,7 +200,7 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
 
 
 def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
-    """The file that was named, or the one in that folder with a fitting name; ValueError where none fits."""
+    """The file that was named, or the fitting one in that folder; ValueError where none fits."""
     if named.is_file():
         if inputs > 1:
             raise ValueError(f"--compare {named} is one image, but there are {inputs} inputs: give a folder")

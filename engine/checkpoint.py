@@ -1,6 +1,6 @@
 """Files that hold a model: written whole or not at all, verified when read, enough to rebuild the network.
 
-A checkpoint (.pth) is a dict of plain values and tensors, loadable with `weights_only=True`:
+A checkpoint (.pth) is a dict that loads with `weights_only=True`:
 
     format, version    of this layout, and of the project that wrote it
     network, process, objective, degradation, training, data, run     one section per class of options
@@ -8,8 +8,8 @@ A checkpoint (.pth) is a dict of plain values and tensors, loadable with `weight
     optimizer          {"name", "state"}
     step, best_psnr, skipped        see training.TrainState
 
-An exported model (.safetensors) has the averaged weights in half precision; its header has format, version,
-network, process, degradation and step as JSON, and a checksum.
+An exported model (.safetensors) has the averaged weights in half precision, the sections it needs as JSON,
+and a checksum.
 """
 
 import hashlib
@@ -50,12 +50,11 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class LoadedModel(NamedTuple, Generic[NetworkT]):
-    """A network rebuilt from its file.
+    """A network rebuilt from its file, in evaluation mode, with the averaged weights.
 
     Attributes:
-        network: in evaluation mode, with the averaged weights.
         process: options of diffusion.ProcessConfig.
-        degradation: options of a degradation; empty in files of format 1, which are all bicubic.
+        degradation: its options; empty in files of format 1, which are all bicubic.
         step: optimiser steps it was trained for.
     """
 
@@ -66,11 +65,7 @@ class LoadedModel(NamedTuple, Generic[NetworkT]):
 
 
 def save_checkpoint(path: Path, content: dict[str, object]) -> None:
-    """Write a checkpoint atomically.
-
-    Raises:
-        CheckpointError: it could not be written; the old file, if there was one, is intact.
-    """
+    """Write atomically; where that fails, CheckpointError, and an old file is intact."""
 
     whole = {"format": FORMAT, "version": VERSION, **content}
     try:
@@ -85,7 +80,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     """Read a checkpoint after verifying every byte of it.
 
     Raises:
-        CheckpointError: no such file, truncated or altered, not one of ours, or of another version.
+        CheckpointError: missing, altered, not one of ours, or of another version.
     """
     path = Path(path)
     if not path.is_file():
@@ -139,11 +134,7 @@ def _offer_instead(path: Path) -> str:
 
 
 def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> None:
-    """Copy weights into the model, all of them or none.
-
-    Raises:
-        CheckpointError: names keys that are missing, unknown or of another shape.
-    """
+    """Copy weights into the model, all or none; CheckpointError names what does not fit."""
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in weights]
     problems += [f"unknown {key}" for key in weights if key not in own]

@@ -69,11 +69,11 @@ def option(
     Args:
         default: dataclasses.MISSING for an option that must be given.
         help: one line for people.
-        flag: name of the command-line flag, if it is not the field's.
-        low, above, high: the smallest value, the value it must exceed, the largest. Numbers must be finite.
-        choices: the values it may have, such as the keys of a table; those of a Literal need no mention.
+        flag: its command-line flag, if not the field's name.
+        low, above, high: the smallest value, one it must exceed, the largest; numbers must be finite.
+        choices: the values it may have, if its type is no Literal.
         may_be_empty: whether a tuple may be.
-        fixed: whether a resumed run must go on with the value it began with.
+        fixed: whether a resumed run must keep its value.
     """
     spec = Spec(default, help, flag, low, above, high, choices, may_be_empty, fixed)
     return field(default=default, metadata={"spec": spec})

@@ -49,10 +49,10 @@ def _world_size() -> int:
 
 @contextmanager
 def started_processes(device_name: str) -> Iterator[Processes]:
-    """Join the other processes of the run (CPUs by gloo, CUDA by NCCL); alone without torchrun.
+    """Join the other processes (CPUs by gloo, CUDA by NCCL); alone without torchrun.
 
     Raises:
-        ValueError: the device cannot be had, or not be shared by processes.
+        ValueError: the device is missing, or cannot be shared by processes.
     """
     world_size = _world_size()
     device = select_device(device_name)

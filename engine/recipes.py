@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def expand_recipes(arguments: Sequence[str]) -> list[str]:
-    """Replace every @file by the flags in it: quotes, # comments, and @files relative to it.
+    """Replace every @file by its flags: quotes, # comments, and @files relative to it.
 
     Raises:
-        ValueError: a recipe is missing, no text, includes itself or has an open quote; names file and line.
+        ValueError: names file and line.
     """
     return [
         flag

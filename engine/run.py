@@ -23,11 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The checkpoints of one run.
+    """The checkpoints of one run, `{name}_best.pth` and `{name}_last.pth` in a folder of its own.
 
     Attributes:
-        checkpoint_dir, log_dir: of this run alone.
-        name: checkpoints are `{name}_best.pth` and `{name}_last.pth`.
         sections: of plain values, by name, in every checkpoint.
         others: further entries of every checkpoint.
     """
@@ -79,7 +77,7 @@ def _link(name: Path, target: Path) -> None:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder that no other run has: `name`, or `name-2` and so on; OSError where it cannot be made."""
+    """Make a folder that no other run has: `name`, or `name-2` and so on."""
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         try:
@@ -93,11 +91,10 @@ def new_folder(parent: Path, name: str) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, and remove what a killed run left half-written there.
+    """Hold a run's folder, and remove what a killed run left half-written.
 
     Raises:
         ValueError: another run holds it.
-        OSError: it cannot be written to.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -121,8 +118,8 @@ class RunLogger:
 
     Args:
         is_main: whether this process writes.
-        step: the step the run begins at; what a killed run logged beyond it is hidden.
-        sections: settings, for the text and the table of runs.
+        step: where the run begins; what was logged beyond it is hidden.
+        sections: settings.
     """
 
     def __init__(

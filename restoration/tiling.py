@@ -133,12 +133,7 @@ class Scale:
         )
 
     def downscale(self, high_res: Tensor, high: Window, low: Window, border: Border = "mirror") -> Tensor:
-        """The window `low` of the downscaled image (antialiased bicubic).
-
-        Args:
-            high_res: (..., height, width) of the window `high`, as `high_window` gave it.
-            border: see bicubic.resize.
-        """
+        """The window `low` of the downscaled image; `high_res` (..., height, width) is its `high_window`."""
         shrunk = resize(high_res, scale=1 / float(self), border=border)
         return low.seen_from(int(high.top / self.fraction), int(high.left / self.fraction)).cut(shrunk)
 
