@@ -12,14 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from imaging.files import (
-    DecodedImage,
-    Pixels,
-    decode_image,
-    pixels_to_unit,
-    to_model_range,
-    unit_to_pixels,
-)
+from imaging.files import DecodedImage, Pixels, decode_image, pixels_to_unit, to_model_range, unit_to_pixels
 from imaging.metadata import Metadata
 from imaging.pictures import spread_colours
 from restoration.tiling import Field
