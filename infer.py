@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 from PIL import ImageColor
 from tqdm import tqdm
 
-from engine.checkpoint import LoadedModel, export_safetensors, load_model, released_model
+from engine.checkpoint import export_safetensors, load_model, released_model
 from engine.device import autocast_dtype, compile_network, is_out_of_memory, select_device
 from engine.options import OptionError, add_flags, from_args, with_flag
 from engine.signals import STOPPING
@@ -46,11 +46,7 @@ FILE_LIKE = re.compile(r"\.[a-z][a-z0-9]{2,3}", re.IGNORECASE)
 
 
 class Stopped(BaseException):
-    """A signal asked to stop."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    """A signal asked to stop; its number is the argument."""
 
 
 # ---------------------------------------------------------------------------------------------------- flags
@@ -58,53 +54,52 @@ class Stopped(BaseException):
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the script."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
-    _add_file_flags(parser.add_argument_group("files"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    _add_file_flags(parser.add_argument_group("files").add_argument)
     restoring = parser.add_argument_group("restoring")
     add_flags(restoring, RestoreConfig, skip=["tile"])
     tile = "side of the windows a large image is restored in; 0: in one piece (default: auto, by its size)"
     restoring.add_argument("--tile", default="auto", help=tile)
-    computing = parser.add_argument_group("computing")
-    computing.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    precision = "precision of the network (default: auto)"
-    computing.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
+    add = parser.add_argument_group("computing").add_argument
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the network (default: auto)")
     compiled = "torch.compile: a minute per new size of image, no gain on CPUs"
-    computing.add_argument("--compile", action="store_true", help=compiled)
+    add("--compile", action="store_true", help=compiled)
     return parser
 
 
-def _add_file_flags(files: argparse._ArgumentGroup) -> None:
-    files.add_argument("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
-    files.add_argument("--input", nargs="+", default=[], metavar="INPUT", help="the same")
+def _add_file_flags(add: Callable[..., object]) -> None:
+    add("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
+    add("--input", nargs="+", default=[], metavar="INPUT", help="the same")
     weights = "checkpoint (.pth) or model (.safetensors) (default: the project's own)"
-    files.add_argument("--weights_path", help=weights)
-    files.add_argument("--scale", type=float, help="which of the project's own models: 4 or 2 (default: 4)")
+    add("--weights_path", help=weights)
+    add("--scale", type=float, help="which of the project's own models: 4 or 2 (default: 4)")
     output = "folder, or for one image the name of the result (default: ./restored)"
-    files.add_argument("--output", default="./restored", help=output)
+    add("--output", default="./restored", help=output)
     formats = sorted(suffix[1:] for suffix in WRITABLE_SUFFIXES)
-    files.add_argument("--format", choices=formats, help="of the results in a folder (default: png)")
-    files.add_argument("--overwrite", action="store_true", help="replace results that exist")
-    files.add_argument("--skip_existing", action="store_true", help="leave out images whose result exists")
+    add("--format", choices=formats, help="of the results in a folder (default: png)")
+    add("--overwrite", action="store_true", help="replace results that exist")
+    add("--skip_existing", action="store_true", help="leave out images whose result exists")
     strip = "leave out colour profile, EXIF, XMP, resolution and texts, which a result has from its input"
-    files.add_argument("--strip", action="store_true", help=strip)
+    add("--strip", action="store_true", help=strip)
     background = "put transparent images on a colour such as white or #ff8800 (default: keep transparency)"
-    files.add_argument("--background", metavar="COLOUR", help=background)
+    add("--background", metavar="COLOUR", help=background)
     compare = (
         "also write input, bicubic, restored and, if given, the original side by side; ORIGINAL is a file or "
         "a folder of images of the same names or such as 0801.png for 0801x4.png"
     )
-    files.add_argument("--compare", nargs="?", const=True, metavar="ORIGINAL", help=compare)
+    add("--compare", nargs="?", const=True, metavar="ORIGINAL", help=compare)
     uncertainty = (
         "also write the standard deviation over the samples, as MAP.png and MAP.npy; for several images "
         "MAP is a folder"
     )
-    files.add_argument("--uncertainty", metavar="MAP", help=uncertainty)
+    add("--uncertainty", metavar="MAP", help=uncertainty)
     export = "write the model as MODEL.safetensors (half precision); without inputs, nothing else"
-    files.add_argument("--export", metavar="MODEL", help=export)
+    add("--export", metavar="MODEL", help=export)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse values of the script's own flags before anything is read; ValueError names the flag."""
+    """ValueError for wrong values of the script's own flags, before anything is read."""
     for name in ("inputs", "input", "weights_path", "output", "compare", "uncertainty", "export"):
         values = getattr(args, name)
         if "" in (values if isinstance(values, list) else [values]):
@@ -135,38 +130,30 @@ def make_config(args: argparse.Namespace) -> RestoreConfig:
 
 
 def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
-    """The images that were named, each once, with its path below the output folder.
-
-    Raises:
-        ValueError: a file or folder that does not exist, a folder without images, or nothing was named.
-    """
+    """The images that were named, each once, with its path below the output folder; ValueError for none."""
     if not names:
         raise ValueError("no input: name images or folders, for example: infer.py photo.png")
     found: dict[Path, tuple[Path, Path]] = {}  # by what it is, however it was named
-    for name in names:
-        path = Path(name)
+    results = output.resolve()
+    for path in map(Path, names):
         if path.is_dir():
-            if path.resolve() == output.resolve():
+            if path.resolve() == results:
                 raise ValueError(f"--output {output} is the input folder: give another one")
             inside = list_images(path)
-            if path.resolve() in output.resolve().parents:  # results of an earlier run are no inputs
-                inside = [one for one in inside if output.resolve() not in one.resolve().parents]
-            pairs = [(one, one.relative_to(path)) for one in inside]
+            if path.resolve() in results.parents:  # results of an earlier run are no inputs
+                inside = [one for one in inside if results not in one.resolve().parents]
         elif path.is_file():
-            pairs = [(path, Path(path.name))]
+            inside = [path]
         else:
             raise ValueError(f"{path}: no such file or folder")
-        for pair in pairs:
-            found.setdefault(pair[0].resolve(), pair)
+        for one in inside:
+            relative = one.relative_to(path) if path.is_dir() else Path(one.name)
+            found.setdefault(one.resolve(), (one, relative))
     return list(found.values())
 
 
 def names_a_file(text: str) -> bool:
-    """Whether --output means a file, not a folder.
-
-    Raises:
-        ValueError: it looks like a file, of a kind that cannot be written.
-    """
+    """Whether --output means a file, not a folder; ValueError for one that cannot be written."""
     output = Path(text)
     if output.is_dir() or text.endswith(("/", os.sep)):
         return False
@@ -175,10 +162,9 @@ def names_a_file(text: str) -> bool:
     if output.exists():
         raise ValueError(f"--output {text} is a file already, and no image: give another name")
     if FILE_LIKE.fullmatch(output.suffix):
-        raise ValueError(
-            f"--output {text}: {output.suffix} cannot be written; use one of "
-            f"{', '.join(sorted(WRITABLE_SUFFIXES))}, or end the name of a folder with /"
-        )
+        known = ", ".join(sorted(WRITABLE_SUFFIXES))
+        remedy = f"use one of {known}, or end the name of a folder with /"
+        raise ValueError(f"--output {text}: {output.suffix} cannot be written; {remedy}")
     return False
 
 
@@ -186,7 +172,7 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
     """Where everything goes: <name>_x<scale>.png, with the old suffix in it where two have one name.
 
     Raises:
-        ValueError: as find_inputs, or a name is given where a folder is needed.
+        ValueError: no input, or a file is named where a folder is needed.
     """
     output, named = Path(args.output), names_a_file(args.output)
     found = find_inputs([*args.inputs, *args.input], output)
@@ -202,7 +188,9 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
         target = output if named else output / base.with_name(f"{base.name}.{args.format or 'png'}")
         uncertainty, comparison, truth = None, None, None
         if args.uncertainty is not None:
-            uncertainty = Path(args.uncertainty) / base if len(found) > 1 else map_name(args.uncertainty)
+            maps = Path(args.uncertainty)
+            one = maps.with_suffix("") if maps.suffix in (".png", ".npy") else maps
+            uncertainty = maps / base if len(found) > 1 else one
         if args.compare is not None:
             comparison = target.with_name(f"{target.stem}_compare.png")
         if isinstance(args.compare, str):
@@ -211,18 +199,8 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
     return tasks
 
 
-def map_name(text: str) -> Path:
-    """The name of one uncertainty map, without the suffix of either of its files."""
-    path = Path(text)
-    return path.with_suffix("") if path.suffix in (".png", ".npy") else path
-
-
 def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
-    """The original of an image: the file that was named, or the one in that folder whose name belongs to it.
-
-    Raises:
-        ValueError: there is none, or one for several inputs.
-    """
+    """The file that was named, or the fitting one in that folder; ValueError where none fits."""
     if named.is_file():
         if inputs > 1:
             raise ValueError(f"--compare {named} is one image, but there are {inputs} inputs: give a folder")
@@ -231,31 +209,23 @@ def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
 
 
 def check_targets(tasks: Sequence[Task], overwrite: bool) -> None:
-    """Refuse, before any work, what could not be written or would replace what it should not.
-
-    Raises:
-        ValueError: says which result, and what to do.
-    """
-    planned = [(target, task.source) for task in tasks for target in task.targets]
+    """ValueError, before any work, for what could not be written or would replace what it should not."""
     sources = {task.source.resolve() for task in tasks}
     taken: dict[Path, Path] = {}
-    for target, source in planned:
+    for target, source in [(target, task.source) for task in tasks for target in task.targets]:
         if target.resolve() in sources:
             raise ValueError(f"{target}: is the input itself; give another --output")
         if target.is_dir():
             raise ValueError(f"{target}: is a folder; give another --output")
         if target in taken:
-            raise ValueError(
-                f"{taken[target]} and {source} would both become {target}: restore one at a time, each into "
-                "an --output of its own"
-            )
+            both = f"{taken[target]} and {source} would both become {target}"
+            raise ValueError(f"{both}: restore one at a time, each into an --output of its own")
         taken[target] = source
     existing = [] if overwrite else [target for target in taken if target.exists()]
     if existing:
         more = f", and {len(existing) - 1} more" if len(existing) > 1 else ""
-        raise ValueError(
-            f"{existing[0]}: exists already{more}; use --overwrite, --skip_existing or another --output"
-        )
+        remedy = "use --overwrite, --skip_existing or another --output"
+        raise ValueError(f"{existing[0]}: exists already{more}; {remedy}")
     for folder in {target.parent for target in taken}:
         there = next(one for one in (folder, *folder.resolve().parents) if one.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -266,7 +236,7 @@ def check_targets(tasks: Sequence[Task], overwrite: bool) -> None:
 
 
 def restore_all(tasks: Sequence[Task], restorer: Restorer, args: argparse.Namespace) -> int:
-    """Restore every image; returns the exit status: 0, 1 where some failed, 2 where all did."""
+    """Returns the exit status: 0, 1 where some failed, 2 where all did."""
     background = None if args.background is None else ImageColor.getrgb(args.background)[:3]
     failures: list[str] = []
     done = 0
@@ -293,26 +263,20 @@ def restore_all(tasks: Sequence[Task], restorer: Restorer, args: argparse.Namesp
 
 def _failure(task: Task, error: BaseException) -> str:
     """One line that names the file."""
+    line = _one_line(error)
     if is_out_of_memory(error):
-        return (
-            f"{task.source}: out of memory ({_one_line(error)}); close other programs or cut it into pieces"
-        )
+        return f"{task.source}: out of memory ({line}); close other programs or cut it into pieces"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{task.target}: {error.strerror}"
-    line = _one_line(error)
     return line if str(task.source) in line or str(task.target) in line else f"{task.source}: {line}"
 
 
 @contextlib.contextmanager
 def shown(name: str) -> Iterator[Progress]:
-    """Shows the progress of one image: a bar on a terminal, and in a log a line now and then."""
+    """Progress of one image: a bar on a terminal, and in a log a line now and then."""
     if sys.stderr.isatty():
         with tqdm(total=100, desc=name, bar_format=BAR) as bar:
-
-            def move(part: float) -> None:
-                bar.update(round(100 * part) - bar.n)
-
-            yield move
+            yield lambda part: bar.update(round(100 * part) - bar.n)
         return
     last = time.monotonic()
 
@@ -325,14 +289,6 @@ def shown(name: str) -> Iterator[Progress]:
     yield log
 
 
-def export(model: LoadedModel[UNet], target: Path, overwrite: bool) -> None:
-    """Write the model as .safetensors; ValueError where the file exists and may not be replaced."""
-    if target.exists() and not overwrite:
-        raise ValueError(f"--export {target}: exists already; use --overwrite or another name")
-    export_safetensors(model, target)
-    say(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
-
-
 def run(args: argparse.Namespace) -> int:
     """Load, restore, report; returns the exit status."""
     check_flags(args)
@@ -340,7 +296,11 @@ def run(args: argparse.Namespace) -> int:
     weights = args.weights_path or released_model(4 if args.scale is None else args.scale)
     model = load_model(weights, UNet)
     if args.export is not None:
-        export(model, Path(args.export), args.overwrite)
+        target = Path(args.export)
+        if target.exists() and not args.overwrite:
+            raise ValueError(f"--export {target}: exists already; use --overwrite or another name")
+        export_safetensors(model, target)
+        say(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
         if not args.inputs and not args.input:
             return 0
     device = select_device(args.device)
@@ -363,7 +323,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def say(text: str) -> None:
-    """Print a line, and go on without stdout where it takes no more: the images matter."""
+    """Print a line, or go on without stdout where it takes no more: the images matter."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -375,7 +335,7 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a line to stderr; if nobody can read it, there is nobody to tell."""
+    """Print a line to stderr, if anybody can read it."""
     with contextlib.suppress(OSError):
         print(f"infer.py: {text}", file=sys.stderr, flush=True)
 
@@ -386,7 +346,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def stopping_at_signals() -> Iterator[None]:
-    """Signals that ask to stop raise Stopped; a second one ends the process at once."""
+    """Signals raise Stopped; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -425,9 +385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         warn(f"error: out of memory: {_one_line(error)}")
     except (KeyboardInterrupt, Stopped) as error:
-        number = error.number if isinstance(error, Stopped) else signal.SIGINT
-        name = signal.Signals(number).name
-        warn(f"stopped by {name}; finished images are whole, --skip_existing does the others")
+        number = signal.Signals(error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
+        warn(f"stopped by {number.name}; finished images are whole, --skip_existing does the others")
         return 128 + number
     return 2
 

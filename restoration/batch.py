@@ -1,11 +1,11 @@
-"""Restoring files into files: one image with all that is written for it."""
+"""One image file to restore, with all that is written for it."""
 
+import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 
 from bicubic import upscale_image
 from imaging.atomic import write_atomically
@@ -17,35 +17,24 @@ from restoration.restorer import Progress, Restoration, Restorer
 
 @dataclass(frozen=True)
 class Task:
-    """One image to restore.
-
-    Attributes:
-        source: the file to read.
-        target: the file for the result.
-        comparison: the file for a picture of input, bicubic, result and original, or None.
-        truth: the file of the original, or None.
-        uncertainty: where the standard deviation goes, as .png and .npy, or None.
-    """
+    """The files of one image."""
 
     source: Path
     target: Path
-    comparison: Path | None = None
-    truth: Path | None = None
-    uncertainty: Path | None = None
+    comparison: Path | None = None  # for a picture of input, bicubic, result and original
+    truth: Path | None = None  # the original, to be read
+    uncertainty: Path | None = None  # for the standard deviation; .png and .npy are added
+
+    @property
+    def maps(self) -> list[Path]:
+        """Picture and array of the standard deviation, if wanted."""
+        path = self.uncertainty  # with_suffix would cut a name at a dot of its own
+        return [] if path is None else [path.with_name(path.name + ending) for ending in (".png", ".npy")]
 
     @property
     def targets(self) -> list[Path]:
         """Every file that is written, the result last."""
-        maps = [] if self.uncertainty is None else [with_ending(self.uncertainty, one) for one in MAP_ENDINGS]
-        return [*([] if self.comparison is None else [self.comparison]), *maps, self.target]
-
-
-MAP_ENDINGS = (".png", ".npy")
-
-
-def with_ending(path: Path, ending: str) -> Path:
-    """A suffix behind a name that may have dots of its own."""
-    return path.with_name(path.name + ending)
+        return [*([] if self.comparison is None else [self.comparison]), *self.maps, self.target]
 
 
 def restore_file(
@@ -56,18 +45,16 @@ def restore_file(
     strip: bool = False,
     background: tuple[int, ...] | None = None,
 ) -> str:
-    """Restore one file and write what belongs to it; returns what is to be said about it, if anything.
+    """Restore one file and write what belongs to it; returns a remark for the user, or "".
 
     Args:
-        task: what goes where.
-        restorer: of uncertain images, with at least two samples.
         progress: called with the finished part of the work.
-        strip: leave out what the file says besides its pixels.
+        strip: leave out the metadata.
         background: red, green and blue in [0, 255] to put a transparent image on.
 
     Raises:
         ValueError: a file that cannot be read, or a format that cannot hold the result: before the work.
-        OSError: it could not be written.
+        OSError: a result could not be written.
     """
     source = decode_image(task.source)
     if strip:
@@ -84,7 +71,7 @@ def restore_file(
 
 
 def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
-    """An image without transparency: over red, green and blue in [0, 255]; grey stays grey over a grey."""
+    """The image over red, green and blue in [0, 255], without alpha; grey stays grey over a grey."""
     assert image.alpha is not None
     largest = int(np.iinfo(image.pixels.dtype).max)
     height, width = image.alpha.shape
@@ -105,19 +92,12 @@ def write_results(
     if task.comparison is not None:
         bicubic = cast(Pixels, upscale_image(source.pixels, scale))
         write_image(task.comparison, comparison_picture(source.pixels, bicubic, restoration.pixels, truth))
-    if task.uncertainty is not None and restoration.deviation is not None:
-        write_uncertainty(task.uncertainty, restoration.deviation)
+    deviation = restoration.deviation
+    if deviation is not None:
+        picture, array = task.maps
+        encoded = io.BytesIO()
+        np.save(encoded, deviation)
+        write_atomically(array, lambda temporary: temporary.write_bytes(encoded.getbuffer()))
+        white = max(float(deviation.max()), 1e-9)  # the largest
+        write_image(picture, np.round(deviation / white * 255).astype(np.uint8))
     restoration.save(task.target)
-
-
-def write_uncertainty(path: Path, deviation: npt.NDArray[np.float32]) -> None:
-    """Write path.npy, and path.png in which white is the largest deviation."""
-    largest = max(float(deviation.max()), 1e-9)
-
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as stream:
-            np.save(stream, deviation)
-
-    picture, array = (with_ending(path, ending) for ending in MAP_ENDINGS)
-    write_atomically(array, save)
-    write_image(picture, np.round(deviation / largest * 255).astype(np.uint8))
