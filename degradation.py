@@ -82,16 +82,16 @@ class Photo(Options):
         high=1,
     )
     clean_share: float = option(0.1, "of samples that are bicubic's", low=0, high=1)
-    kernel_size: tuple[int, ...] = option((7, 21), "sides of blur kernels; odd ones are drawn", low=3)
     kernel_shares: tuple[float, ...] = option(
         (0.63, 0.135, 0.135, 0.1), "of Gaussian, generalised Gaussian, plateau and sinc kernels", low=0
     )
     isotropic_share: float = option(0.65, "of kernels that are round", low=0, high=1)
-    blur_sigma: tuple[float, ...] = option((0.2, 3.0), "deviation of the first blur", low=0)
-    second_blur_sigma: tuple[float, ...] = option((0.2, 1.5), "deviation of the second blur", low=0)
+    blur_sigma: tuple[float, ...] = option((0.2, 3.0), "deviation of the first blur", above=0)
+    second_blur_sigma: tuple[float, ...] = option((0.2, 1.5), "deviation of the second blur", above=0)
     second_blur_share: float = option(0.8, "of samples blurred twice", low=0, high=1)
     gaussian_shape: tuple[float, ...] = option((0.5, 4.0), "exponents of generalised Gaussians", above=0)
     plateau_shape: tuple[float, ...] = option((1.0, 2.0), "exponents of plateaus", above=0)
+    sinc_size: tuple[int, ...] = option((7, 21), "sides of sinc kernels; odd ones are drawn", low=3)
     sinc_cutoff: tuple[float, ...] = option(
         (0.33, 1.0), "where sinc kernels cut, 1 is Nyquist", above=0, high=1
     )
@@ -162,7 +162,7 @@ class Photo(Options):
         image = image if sinc_first else self._compressed(image, random)
         image = resized(image, height, width, random)
         if random.random() < self.final_sinc_share:
-            image = filtered(image, sinc_kernel(self._size(random), self._cutoff(random)))
+            image = filtered(image, self._sinc(random))
         return self._compressed(image, random) if sinc_first else image
 
     def describe(self) -> str:
@@ -173,28 +173,27 @@ class Photo(Options):
         )
 
     def blur_kernel(self, sigmas: Range, random: Random) -> Image:
-        """A kernel (k, k) of one of the four families."""
-        size, family = self._size(random), random.choice(4, p=self.kernel_shares)
+        """A kernel (k, k) of one of the four families; all but sinc end at three deviations."""
+        family = chosen(self.kernel_shares, random)
         if family == 3:
-            return sinc_kernel(size, self._cutoff(random))
+            return self._sinc(random)
         wide, high = (self.amount * drawn(sigmas, random) for _ in range(2))
         if random.random() < self.isotropic_share:
             high = wide
         shape = drawn(((1, 1), self.gaussian_shape, self.plateau_shape)[family], random)
+        size = 2 * math.ceil(3 * max(wide, high)) + 1
         return bell_kernel(size, (wide, high), drawn((0, math.pi), random), shape, plateau=family == 2)
 
-    def _size(self, random: Random) -> int:
-        """An odd side of a kernel."""
-        low, high = self.kernel_size
-        return 2 * int(random.integers(low // 2, (high - 1) // 2 + 1)) + 1
-
-    def _cutoff(self, random: Random) -> float:
-        return 1 - self.amount * (1 - drawn(self.sinc_cutoff, random))
+    def _sinc(self, random: Random) -> Image:
+        """A sinc kernel (k, k)."""
+        low, high = self.sinc_size
+        size = 2 * int(random.integers(low // 2, (high - 1) // 2 + 1)) + 1
+        return sinc_kernel(size, 1 - self.amount * (1 - drawn(self.sinc_cutoff, random)))
 
     def _factor(self, sizes: Range, shares: Range, random: Random) -> float:
         """Of a resize, 1 to keep the size; the strength scales its logarithm."""
         ranges = ((1, sizes[1]), (sizes[0], 1), (1, 1))
-        return float(drawn(ranges[random.choice(3, p=shares)], random) ** self.amount)
+        return float(drawn(ranges[chosen(shares, random)], random) ** self.amount)
 
     def _noisy(self, image: Image, sigmas: Range, scales: Range, random: Random) -> Image:
         """With Gaussian or Poisson noise, not clipped."""
@@ -214,6 +213,11 @@ def drawn(limits: Range, random: Random) -> float:
     return limits[0] + (limits[1] - limits[0]) * float(random.random())
 
 
+def chosen(shares: Range, random: Random) -> int:
+    """A place in the list, drawn by its share."""
+    return min(int(np.searchsorted(np.cumsum(shares), random.random(), "right")), len(shares) - 1)
+
+
 def bell_kernel(size: int, sigmas: Range, angle: float, shape: float, *, plateau: bool) -> Image:
     """A generalised Gaussian, or a plateau, (k, k) of sum 1 (Liu et al. 2020); Gaussian for a shape of 1.
 
@@ -222,7 +226,8 @@ def bell_kernel(size: int, sigmas: Range, angle: float, shape: float, *, plateau
         angle: of the first one, in radians.
         shape: the exponent of the squared distance.
     """
-    across, down = np.meshgrid(*[np.arange(size) - size // 2] * 2)
+    across = np.arange(size) - size // 2
+    down = across[:, None]
     cos, sin = math.cos(angle), math.sin(angle)
     along, beside = (cos * across + sin * down) / sigmas[0], (cos * down - sin * across) / sigmas[1]
     distance = (along**2 + beside**2) ** shape
@@ -232,8 +237,8 @@ def bell_kernel(size: int, sigmas: Range, angle: float, shape: float, *, plateau
 
 def sinc_kernel(size: int, cutoff: float) -> Image:
     """The ideal low-pass filter of circular cutoff, 1 is Nyquist, cut to (k, k), of sum 1."""
-    across, down = np.meshgrid(*[np.arange(size) - size // 2] * 2)
-    radius, frequency = np.hypot(across, down), math.pi * cutoff
+    offsets = np.arange(size) - size // 2
+    radius, frequency = np.hypot(offsets, offsets[:, None]), math.pi * cutoff
     radius[size // 2, size // 2] = 1  # any but 0; the limit follows
     kernel = frequency * j1(frequency * radius) / (2 * math.pi * radius)
     kernel[size // 2, size // 2] = frequency**2 / (4 * math.pi)
