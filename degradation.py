@@ -308,5 +308,5 @@ def degradation_from_flags(values: Mapping[str, object]) -> Degradation:
     kind, defaults = DEGRADATIONS[str(values.get("kind", "bicubic"))], Photo().to_dict()
     for name in values.keys() - specs(kind).keys():
         if values[name] != defaults[name]:
-            raise OptionError(name, values[name], f"kind {values['kind']} does not have it: leave it out")
+            raise OptionError(name, values[name], f"{kind.__name__} has no such option: leave it out")
     return kind.from_dict({name: value for name, value in values.items() if name in specs(kind)})

@@ -262,6 +262,19 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(leaves, ran
     assert first[0]["psnr"] == other[0]["psnr"]
 
 
+@pytest.mark.parametrize("kind", ["light", "photo", "heavy"])
+def test_a_random_degradation_depends_on_the_seed_and_the_name_alone(leaves, kind):
+    first, again = (ImageSet(leaves, config(degradation=kind)) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.low_res, other.low_res)
+    alone = first.read(first.paths[1])
+    assert torch.equal(alone.low_res, list(again)[1].low_res)
+    another = ImageSet(leaves, config(degradation=kind, seed=1)).read(first.paths[1])
+    assert not torch.equal(alone.low_res, another.low_res)
+    assert not torch.equal(alone.low_res, ImageSet(leaves, config()).read(first.paths[1]).low_res)
+    assert kind in first.describe()
+
+
 def test_a_grey_file_is_its_own_luma(leaves, untrained, tmp_path):
     grey = [read_rgb(path).mean(axis=-1).astype(np.uint8) for path in sorted(leaves.glob("*.png"))]
     for index, pixels in enumerate(grey):

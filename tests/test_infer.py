@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 import infer
+from degradation import Photo
+from engine import checkpoint
 from engine.checkpoint import export_safetensors, load_model, save_checkpoint
 from examples.dead_leaves import dead_leaves
 from imaging.files import DecodedImage, decode_image, write_image
@@ -224,6 +226,81 @@ def test_two_files_of_one_name_get_two_results(weights, picture, tmp_path):
     inputs = (tmp_path / "a.png", tmp_path / "a.bmp")
     assert here("--weights_path", weights, *inputs, "--output", output, "--steps", 1) == 0
     assert sorted(path.name for path in output.iterdir()) == ["a_bmp_x4.png", "a_png_x4.png"]
+
+
+# -------------------------------------------------------------------------------------- the project's weights
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """A folder with clean weights of x4 and, once it is called, those for photos."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setattr(checkpoint, "RELEASED", folder)
+    export_safetensors(random_model(), folder / "x4.safetensors")
+
+    def add_photo():
+        loaded = random_model(gain=2.0)._replace(degradation=Photo().to_dict())
+        export_safetensors(loaded, folder / "photo_x4.safetensors")
+
+    return add_photo
+
+
+def used(capsys):
+    """The weights that infer.py says it takes."""
+    return [line for line in capsys.readouterr().err.splitlines() if "weights: " in line]
+
+
+def test_the_weights_are_those_for_photos_where_there_are_some(released, picture, tmp_path, capsys):
+    write_image(tmp_path / "photo.png", picture)
+    flags = (tmp_path / "photo.png", "--steps", 1, "--overwrite", "--output", tmp_path / "out")
+    assert here(*flags) == 0
+    assert "/x4.safetensors" in used(capsys)[0]
+    released()
+    assert here(*flags) == 0
+    assert "photo_x4.safetensors" in used(capsys)[0]
+    for name, file in (("photo", "/photo_x4.safetensors"), ("clean", "/x4.safetensors")):
+        assert here(*flags, "--weights", name) == 0
+        assert file in used(capsys)[0]
+    assert here(*flags, "--weights", tmp_path / "weights/x4.safetensors") == 0
+    assert not used(capsys)
+
+
+def test_consistency_needs_the_clean_weights_and_says_so(released, picture, tmp_path, capsys):
+    released()
+    write_image(tmp_path / "photo.png", picture)
+    flags = (tmp_path / "photo.png", "--steps", 1, "--output", tmp_path / "out", "--consistency")
+    assert here(*flags) == 2
+    assert "clean" in capsys.readouterr().err
+    assert here(*flags, "--weights", "clean") == 0
+
+
+def test_strength_blends_clean_and_photo(released, tmp_path, capsys):
+    released()
+    target = tmp_path / "blend.safetensors"
+    assert here("--strength", 0.25, "--export", target) == 0
+    assert "0.25" in used(capsys)[0]
+    clean, photo, blended = (
+        load_model(path, UNet).network.state_dict()
+        for path in (tmp_path / "weights/x4.safetensors", tmp_path / "weights/photo_x4.safetensors", target)
+    )
+    for name, value in blended.items():
+        expected = 0.75 * clean[name] + 0.25 * photo[name]
+        torch.testing.assert_close(value, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--strength", "1.5"], "1.5"),
+        (["--strength", "0.5", "--weights", "clean"], "--strength"),
+        (["--weights", "photo", "--scale", "3"], "x3"),
+    ],
+)
+def test_weights_that_are_not_there_or_do_not_blend_are_named(released, flags, message, tmp_path, capsys):
+    released()
+    assert here(*flags, "--export", tmp_path / "out.safetensors") == 2
+    assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- what is wrong

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from degradation import Photo, degradation_from_dict
 from diffusion import DiffusionModel
 from engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from engine.run import locked
@@ -280,9 +281,26 @@ def test_a_new_run_may_start_from_trained_weights(finished, photo_folder, tmp_pa
         torch.testing.assert_close(after["model"][name], value, atol=1e-9, rtol=0)
 
 
+@pytest.mark.slow
+def test_a_run_on_photos_records_what_it_undoes_and_goes_on_with_it(photo_folder, tmp_path, capsys):
+    photo = ["--degradation", "photo", "--strength", "0.4", "--noise_sigma", "2", "20"]
+    assert main(flags(photo_folder, tmp_path, *photo, "--max_steps", "2", "--num_workers", "1")) == 0
+    path = newest(tmp_path)
+    expected = Photo(scale=2.0, strength=0.4, noise_sigma=(2.0, 20.0))
+    assert degradation_from_dict(load_model(path, UNet).degradation) == expected
+    resume = ["--weights_path", str(path)]
+    assert parse([*resume, "--degradation", "photo", "--strength", "0.4"])[0].degradation == expected
+    for wrong in (["--strength", "0.5"], ["--degradation", "bicubic"], ["--jpeg_quality", "50", "60"]):
+        with pytest.raises(ValueError, match=wrong[0]):
+            parse([*resume, *wrong])
+    assert main([*resume, "--max_steps", "3"]) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--strength", "0.5"], "--strength"),
+        (["--degradation", "photo", "--blur_sigma", "3", "1"], "--blur_sigma"),
         (["--image_folder", "/nowhere"], "/nowhere"),
         (["--img_size", "31"], "31"),
         (["--img_size", "64"], "64"),
