@@ -37,7 +37,7 @@ class Bicubic(Options):
     """
 
     random: ClassVar[bool] = False  # so that it runs batched, on any device
-    margin: ClassVar[int] = 0
+    margin: ClassVar[int] = 0  # nothing beyond a crop is degraded with it
 
     kind: Literal["bicubic"] = option("bicubic", "how low resolution is made", flag="degradation")
     scale: float = option(4.0, "how much smaller the input is", flag="downscale_factor", above=1)
@@ -68,18 +68,13 @@ class Photo(Options):
     """
 
     random: ClassVar[bool] = True  # one image at a time, on the CPU
-    margin: ClassVar[int] = (
-        8  # low-resolution pixels to degrade beside a crop: no edge or grid of JPEG is near
-    )
+    margin: ClassVar[int] = 8  # low-resolution pixels more than a crop: it has any place in JPEG's grid
 
     kind: Kind = option("photo", "how low resolution is made", flag="degradation")
     scale: float = option(4.0, "how much smaller the input is", flag="downscale_factor", above=1)
     border: Border = option("mirror", "what bicubic sees beyond the edge of an image")
     strength: float | None = option(
-        None,
-        "scales every amount, 0 is bicubic; without it light has 0.25, photo 0.5, heavy 1",
-        low=0,
-        high=1,
+        None, "scales every amount; by default light 0.25, photo 0.5, heavy 1; 0 is bicubic", low=0, high=1
     )
     clean_share: float = option(0.1, "of samples that are bicubic's", low=0, high=1)
     kernel_shares: tuple[float, ...] = option(
@@ -92,9 +87,7 @@ class Photo(Options):
     gaussian_shape: tuple[float, ...] = option((0.5, 4.0), "exponents of generalised Gaussians", above=0)
     plateau_shape: tuple[float, ...] = option((1.0, 2.0), "exponents of plateaus", above=0)
     sinc_size: tuple[int, ...] = option((7, 21), "sides of sinc kernels; odd ones are drawn", low=3)
-    sinc_cutoff: tuple[float, ...] = option(
-        (0.33, 1.0), "where sinc kernels cut, 1 is Nyquist", above=0, high=1
-    )
+    sinc_cutoff: tuple[float, ...] = option((0.33, 1.0), "their cutoff, 1 is Nyquist", above=0, high=1)
     final_sinc_share: float = option(0.8, "of samples that end with a sinc filter", low=0, high=1)
     first_resize: tuple[float, ...] = option((0.15, 1.5), "smallest and largest first resize", above=0)
     second_resize: tuple[float, ...] = option((0.3, 1.2), "as it, relative to the low resolution", above=0)
@@ -106,9 +99,7 @@ class Photo(Options):
     second_poisson_scale: tuple[float, ...] = option((0.05, 2.5), "of the second", low=0)
     gaussian_share: float = option(0.5, "of noise that is Gaussian, not Poisson's", low=0, high=1)
     grey_share: float = option(0.4, "of noise that is the same in all channels", low=0, high=1)
-    jpeg_quality: tuple[float, ...] = option(
-        (30.0, 95.0), "of the first and the second JPEG", low=1, high=100
-    )
+    jpeg_quality: tuple[float, ...] = option((30.0, 95.0), "of JPEG, both times", low=1, high=100)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,10 +111,8 @@ class Photo(Options):
                     raise OptionError(name, value, f"give {wanted} shares whose sum is 1")
             elif isinstance(value, tuple) and (len(value) != 2 or value[0] > value[1]):
                 raise OptionError(name, value, "give the lowest and the highest value")
-        if not self.first_resize[0] <= 1 <= self.first_resize[1]:
-            raise OptionError("first_resize", self.first_resize, "1 must lie between them")
-        if not self.second_resize[0] <= 1 <= self.second_resize[1]:
-            raise OptionError("second_resize", self.second_resize, "1 must lie between them")
+            elif name.endswith("_resize") and not value[0] <= 1 <= value[1]:
+                raise OptionError(name, value, "1 must lie between them")
 
     @property
     def amount(self) -> float:
@@ -167,10 +156,8 @@ class Photo(Options):
 
     def describe(self) -> str:
         """One line for a protocol."""
-        return (
-            f"{self.kind}: blur, resize, noise and JPEG, twice (Real-ESRGAN's pipeline), strength "
-            f"{self.amount:g}, a share of {self.clean_share:g} bicubic"
-        )
+        what = f"{self.kind}: blur, resize, noise and JPEG as in Real-ESRGAN, strength {self.amount:g}"
+        return f"{what}, a share of {self.clean_share:g} bicubic"
 
     def blur_kernel(self, sigmas: Range, random: Random) -> Image:
         """A kernel (k, k) of one of the four families; all but sinc end at three deviations."""
@@ -285,28 +272,22 @@ def jpeg(image: Image, quality: int) -> Any:  # noqa: ANN401  # OpenCV takes and
 Degradation = Bicubic | Photo
 DEGRADATIONS: dict[str, type[Degradation]] = {
     "bicubic": Bicubic,
-    "light": Photo,
-    "photo": Photo,
-    "heavy": Photo,
+    **dict.fromkeys(("light", "photo", "heavy"), Photo),
 }
 
 
 def degradation_from_dict(values: Mapping[str, object]) -> Degradation:
-    """The inverse of `to_dict` of any degradation.
+    """The inverse of `to_dict` of any degradation; options of other kinds may be there with their defaults.
 
     Raises:
-        ValueError: an unknown kind or setting.
+        ValueError: an unknown kind or setting (OptionError).
     """
-    kind = values.get("kind", "bicubic")
-    if kind not in DEGRADATIONS:
-        raise ValueError(f"degradation {kind!r}: choose one of {', '.join(DEGRADATIONS)}")
-    return DEGRADATIONS[str(kind)].from_dict(values)
-
-
-def degradation_from_flags(values: Mapping[str, object]) -> Degradation:
-    """The degradation of that kind from options of all kinds; OptionError for one it does not have."""
-    kind, defaults = DEGRADATIONS[str(values.get("kind", "bicubic"))], Photo().to_dict()
-    for name in values.keys() - specs(kind).keys():
-        if values[name] != defaults[name]:
-            raise OptionError(name, values[name], f"{kind.__name__} has no such option: leave it out")
-    return kind.from_dict({name: value for name, value in values.items() if name in specs(kind)})
+    name, others = values.get("kind", "bicubic"), Photo().to_dict()
+    if name not in DEGRADATIONS:
+        raise ValueError(f"degradation {name!r}: choose one of {', '.join(DEGRADATIONS)}")
+    kind = DEGRADATIONS[str(name)]
+    foreign = values.keys() & (others.keys() - specs(kind).keys())
+    for one in sorted(foreign):
+        if values[one] != others[one]:
+            raise OptionError(one, values[one], f"the degradation {name} has no such option: leave it out")
+    return kind.from_dict({one: value for one, value in values.items() if one not in foreign})

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 
-from degradation import Degradation, Photo, degradation_from_flags
+from degradation import Degradation, Photo, degradation_from_dict
 from diffusion import DiffusionModel, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, LoadedModel, load_model, load_weights, read_for_resume
 from engine.device import autocast_dtype, compile_network, is_out_of_memory
@@ -133,7 +133,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     if args.weights_path is None:
         _make_absolute(args)
         sections = {name: from_args(kind, args) for name, kind in SECTIONS.items()}
-        sections["degradation"] = degradation_from_flags(sections["degradation"].to_dict())
+        sections["degradation"] = degradation_from_dict(sections["degradation"].to_dict())
         return Settings(**sections), None  # type: ignore[arg-type]  # each of its own class
     checkpoint = read_for_resume(_named("weights_path", args.weights_path))
     if not set(SECTIONS) <= set(checkpoint.content):
@@ -148,7 +148,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
         for name, kind in SECTIONS.items()
     }
     resumed = {name: kind.from_dict(values[name]) for name, kind in SECTIONS.items()}
-    resumed["degradation"] = degradation_from_flags(values["degradation"])
+    resumed["degradation"] = degradation_from_dict(values["degradation"])
     if "epochs" in given and "max_steps" not in given:
         resumed["training"] = replace(cast(TrainingConfig, resumed["training"]), max_steps=None)
     resumed["run"] = replace(cast(RunOptions, resumed["run"]), init_weights=None)

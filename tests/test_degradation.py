@@ -22,7 +22,6 @@ from degradation import (
     Photo,
     bell_kernel,
     degradation_from_dict,
-    degradation_from_flags,
     filtered,
     gaussian_noise,
     jpeg,
@@ -246,7 +245,7 @@ def test_what_makes_no_sense_is_named(name, value):
 
 def test_an_option_of_another_kind_is_named():
     values = dataclasses.replace(Photo(), strength=0.4).to_dict()
-    assert degradation_from_flags(values) == Photo(strength=0.4)
-    assert degradation_from_flags(Photo(kind="bicubic", scale=2.0).to_dict()) == Bicubic(scale=2.0)
+    assert degradation_from_dict(values) == Photo(strength=0.4)
+    assert degradation_from_dict(Photo(kind="bicubic", scale=2.0).to_dict()) == Bicubic(scale=2.0)
     with pytest.raises(OptionError, match=r"0\.4"):
-        degradation_from_flags(values | {"kind": "bicubic"})
+        degradation_from_dict(values | {"kind": "bicubic"})
