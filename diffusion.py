@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bicubic import exact_scale, upscale_image
-from degradation import Degradation
+from degradation import Bicubic, Degradation
 from engine.checkpoint import Checkpoint, CheckpointError, load_model, load_weights, read_for_resume
 from engine.options import Options, Plain, option
 from engine.run import RunFiles
@@ -31,7 +31,7 @@ from imaging.files import to_unit_range
 from samplers import DEFAULT_SCHEDULER, Sampler, SchedulerName, Step, draw_noise, noise_stream, sample
 from training import LoopOptions, TrainingConfig, TrainState, new_state, restore_state, train
 from unet import Condition
-from util import CropDataset, ImageDataset, degrade
+from util import CropDataset, Crops, ImageDataset
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
 
@@ -334,13 +334,15 @@ class DiffusionModel:
 
     def restoration_loss(
         self, degradation: Degradation
-    ) -> Callable[[nn.Module, Tensor, torch.Generator], Tensor]:
-        """The loss of uint8 crops (B, C, H, W): degrade them on their device, then denoise the residual."""
+    ) -> Callable[[nn.Module, Tensor | Crops, torch.Generator], Tensor]:
+        """The loss of what CropDataset sends; crops alone, (B, C, H, W) uint8, are shrunk on their device."""
 
-        def loss(model: nn.Module, crops: Tensor, generator: torch.Generator) -> Tensor:
+        def loss(model: nn.Module, crops: Tensor | Crops, generator: torch.Generator) -> Tensor:
             network = network_of(model)
-            with torch.autocast(crops.device.type, enabled=False):
-                sample = degrade(crops, degradation)
+            with torch.autocast(self.device.type, enabled=False):
+                if not isinstance(crops, Crops):
+                    crops = Crops(cast(Bicubic, degradation)(crops), crops)
+                sample = crops.sample(degradation.scale)
                 clean = sample.residual / network.residual_std
             context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res))
             return self.loss(model, clean, context, generator, mean=mean)

@@ -17,6 +17,7 @@ from typing import TypeAlias, get_args
 
 import torch
 
+from engine.checkpoint import find_weights
 from engine.device import Precision, autocast_dtype, select_device
 from engine.options import OptionError, add_flags, from_args, with_flag
 from evaluation.config import EvaluationConfig
@@ -64,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(data, EvaluationConfig, skip=["scale", "lpips"])
     data.add_argument("--no_lpips", action="store_true", help="leave out LPIPS")
     model = parser.add_argument_group("model")
-    model.add_argument("--weights_path", help="a .pth or .safetensors file; without it, bicubic alone")
+    weights = "photo or clean, the project's own, or a .pth or .safetensors file; without it, bicubic alone"
+    model.add_argument("--weights", "--weights_path", dest="weights_path", help=weights)
     model.add_argument("--device", default="auto", help=f"auto, cuda, mps or cpu {shown}")
     precision = f"auto is bf16 where the hardware has it {shown}"
     model.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
@@ -140,7 +142,9 @@ def run(args: argparse.Namespace) -> int:
     methods: list[Method] = []
     facts: dict[str, Json] = {}
     if args.weights_path is not None:
-        model = TrainedModel(args.weights_path, device, autocast_dtype(device, args.precision))
+        model = TrainedModel(
+            find_weights(args.weights_path, config.scale), device, autocast_dtype(device, args.precision)
+        )
         methods = [model.method(one, config.scale) for one in how]
         common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
         facts = {"model": model.describe(), "restoring": common}

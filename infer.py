@@ -28,13 +28,13 @@ if __name__ == "__main__":
 from PIL import ImageColor
 from tqdm import tqdm
 
-from engine.checkpoint import export_safetensors, load_model, released_model
+from engine.checkpoint import LoadedModel, export_safetensors, find_weights, load_model, released_model
 from engine.device import autocast_dtype, compile_network, is_out_of_memory, select_device
 from engine.options import OptionError, add_flags, from_args, with_flag
 from engine.signals import STOPPING
 from evaluation.pairs import find_original
 from imaging.files import WRITABLE_SUFFIXES, list_images
-from restoration import RestoreConfig, Restorer
+from restoration import RestoreConfig, Restorer, blend
 from restoration.batch import Task, restore_file
 from restoration.restorer import Progress
 from unet import UNet
@@ -71,8 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_file_flags(add: Callable[..., object]) -> None:
     add("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
     add("--input", nargs="+", default=[], metavar="INPUT", help="the same")
-    weights = "checkpoint (.pth) or model (.safetensors) (default: the project's own)"
-    add("--weights_path", help=weights)
+    weights = (
+        "photo or clean, the project's own for photos and for what bicubic shrank; or FILE, a checkpoint "
+        "(.pth) or model (.safetensors) (default: photo if there is one for the scale, else clean)"
+    )
+    add("--weights", "--weights_path", dest="weights_path", metavar="photo|clean|FILE", help=weights)
+    strength = "from 0, as the clean weights restore, to 1, as those of --weights do: blends the two"
+    add("--strength", type=float, help=strength)
     add("--scale", type=float, help="which of the project's own models: 4 or 2 (default: 4)")
     output = "folder, or for one image the name of the result (default: ./restored)"
     add("--output", default="./restored", help=output)
@@ -289,12 +294,26 @@ def shown(name: str) -> Iterator[Progress]:
     yield log
 
 
+def open_model(args: argparse.Namespace) -> tuple[LoadedModel[UNet], Path]:
+    """The model that the flags name, said where they name none by its file, and the file."""
+    path = find_weights(args.weights_path, 4 if args.scale is None else args.scale)
+    model = load_model(path, UNet)
+    if args.strength is not None:
+        clean = released_model(float(model.network.scale))
+        if path == clean:
+            raise ValueError(f"--strength blends {path} with other weights: give --weights photo or a file")
+        model = blend(load_model(clean, UNet), model, args.strength)
+        warn(f"weights: {args.strength:g} of the way from {clean} to {path}")
+    elif str(path) != args.weights_path:
+        warn(f"weights: {path}")
+    return model, path
+
+
 def run(args: argparse.Namespace) -> int:
     """Load, restore, report; returns the exit status."""
     check_flags(args)
     config = make_config(args)
-    weights = args.weights_path or released_model(4 if args.scale is None else args.scale)
-    model = load_model(weights, UNet)
+    model, weights = open_model(args)
     if args.export is not None:
         target = Path(args.export)
         if target.exists() and not args.overwrite:

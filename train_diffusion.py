@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 
-from degradation import Bicubic, Degradation
+from degradation import Degradation, Photo, degradation_from_flags
 from diffusion import DiffusionModel, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, LoadedModel, load_model, load_weights, read_for_resume
 from engine.device import autocast_dtype, compile_network, is_out_of_memory
@@ -95,12 +95,16 @@ class Settings(NamedTuple):
 SECTIONS: dict[str, type[Options]] = dict(
     zip(
         Settings._fields,
-        (DataOptions, Bicubic, UNetConfig, ProcessConfig, LossConfig, TrainingConfig, RunOptions),
+        (DataOptions, Photo, UNetConfig, ProcessConfig, LossConfig, TrainingConfig, RunOptions),
         strict=True,
     )
 )
 # What the script does otherwise than the classes, and flags that would have no meaning.
-DEFAULTS = {"training": {"accumulation_steps": 64}, "network": {"predictor_blocks": 12}}
+DEFAULTS: dict[str, dict[str, object]] = {
+    "degradation": {"kind": "bicubic"},
+    "training": {"accumulation_steps": 64},
+    "network": {"predictor_blocks": 12},
+}
 WITHOUT_FLAG = {"network": ("in_channels", "out_channels")}
 
 
@@ -129,6 +133,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     if args.weights_path is None:
         _make_absolute(args)
         sections = {name: from_args(kind, args) for name, kind in SECTIONS.items()}
+        sections["degradation"] = degradation_from_flags(sections["degradation"].to_dict())
         return Settings(**sections), None  # type: ignore[arg-type]  # each of its own class
     checkpoint = read_for_resume(_named("weights_path", args.weights_path))
     if not set(SECTIONS) <= set(checkpoint.content):
@@ -138,10 +143,12 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     args = parser.parse_args(arguments)
     _make_absolute(args)
     given = vars(args)
-    resumed = {
-        name: kind.from_dict(_resumed(kind, checkpoint.content[name], given, checkpoint.path))
+    values = {
+        name: _resumed(kind, checkpoint.content[name], given, checkpoint.path)
         for name, kind in SECTIONS.items()
     }
+    resumed = {name: kind.from_dict(values[name]) for name, kind in SECTIONS.items()}
+    resumed["degradation"] = degradation_from_flags(values["degradation"])
     if "epochs" in given and "max_steps" not in given:
         resumed["training"] = replace(cast(TrainingConfig, resumed["training"]), max_steps=None)
     resumed["run"] = replace(cast(RunOptions, resumed["run"]), init_weights=None)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bicubic import upscale_image
+from bicubic import exact_scale, upscale_image
 from degradation import Bicubic, Degradation
 from imaging.files import UnreadableImageError, list_images, read_rgb, to_model_range
 from imaging.sizes import image_sizes
@@ -154,19 +154,26 @@ class Sample(NamedTuple):
     residual: Tensor  # (..., 3, H, W) in [-2, 2], original - upscaled
 
 
-def degrade(
-    high_res: Tensor, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image
-) -> Sample:
-    """The sample of (..., 3, H, W) uint8, whose sides are whole multiples of the degradation's scale."""
-    low_res = to_model_range(degradation(high_res).float() / 255)
-    original = to_model_range(high_res.float() / 255)
-    upscaled = upscale_function(low_res, degradation.scale).clamp(-1, 1)
-    if upscaled.shape != original.shape:
-        raise ValueError(
-            f"the upscale function gave {tuple(upscaled.shape)} for an original of {tuple(original.shape)}: "
-            f"the sides must be whole multiples of the scale {degradation.scale:g}"
-        )
-    return Sample(low_res, upscaled, original, original - upscaled)
+class Crops(NamedTuple):
+    """Both resolutions of a crop or a batch of crops, uint8."""
+
+    low_res: Tensor  # (..., 3, h, w)
+    high_res: Tensor  # (..., 3, H, W)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Crops":
+        """On another device, as a tensor would be."""
+        return Crops(*(image.to(device, non_blocking=non_blocking) for image in self))
+
+    def sample(self, scale: float, upscale_function: UpscaleFunction = upscale_image) -> Sample:
+        """What the network trains on; ValueError unless the sides are whole multiples of the scale."""
+        low_res, original = (to_model_range(image.float() / 255) for image in self)
+        upscaled = upscale_function(low_res, scale).clamp(-1, 1)
+        if upscaled.shape != original.shape:
+            raise ValueError(
+                f"the upscale function gave {tuple(upscaled.shape)} for an original of "
+                f"{tuple(original.shape)}: the sides must be whole multiples of the scale {scale:g}"
+            )
+        return Sample(low_res, upscaled, original, original - upscaled)
 
 
 def check_crop_size(img_size: int, downscale_factor: float) -> None:
@@ -237,24 +244,47 @@ class ImageDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> Sample:
         """The sample of an index or of (epoch, index)."""
-        return degrade(self.crop(index), self.degradation, self.upscale_function)
+        return self.pair(index).sample(self.downscale_factor, self.upscale_function)
+
+    def pair(self, index: int | tuple[int, int]) -> Crops:
+        """Both resolutions, (3, h, w) and (3, img_size, img_size): what the degradation made, cut."""
+        window, random = self._window(index)
+        low_res = self.degradation(window, random)
+        ratio = exact_scale(self.downscale_factor)
+        spare = [(n - self.img_size) // ratio.numerator for n in window.shape[-2:]]
+        places = [int(random.integers(rest + 1)) if self.train else rest // 2 for rest in spare]
+        low_size = round(self.img_size / ratio)
+        return Crops(
+            _cut(low_res, [place * ratio.denominator for place in places], low_size),
+            _cut(window, [place * ratio.numerator for place in places], self.img_size),
+        )
 
     def crop(self, index: int | tuple[int, int]) -> Tensor:
-        """The high-resolution crop alone, (3, img_size, img_size) uint8."""
+        """The high-resolution crop alone, (3, img_size, img_size) uint8, for what needs no margin."""
+        return self._window(index)[0]
+
+    def _window(self, index: int | tuple[int, int]) -> tuple[Tensor, np.random.Generator]:
+        """A crop with the degradation's margin, (3, H, W) uint8, and its generator for what follows."""
         epoch, position = index if isinstance(index, tuple) else (0, index)
         if not 0 <= position < len(self.paths):
             raise IndexError(f"index {position} of {len(self.paths)} images")
         random = np.random.default_rng((self.seed, epoch, position))
         pixels = self._read(position)
-        spare = [length - self.img_size for length in pixels.shape[:2]]
+        multiple = exact_scale(self.downscale_factor).numerator
+        margin = self.degradation.margin * self.downscale_factor
+        sizes = [
+            self.img_size + int(min(margin, n - self.img_size)) // multiple * multiple
+            for n in pixels.shape[:2]
+        ]
+        spare = [n - size for n, size in zip(pixels.shape[:2], sizes, strict=True)]
         top, left = (int(random.integers(rest + 1)) if self.train else rest // 2 for rest in spare)
-        window = pixels[top : top + self.img_size, left : left + self.img_size]
+        window = pixels[top : top + sizes[0], left : left + sizes[1]]
         augment = self.augment if self.train else "none"
         if augment != "none" and random.integers(2):
             window = window[:, ::-1]
         if augment == "dihedral":
             window = np.rot90(window, int(random.integers(4)))
-        return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
+        return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1))), random
 
     def _read(self, position: int) -> npt.NDArray[np.uint8]:
         """The image at a position, or the next that can be read."""
@@ -273,8 +303,8 @@ class ImageDataset(Dataset[Sample]):
         raise RuntimeError(f"none of the {len(self.paths)} images can be read any more")
 
 
-class CropDataset(Dataset[Tensor]):
-    """The crops of an ImageDataset: what workers send."""  # resizing then runs batched on the device
+class CropDataset(Dataset[Tensor | Crops]):
+    """The crops of an ImageDataset: what workers send. What is random is degraded here, the rest batched."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
@@ -282,9 +312,9 @@ class CropDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Tensor:
-        """(3, img_size, img_size) uint8."""
-        return self.images.crop(index)
+    def __getitem__(self, index: int | tuple[int, int]) -> Tensor | Crops:
+        """(3, img_size, img_size) uint8, with its low resolution where its degradation is random."""
+        return self.images.pair(index) if self.images.degradation.random else self.images.crop(index)
 
     def name(self, index: int) -> str:
         """The path of the image."""
@@ -293,6 +323,11 @@ class CropDataset(Dataset[Tensor]):
     def failures(self) -> int:
         """How many images turned unreadable."""
         return int(self.images.failed.sum())
+
+
+def _cut(image: Tensor, place: Sequence[int], size: int) -> Tensor:
+    """(..., size, size) from the row and column of its corner."""
+    return image[..., place[0] : place[0] + size, place[1] : place[1] + size].contiguous()
 
 
 def _usable(

@@ -33,6 +33,7 @@ READABLE = (1, FORMAT)  # what models can be read from; format 1 cannot be resum
 StateDict = Mapping[str, Tensor]
 NOT_A_CHECKPOINT = "is not a checkpoint of this project"
 RELEASED = Path(__file__).parent.parent / "weights"
+KINDS = {"clean": "x", "photo": "photo_x"}  # released weights, and how their names begin
 
 
 class CheckpointError(ValueError):
@@ -173,16 +174,23 @@ def load_model(
     return LoadedModel(rebuilt, process, content.get("degradation", {}), step)
 
 
-def released_model(scale: float = 4) -> Path:
-    """The weights that come with the project for this enlargement; CheckpointError if none do."""
-    path = RELEASED / f"x{scale:g}.safetensors"
+def released_model(scale: float = 4, kind: str = "clean") -> Path:
+    """The project's own weights for this enlargement, of KINDS; CheckpointError if there are none."""
+    path = RELEASED / f"{KINDS[kind]}{scale:g}.safetensors"
     if not path.is_file():
-        there = ", ".join(sorted(found.stem for found in RELEASED.glob("x*.safetensors"))) or "none"
+        there = ", ".join(sorted(found.stem for found in RELEASED.glob("*x*.safetensors"))) or "none"
         raise CheckpointError(
-            f"no weights for x{scale:g} come with the project (there are: {there}); train your own "
+            f"no {kind} weights for x{scale:g} come with the project (there are: {there}); train your own "
             "with train_diffusion.py and give their --weights_path"
         )
     return path
+
+
+def find_weights(name: str | Path | None = None, scale: float = 4) -> Path:
+    """The file of "photo" or "clean", the project's own, a path; None is photo, or clean without one."""
+    if name is None:
+        name = "photo" if (RELEASED / f"{KINDS['photo']}{scale:g}.safetensors").is_file() else "clean"
+    return released_model(scale, str(name)) if name in KINDS else Path(name)
 
 
 def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass
 from fractions import Fraction
 
 from bicubic import Border
+from degradation import Kind
 from engine.options import Options, option
 from evaluation.metrics import Channel, Protocol
 
@@ -15,11 +16,12 @@ class EvaluationConfig(Options):
 
     scale: float = option(MISSING, "the enlargement, such as 4", above=1)
     border: Border = option("mirror", "what bicubic sees beyond the edge; mirror is today's MATLAB")
+    degradation: Kind = option("bicubic", "how low resolution is made, unless it is given; drawn by the seed")
     channel: Channel = option("luma", "what PSNR and SSIM compare")
     crop: int | None = option(
         None, "pixels that PSNR and SSIM leave out at each border; without it, the scale", low=0
     )
-    seed: int = option(0, "of the noise, and of SWD's patches", low=0, high=2**63 - 1)
+    seed: int = option(0, "of the noise, of SWD's patches and of the degradation", low=0, high=2**63 - 1)
     lpips: bool = option(True, "measure LPIPS")
     lpips_weights: str | None = option(
         None, "AlexNet's features for LPIPS, .pth or .safetensors; without it, SR_LPIPS_WEIGHTS or a download"

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from degradation import Bicubic
+from degradation import degradation_from_dict
 from evaluation.config import EvaluationConfig
 from evaluation.metrics import SSIM_WINDOW, to_uint8
 from evaluation.pairs import find_low_resolution
@@ -32,7 +33,7 @@ class ImageSet:
 
     Args:
         folder: high-resolution images, each cropped (top-left) to a size that the scale divides.
-        config: its scale and border say how the low resolution is made.
+        config: its degradation, scale, border and seed say how the low resolution is made.
         low_res_folder: low-resolution images to use instead of making them, matched by name.
         limit: only the first so many.
 
@@ -53,7 +54,10 @@ class ImageSet:
         self.paths = list_images(folder, recursive=False)[:limit]
         self.low_res_paths = None if low_res_folder is None else list_images(low_res_folder, recursive=False)
         self.scale = config.ratio
-        self.degradation = Bicubic(scale=config.scale, border=config.border)
+        options = {"kind": config.degradation, "scale": config.scale, "border": config.border}
+        clean = {} if config.degradation == "bicubic" else {"clean_share": 0.0}
+        self.degradation = degradation_from_dict({**options, **clean})
+        self.seed = config.seed
         self.smallest = max(SMALLEST_SIDE, 2 * config.protocol.crop + SSIM_WINDOW)
 
     def __len__(self) -> int:
@@ -73,7 +77,8 @@ class ImageSet:
             )
         truth, scale = truth[:, :height, :width], float(self.scale)
         if self.low_res_paths is None:
-            low_res = self.degradation(truth)
+            random = np.random.default_rng((self.seed, *os.fsencode(path.stem)))  # the same among any others
+            low_res = self.degradation(truth, random)
         else:
             low_res = self._read_low_res(find_low_resolution(path, self.low_res_paths, scale), path, truth)
         return Picture(printable(path.name), truth, low_res)

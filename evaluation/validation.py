@@ -16,7 +16,7 @@ from imaging.files import to_unit_range
 from restoration import RestoreConfig, Restorer
 from training import NonFiniteError, Validation
 from unet import Condition
-from util import ImageDataset, Sample, degrade
+from util import Crops, ImageDataset, Sample
 
 VALIDATION_SEED = 0
 VALIDATION_BATCH = 8
@@ -54,10 +54,10 @@ class Validator:
         self.precision = precision
         self.degradation = dataset.degradation
         self.conditions = Conditions(Protocol(crop=round(dataset.downscale_factor)))
-        crops = torch.stack([dataset.crop(index) for index in range(len(dataset))])
+        pairs = Crops(*map(torch.stack, zip(*map(dataset.pair, range(len(dataset))), strict=True)))
         self.batches = [
-            degrade(some.to(self.processes.device), dataset.degradation, dataset.upscale_function)
-            for some in crops.split(VALIDATION_BATCH)
+            Crops(*some).to(self.processes.device).sample(dataset.downscale_factor, dataset.upscale_function)
+            for some in zip(*(image.split(VALIDATION_BATCH) for image in pairs), strict=True)
         ]
         bicubic = [self._scores(batch, to_unit_range(batch.upscaled)) for batch in self.batches]
         self.bicubic_psnr = [scores["psnr"] for scores in bicubic]

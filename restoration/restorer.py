@@ -4,6 +4,7 @@ Shapes: B images, C channels, H x W pixels of the high resolution, h x w of the 
 [-1, 1] inside and in [0, 1] once restored.
 """
 
+import copy
 import logging
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from torch import Tensor
 from bicubic import Border
 from degradation import degradation_from_dict
 from diffusion import Network, ProcessConfig, ResidualGenerator
-from engine.checkpoint import LoadedModel, NetworkT, load_model, released_model
+from engine.checkpoint import LoadedModel, NetworkT, find_weights, load_model, load_weights
 from engine.device import autocast_dtype, select_device
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
@@ -125,7 +126,8 @@ def restore(
 
     Args:
         image: see Restorer.restore.
-        model: loaded, or the path of its file; None is the x4 model that comes with the project.
+        model: loaded, the path of its file, or "photo" or "clean" for the x4 models that come with the
+            project; None is photo, or clean where there is none.
         device, precision: see engine.device.
 
     Raises:
@@ -136,8 +138,32 @@ def restore(
     config = config or RestoreConfig()
     if isinstance(model, LoadedModel):
         return Restorer(model, config, chosen, dtype).restore(image)
-    loaded = load_model(released_model() if model is None else model, UNet)
-    return Restorer(loaded, config, chosen, dtype).restore(image)
+    return Restorer(load_model(find_weights(model), UNet), config, chosen, dtype).restore(image)
+
+
+def blend(
+    clean: LoadedModel[NetworkT], photo: LoadedModel[NetworkT], strength: float
+) -> LoadedModel[NetworkT]:
+    """A model between two: weights clean + strength (photo - clean), strength in [0, 1] (Wang et al. 2019).
+
+    Raises:
+        ValueError: their networks, processes or enlargements differ; OptionError: another strength.
+    """
+    if not 0 <= strength <= 1:
+        raise OptionError("strength", strength, "give a number from 0, clean, to 1, photo")
+    networks: list[Network] = [cast(Network, model.network) for model in (clean, photo)]
+    described = [
+        (network.config, ProcessConfig.from_dict(model.process), float(network.scale))
+        for network, model in zip(networks, (clean, photo), strict=True)
+    ]
+    if described[0] != described[1]:
+        raise ValueError(f"models that differ cannot be blended: {described[0]} and {described[1]}")
+    if strength == 0:
+        return clean
+    first, last = (model.network.state_dict() for model in (clean, photo))
+    blended = copy.deepcopy(photo.network)
+    load_weights(blended, {name: first[name].lerp(last[name], strength) for name in first}, "the blend")
+    return photo._replace(network=blended)
 
 
 class Restorer:
@@ -358,7 +384,11 @@ def _border(degradation: Mapping[str, object]) -> Border:
     """What bicubic saw beyond the edge when it shrank the images; OptionError for another degradation."""
     kind = degradation.get("kind", "bicubic")
     if kind != "bicubic":
-        raise OptionError("consistency", True, f"this model undoes {kind}, not bicubic; leave it out")
+        raise OptionError(
+            "consistency",
+            True,
+            f"this model undoes {kind}, not bicubic; take the clean weights, or leave it out",
+        )
     return degradation_from_dict(degradation).border
 
 

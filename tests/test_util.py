@@ -14,12 +14,12 @@ from bicubic import resize
 from imaging.files import write_image
 from util import (
     CropDataset,
+    Crops,
     ImageDataset,
     MultiHeadAttentionBlock,
     PixelNorm,
     ResidualBlock,
     SinusoidalPositionEmbeddings,
-    degrade,
     normalisation,
 )
 
@@ -161,7 +161,7 @@ def test_a_wrong_upscale_function_is_named(photo_folder):
 def test_degrading_a_batch_equals_degrading_each(photo_folder):
     dataset = ImageDataset(photo_folder, 32, 4)
     crops = torch.stack([dataset.crop(index) for index in range(4)])
-    batch = degrade(crops, dataset.degradation)
+    batch = Crops(dataset.degradation(crops), crops).sample(4)
     for index in range(4):
         for ours, theirs in zip(batch, dataset[index], strict=True):
             torch.testing.assert_close(ours[index], theirs, atol=2e-6, rtol=0)
