@@ -25,9 +25,9 @@ from restoration import PRESETS, RestoreConfig
 
 RESULTS = Path("weights/RESULTS.md")
 METRICS = [BY_NAME[name] for name in ("psnr", "ssim", "lr_psnr", "lpips", "hf_energy", "swd")]
-MODES = {mode: RestoreConfig(mode=mode) for mode in PRESETS}
-CONSISTENT = {
-    f"{mode}, consistent": replace(MODES[mode], consistency=True) for mode in ("fidelity", "detail")
+MODES: dict[str, RestoreConfig] = {mode: RestoreConfig(mode=mode) for mode in PRESETS}
+CONSISTENT: dict[str, RestoreConfig] = {
+    f"{mode}, consistent": RestoreConfig(mode=mode, consistency=True) for mode in ("fidelity", "detail")
 }
 
 
