@@ -540,9 +540,9 @@ class ResidualGenerator:
         low_res, upscaled = self._inputs(model, low_resolution_image)
         return self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
 
-    def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
+    def plan(self, steps: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
         """The steps of the sampler, none for 0; ValueError for a number it or the process cannot take."""
-        return self.sampler.steps(steps, eta) if steps else ()
+        return self.sampler.steps(steps, eta, detail) if steps else ()
 
     def encode(self, model: Network, condition: Condition) -> tuple[object, Tensor | None]:
         """The condition as `estimate` takes it, and the mean that the network predicts from it, or None."""

@@ -7,6 +7,7 @@ python evaluate.py --data photos --scale 4 --weights_path best.pth --mode fideli
 
 import argparse
 import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from imaging.atomic import write_atomically, write_text_atomically
 from restoration import PRESETS, RestoreConfig
 
 DEFAULT_STEPS = (1, 4, 10, 50)
-ROWS = ("mode", "steps", "num_images")  # the options of RestoreConfig that make rows
+ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
 
 
 Writer: TypeAlias = Callable[[Report, Path], None]
@@ -79,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("restoring", "as infer.py does; each mode and each number has a row")
     group.add_argument("--mode", nargs="+", choices=list(PRESETS), default=[], help="modes of infer.py")
-    steps = f"sampling steps (default, without --mode: {' '.join(map(str, DEFAULT_STEPS))})"
+    detail = "numbers from 0 to 1: texture to invent, each with every number of steps"
+    group.add_argument("--detail", type=float, nargs="+", default=[], help=detail)
+    steps = f"sampling steps (default, without --mode and --detail: {' '.join(map(str, DEFAULT_STEPS))})"
     group.add_argument("--steps", type=int, nargs="+", help=steps)
     samples = "samples to average, instead of the mode's; one sample has no uncertainty"
     group.add_argument("--num_images", type=int, nargs="+", help=samples)
@@ -90,19 +93,23 @@ def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
-    """One configuration for each row of the model: modes first, then step counts."""
+    """One configuration for each row of the model: modes first, then detail and step counts."""
     numbers = args.num_images
     if args.num_samples is not None:
         if numbers is not None:
             raise ValueError("--num_samples N stands for --num_images 1 N: give one of the two")
         numbers = sorted({1, args.num_samples})
-    steps = list(DEFAULT_STEPS) if args.steps is None and not args.mode else args.steps or []
-    for flag, values in (("mode", args.mode), ("steps", steps), ("num_images", numbers or [])):
+    steps = args.steps or ([] if args.mode or args.detail else list(DEFAULT_STEPS))
+    given = {"mode": args.mode, "detail": args.detail, "steps": steps, "num_images": numbers or []}
+    for flag, values in given.items():
         if len(set(values)) < len(values):
             raise ValueError(f"--{flag} is {' '.join(map(str, values))}: give each once")
-    common = from_args(RestoreConfig, args, **dict.fromkeys(ROWS))
-    modes = [replace(common, mode=mode, num_images=n) for mode in args.mode for n in numbers or [None]]
-    return modes + [replace(common, steps=count, num_images=n) for count in steps for n in numbers or [1]]
+    common = from_args(RestoreConfig, args, mode=None, detail=None, steps=None, num_images=1)
+    rows = [replace(common, mode=mode) for mode in args.mode]
+    if args.detail or steps:
+        pairs = itertools.product(args.detail or [None], steps or [None])
+        rows += [replace(common, detail=detail, steps=count) for detail, count in pairs]
+    return [replace(row, num_images=n) for row in rows for n in numbers or [1]]
 
 
 def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:

@@ -90,13 +90,15 @@ class Sampler:
         """What standard normal noise is multiplied by to start."""
         return self._factors[-1]
 
-    def steps(self, count: int, eta: float = 0.0) -> tuple[Step, ...]:
+    def steps(self, count: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
         """The evaluations of `count` steps: as many, but 2 count - 2 for "heun" from 2 on.
 
         Args:
             count: 1 to T; one step gives the posterior mean at T - 1.
             eta: 0 to 1, for "ddim" only: the part of the posterior's variance drawn afresh (Song et al.
                 2021a, Eq. 16). "ddpm" has 1, the others 0.
+            detail: 0 to 1, scales the largest noise level after T - 1 (`sigma_range`): less of it leaves more
+                of the first, faithful estimate. Of "ddim" and "ddpm", which have no such range, it is 1.
 
         Raises:
             OptionError: out of range.
@@ -108,7 +110,12 @@ class Sampler:
             raise OptionError("eta", eta, "give a number from 0 to 1")
         if eta and self.name != "ddim":
             raise OptionError("eta", eta, f"the scheduler {self.name} has none; use ddim or eta 0")
-        steps = _steps(self.name, self._alpha_bar, count, 1.0 if self.name == "ddpm" else float(eta))
+        if not 0 <= detail <= 1:
+            raise OptionError("detail", detail, "give a number from 0 to 1")
+        if detail < 1 and count > 1 and self.name in ("ddim", "ddpm"):
+            raise OptionError("detail", detail, f"{self.name} starts from pure noise; use unipc or detail 1")
+        eta = 1.0 if self.name == "ddpm" else float(eta)
+        steps = _steps(self.name, self._alpha_bar, count, eta, float(detail))
         return _rescaled(steps, self._factors)
 
 
@@ -150,11 +157,12 @@ def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> li
     return [int(timestep) - 1 for timestep in rounded]
 
 
-def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> list[int]:
+def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int, detail: float = 1.0) -> list[int]:
     """T - 1, then timesteps evenly spaced in log-SNR (Lu et al. 2022, section 4) over `sigma_range`."""
     known = np.array(alpha_bar)
     log_sigma = 0.5 * np.log((1 - known) / known)  # rises with the timestep
     highest, lowest = sigma_range(num_inference_steps)
+    highest = max(detail * highest, lowest)
     levels = np.linspace(math.log(highest), math.log(lowest), num_inference_steps - 1)
     wanted = np.round(np.interp(levels, log_sigma, np.arange(len(known)))).astype(int)
     timesteps = [len(known) - 1]
@@ -177,11 +185,13 @@ def sigma_range(num_inference_steps: int) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=64)  # a folder of images asks for the same steps again and again
-def _steps(name: SchedulerName, alpha_bar: tuple[float, ...], count: int, eta: float) -> tuple[Step, ...]:
+def _steps(
+    name: SchedulerName, alpha_bar: tuple[float, ...], count: int, eta: float, detail: float
+) -> tuple[Step, ...]:
     """Sampler.steps of the variance-preserving process."""
     if name in ("ddim", "ddpm"):
         return _ddim_steps(alpha_bar, trailing_timesteps(len(alpha_bar), count), eta)
-    timesteps = log_snr_timesteps(alpha_bar, count)
+    timesteps = log_snr_timesteps(alpha_bar, count, detail)
     if name == "heun":
         return _heun_steps(alpha_bar, timesteps)
     kind = "DPMSolverMultistepScheduler" if name == "dpm++" else "UniPCMultistepScheduler"

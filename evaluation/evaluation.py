@@ -94,7 +94,8 @@ class TrainedModel:
             deviation = None if found.deviation is None else torch.from_numpy(found.deviation)
             return Estimate(pixels_to_unit(found.pixels), deviation)
 
-        label = Label(how.mode or "model", how.scheduler, restorer.step_count, samples)
+        method = how.mode or ("model" if how.detail is None else f"detail {how.detail:g}")
+        label = Label(method, how.scheduler, restorer.step_count, samples)
         return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:

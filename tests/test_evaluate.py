@@ -647,6 +647,7 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
         (["--scale", "nan"], "scale is nan"),
         (["--steps", "0", "--weights_path", "MODEL"], "--steps is 0"),
         (["--steps", "4", "4"], "4 4"),
+        (["--detail", "0.5", "1.5", "--weights_path", "MODEL"], "1.5"),
         (["--num_samples", "0"], "--num_images is 0"),
         (["--num_samples", "2", "--num_images", "3"], "--num_images"),
         (["--eta", "2", "--scheduler", "ddim", "--weights_path", "MODEL"], "2.0"),

@@ -401,10 +401,15 @@ def test_consistency_with_another_degradation_than_bicubic_is_refused(model):
 
 
 def test_presets_are_overridden_by_what_is_given():
-    assert RestoreConfig(mode="fidelity").budget == PRESETS["fidelity"] == (0, 1)
-    assert RestoreConfig(mode="balanced", steps=3).budget == (3, PRESETS["balanced"].num_images)
-    assert RestoreConfig().budget == PRESETS["fidelity"]
-    assert RestoreConfig(num_images=7).budget == (PRESETS["detail"].steps, 7)
+    assert RestoreConfig().budget == RestoreConfig(mode="fidelity").budget == (0, 1, 0)
+    sampled = RestoreConfig(mode="detail").budget
+    assert sampled.steps > 1
+    assert sampled.detail == PRESETS["detail"] == 1
+    assert RestoreConfig(mode="balanced", steps=3).budget == (3, 1, PRESETS["balanced"])
+    assert RestoreConfig(mode="balanced", detail=0.7).budget == (sampled.steps, 1, 0.7)
+    assert RestoreConfig(num_images=7).budget == (sampled.steps, 7, 1)
+    assert RestoreConfig(steps=4).budget == (4, 1, 1)
+    assert RestoreConfig(detail=0).budget == (0, 1, 0)
 
 
 @pytest.mark.parametrize(
