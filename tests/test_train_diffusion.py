@@ -64,6 +64,7 @@ def test_every_recipe_is_understood(recipe):
     assert checkpoint is None
 
 
+@pytest.mark.slow  # bitsandbytes takes seconds to import
 def test_eight_bit_adamw_is_the_default_on_cuda_only():
     config = parse([])[0].training
     for device, expected in (("cuda", "adamw8bit"), ("cpu", "adamw"), ("mps", "adamw")):
