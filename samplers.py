@@ -199,7 +199,8 @@ def _multistep(alpha_bar: Sequence[float], timesteps: Sequence[int], *, correcte
     levels = _levels(alpha_bar, timesteps)
     log_snr = [math.log(signal / noise) if noise else math.inf for signal, noise in levels]
     newest, older, oldest = np.eye(HISTORY)  # weights of the clean estimates
-    steps, correction = [], np.zeros(HISTORY)
+    correction = np.zeros(HISTORY)
+    steps: list[Step] = []
     for index, timestep in enumerate(timesteps):
         (_, before), (signal, noise) = levels[index : index + 2]
         h = log_snr[index + 1] - log_snr[index]
