@@ -75,7 +75,7 @@ def test_two_processes_train_what_one_does(photo_folder, tmp_path):
         tmp_path / "two", flags(photo_folder, tmp_path / "two", *more, "--accumulation_steps", "2")
     )
     for process in two:
-        process.join(60)
+        process.join(120)
     printed = [(tmp_path / "two" / f"printed_{rank}").read_text() for rank in "01"]
     assert [process.exitcode for process in two] == [0, 0], printed
     assert "2 process(es)" in printed[0]
