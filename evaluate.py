@@ -35,12 +35,11 @@ Writer: TypeAlias = Callable[[Report, Path], None]
 
 
 def text_writer(make: Callable[[Report], str]) -> Writer:
-    """Writes what `make` says of a report."""
     return lambda report, path: write_text_atomically(path, make(report))
 
 
 def write_plot(report: Report, path: Path) -> None:
-    """Write the figure as PNG."""
+    """As PNG."""
     figure = perception_distortion_figure(report)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
@@ -54,7 +53,6 @@ OUTPUTS: dict[str, tuple[str, Writer]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag of the script."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
     shown = "(default: %(default)s)"
     data = parser.add_argument_group("data and metrics")
@@ -113,7 +111,7 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
 
 
 def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
-    """The files that were asked for; ValueError for what cannot be written, before the long computation."""
+    """ValueError for what cannot be written, before the long computation."""
     outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
     if "plot" in outputs and outputs["plot"].suffix.lower() != ".png":
         raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
@@ -129,7 +127,7 @@ def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the files, and print the table; returns the exit status."""
+    """Returns the exit status."""
     for name in ("data", "low_res", "weights_path", "lpips_weights", *OUTPUTS):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty; give a path")
@@ -165,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Returns the exit status."""
     args = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,4 +1,4 @@
-"""Network blocks, and the dataset that turns a folder of photos into training samples.
+"""Network blocks, and the dataset of training samples.
 
 Shapes: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, D width.
 """
@@ -27,7 +27,7 @@ Norm = Literal["group", "pixel"]
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """Sines and cosines of t (Vaswani et al. 2017, section 3.5), of wavelengths 2 pi to 2 pi max_period."""
+    """Of t (Vaswani et al. 2017, section 3.5), of wavelengths 2 pi to 2 pi max_period."""
 
     frequencies: Tensor
 
@@ -63,7 +63,7 @@ class PixelNorm(nn.Module):
 
 
 def normalisation(norm: Norm, channels: int, groups: int = 8) -> nn.Module:
-    """PixelNorm, or GroupNorm (Wu & He 2018) of at most `groups` groups that divide the channels."""
+    """PixelNorm, or GroupNorm (Wu & He 2018) of at most `groups` groups."""
     if norm == "pixel":
         return PixelNorm(channels)
     if norm == "group":
@@ -74,8 +74,8 @@ def normalisation(norm: Norm, channels: int, groups: int = 8) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with normalisation and SiLU, added to the input (He et al. 2016).
 
-    A time embedding scales and shifts the second normalisation (Dhariwal & Nichol 2021, section 3). A new
-    block is the identity, or its 1x1 projection to another width.
+    A time embedding scales and shifts the second normalisation (Dhariwal & Nichol 2021, section 3). New, it
+    is the identity, or a 1x1 projection.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ResidualBlock(nn.Module):
 
 
 class MultiHeadAttentionBlock(nn.Module):
-    """Pre-normalised multi-head self-attention over all pixels, added to the input (Vaswani et al. 2017)."""
+    """Pre-normalised self-attention over all pixels, added (Vaswani et al. 2017)."""
 
     def __init__(self, channels: int, num_heads: int = 4, *, norm: Norm = "group", groups: int = 8) -> None:
         super().__init__()
@@ -136,7 +136,6 @@ class MultiHeadAttentionBlock(nn.Module):
 
 
 def zero_(layer: nn.Module) -> None:
-    """Set weight and bias to 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
@@ -146,7 +145,7 @@ Augmentation = Literal["none", "flip", "dihedral"]
 
 
 class Sample(NamedTuple):
-    """What the network trains on; images in [-1, 1]."""
+    """Images in [-1, 1]."""
 
     low_res: Tensor  # (..., 3, h, w)
     upscaled: Tensor  # (..., 3, H, W), clipped to [-1, 1]
@@ -177,7 +176,7 @@ class Crops(NamedTuple):
 
 
 def check_crop_size(img_size: int, downscale_factor: float) -> None:
-    """ValueError unless a crop becomes a whole number of low-resolution pixels."""
+    """ValueError unless a crop becomes whole low-resolution pixels."""
     low_size = img_size / downscale_factor
     if img_size < 8 or not math.isclose(low_size, round(low_size), abs_tol=1e-6):
         raise ValueError(

@@ -25,7 +25,7 @@ def row(photo: Pixels, low_res: Pixels, restored: dict[str, Pixels]) -> Pixels:
     """The crop of the input, its bicubic, what was restored and the original, side by side."""
     images = {
         "input": np.repeat(np.repeat(low_res, SCALE, axis=0), SCALE, axis=1),
-        "bicubic": upscale_image(low_res, SCALE),
+        "bicubic": np.asarray(upscale_image(low_res, SCALE)),
         **restored,
         "original": photo,
     }

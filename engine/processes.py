@@ -16,7 +16,7 @@ NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distri
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all `world_size` of the run; `rank` counts from 0."""
+    """This process among all `world_size` of the run."""
 
     device: torch.device
     rank: int = 0
@@ -24,18 +24,17 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files, logs and messages."""
+        """Whether it writes files, logs and messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place; every one must call it."""
+        """Over all processes, in place; every one must call it."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
 
 def _world_size() -> int:
-    """How many torchrun started; 1 without it."""
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"WORLD_SIZE is {given!r}: it must be a number of processes; torchrun sets it")
@@ -49,10 +48,9 @@ def _world_size() -> int:
 
 @contextmanager
 def started_processes(device_name: str) -> Iterator[Processes]:
-    """Join the other processes (CPUs by gloo, CUDA by NCCL); alone without torchrun.
+    """Join the other processes (gloo on CPUs, NCCL on CUDA); alone without torchrun.
 
-    Raises:
-        ValueError: the device is missing, or cannot be shared by processes.
+    ValueError: the device is missing, or cannot be shared.
     """
     world_size = _world_size()
     device = select_device(device_name)

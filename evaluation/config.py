@@ -12,7 +12,7 @@ from evaluation.metrics import Channel, Protocol
 
 @dataclass(frozen=True)
 class EvaluationConfig(Options):
-    """The options; the scale may be a fraction such as 1.5."""
+    """The scale may be a fraction such as 1.5."""
 
     scale: float = option(MISSING, "the enlargement, such as 4", above=1)
     border: Border = option("mirror", "what bicubic sees beyond the edge; mirror is today's MATLAB")
@@ -34,10 +34,9 @@ class EvaluationConfig(Options):
 
     @property
     def ratio(self) -> Fraction:
-        """The scale: a side that can be shrunk exactly is a multiple of its numerator."""
+        """A side that shrinks exactly is a multiple of its numerator."""
         return Fraction(self.scale).limit_denominator(100)
 
     @property
     def protocol(self) -> Protocol:
-        """What PSNR and SSIM compare."""
         return Protocol(math.ceil(self.ratio) if self.crop is None else self.crop, self.channel)

@@ -1,7 +1,7 @@
-"""Measure bicubic, trained models and any other way to restore on a set of images: one row per method.
+"""Measure bicubic, trained models and any other restorer on a set of images.
 
-A restorer is any callable low_res (C, h, w) in [0, 1] -> restored (C, H, W) in [0, 1], C 1 (grey) or 3 (RGB);
-its results are rounded to uint8 before they are measured.
+A restorer maps low_res (C, h, w) in [0, 1] to (C, H, W) in [0, 1], C 1 or 3, rounded to uint8 before
+measuring.
 """
 
 import math
@@ -39,7 +39,7 @@ IMAGE_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 class Estimate(NamedTuple):
-    """What a restorer that averages samples may give: (C, H, W) in [0, 1], and their deviation (H, W)."""
+    """(C, H, W) in [0, 1], and the samples' deviation (H, W)."""
 
     restored: Tensor
     deviation: Tensor | None = None
@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One row: how it is called, the restorer, and where it computes, to tell its time and memory."""
+    """One row; `device` is where it computes."""
 
     label: Label
     restore: Callable[[Tensor], Tensor | Estimate]
@@ -55,7 +55,7 @@ class Method:
 
 
 def bicubic_method(config: EvaluationConfig) -> Method:
-    """Bicubic of 8-bit images, on the CPU: its row is the same to the last digit wherever others compute."""
+    """Of 8-bit images, on the CPU: the same to the last digit everywhere."""
 
     def restore(low_res: Tensor) -> Tensor:
         return resize(to_uint8(low_res), scale=config.scale, border=config.border).float() / 255
@@ -64,12 +64,9 @@ def bicubic_method(config: EvaluationConfig) -> Method:
 
 
 class TrainedModel:
-    """A checkpoint (.pth) or an exported model (.safetensors), and how to compute with it.
+    """A checkpoint (.pth) or an exported model (.safetensors), or CheckpointError.
 
-    Args:
-        path: the file; CheckpointError where it is not a model.
-        device: where to compute.
-        precision: dtype to autocast to, None for float32.
+    `precision`: dtype to autocast to, None for float32.
     """
 
     def __init__(
@@ -79,7 +76,7 @@ class TrainedModel:
         self.path, self.device, self.precision = Path(path), device, precision
 
     def method(self, how: RestoreConfig, scale: float) -> Method:
-        """Restoring as infer.py does; ValueError for what the network cannot do, such as another scale."""
+        """As infer.py restores; ValueError for what the network cannot do."""
         trained = float(self.loaded.network.scale)
         if abs(trained - scale) > 1e-4:
             raise ValueError(
@@ -99,7 +96,6 @@ class TrainedModel:
         return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:
-        """What identifies the model and how it is computed."""
         process = ProcessConfig.from_dict(self.loaded.process)
         return {
             "file": printable(self.path.name),
@@ -129,15 +125,14 @@ def evaluate(
 ) -> Report:
     """Measure bicubic and other methods, one image in memory at a time.
 
-    The same arguments give the same numbers, except for time and memory. An image that fails is left out of
-    every row, and named; ValueError where all do, or the weights for LPIPS are wrong.
+    The same arguments give the same numbers, but for time and memory. An image that fails is left out of
+    every row, and named; ValueError where all do, or LPIPS's weights are wrong.
 
     Args:
-        images, config: what to measure, and how.
-        methods: see TrainedModel.method; for a restorer of your own, Method(Label("mine"), restore).
+        methods: see TrainedModel.method; for your own restorer, Method(Label("mine"), restore).
         device: where LPIPS is computed.
-        facts: more for the protocol, such as which model it was.
-        progress: show a progress bar on stderr, if that is a terminal.
+        facts: more for the protocol.
+        progress: a bar on a terminal.
     """
     conditions = _conditions(config, device)
     methods = (bicubic_method(config), *methods)
@@ -152,7 +147,7 @@ def evaluate(
 
 
 def _row(column: Sequence[Measured], seed: int) -> Scores:
-    """What one method scores on the set."""
+    """Of the set."""
     scores, patches = zip(*column, strict=True)
     values = {
         each.name: each.summarise([one[each.name] for one in scores], patches, seed) for each in METRICS
@@ -188,7 +183,7 @@ def _measure_all(
 
 
 def _measure(method: Method, picture: Picture, conditions: Conditions) -> tuple[Scores, Tensor]:
-    """Restore one picture: its scores, and the result (C, H, W) as an 8-bit file holds it, in [0, 1]."""
+    """Scores of one picture, and the result (C, H, W) as an 8-bit file holds it."""
     low_res = _unit(picture.low_res)
     found, seconds, peak_bytes = _timed(method, low_res[0])
     estimate = found if isinstance(found, Estimate) else Estimate(found)

@@ -1,7 +1,4 @@
-"""The images of an evaluation, read one at a time.
-
-Shapes: C channels (1 grey or 3 RGB), H x W pixels of the high resolution, h x w of the low one; all uint8.
-"""
+"""The images of an evaluation, read one at a time: C channels (1 or 3), H x W or h x w pixels, uint8."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +18,7 @@ SMALLEST_SIDE = 32  # what LPIPS, the spectrum and the pyramid of patches need
 
 
 class Picture(NamedTuple):
-    """One image to restore and the truth to compare with."""
+    """What to restore, and the truth."""
 
     name: str  # of the file
     truth: Tensor  # (C, H, W)
@@ -29,7 +26,7 @@ class Picture(NamedTuple):
 
 
 class ImageSet:
-    """The images of a folder, subfolders left out, in the order of their names; `read` opens one of them.
+    """The images of a folder without subfolders, by name.
 
     Args:
         folder: high-resolution images, each cropped (top-left) to a size that the scale divides.
@@ -37,8 +34,7 @@ class ImageSet:
         low_res_folder: low-resolution images to use instead of making them, matched by name.
         limit: only the first so many.
 
-    Raises:
-        ValueError: a folder is missing or holds no image.
+    ValueError: a folder is missing or holds no image.
     """
 
     def __init__(
@@ -67,7 +63,7 @@ class ImageSet:
         return (self.read(path) for path in self.paths)
 
     def read(self, path: Path) -> Picture:
-        """One of the images; ValueError where a file is unreadable, too small or without its partner."""
+        """ValueError: unreadable, too small or without its partner."""
         truth, multiple = _read_planes(path), self.scale.numerator
         height, width = (length - length % multiple for length in truth.shape[-2:])
         if min(height, width) < self.smallest:
@@ -109,5 +105,5 @@ def _read_planes(path: Path) -> Tensor:
 
 
 def printable(name: str) -> str:
-    """A file name as text that can be written as UTF-8: bytes that are none become \\xNN."""
+    """UTF-8; bytes that are none become \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
