@@ -173,11 +173,16 @@ def load_model(
     return LoadedModel(rebuilt, process, content.get("degradation", {}), step)
 
 
+def released_scales() -> list[float]:
+    """The enlargements that the project has weights for."""
+    return sorted(float(path.stem[1:]) for path in RELEASED.glob("x*.safetensors"))
+
+
 def released_model(scale: float = 4) -> Path:
     """The weights that come with the project for this enlargement; CheckpointError if none do."""
     path = RELEASED / f"x{scale:g}.safetensors"
     if not path.is_file():
-        there = ", ".join(sorted(found.stem for found in RELEASED.glob("x*.safetensors"))) or "none"
+        there = ", ".join(f"x{known:g}" for known in released_scales()) or "none"
         raise CheckpointError(
             f"no weights for x{scale:g} come with the project (there are: {there}); train your own "
             "with train_diffusion.py and give their --weights_path"

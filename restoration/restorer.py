@@ -28,6 +28,7 @@ from imaging.files import Pixels, to_unit_range, write_image
 from imaging.metadata import Metadata
 from restoration.denoiser import ALL_VIEWS, UPRIGHT, Base, TiledDenoiser, Windows
 from restoration.pictures import Restorable, to_deviation, to_input, to_picture
+from restoration.rescaled import released_chain, restorer_to
 from restoration.tiling import Field, Scale, Shape, Window, bytes_on_disk, row_bands
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
 from unet import UNet
@@ -114,6 +115,7 @@ def restore(
     model: str | Path | LoadedModel[NetworkT] | None = None,
     config: RestoreConfig | None = None,
     *,
+    scale: float | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> Restoration:
@@ -121,7 +123,8 @@ def restore(
 
     Args:
         image: see Restorer.restore.
-        model: loaded, or the path of its file; None is the x4 model that comes with the project.
+        model: loaded, or the path of its file; None is what comes with the project.
+        scale: the enlargement, above 1 and at most 16; None is the model's, or 4.
         device, precision: see engine.device.
 
     Raises:
@@ -131,9 +134,10 @@ def restore(
     dtype = autocast_dtype(chosen, precision)
     config = config or RestoreConfig()
     if isinstance(model, LoadedModel):
-        return Restorer(model, config, chosen, dtype).restore(image)
-    loaded = load_model(released_model() if model is None else model, UNet)
-    return Restorer(loaded, config, chosen, dtype).restore(image)
+        return restorer_to(scale, [Restorer(model, config, chosen, dtype)]).restore(image)
+    paths = [released_model(one) for one in released_chain(scale)] if model is None else [model]
+    restorers = [Restorer(load_model(path, UNet), config, chosen, dtype) for path in paths]
+    return restorer_to(scale, restorers).restore(image)
 
 
 class Restorer:
