@@ -525,6 +525,8 @@ class ResidualGenerator:
             raise ValueError(
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
             )
+        if float(model.residual_std) <= 0:
+            raise ValueError("this network has no residual_std: load trained weights into it first")
         if low_res.min() < -1.001 or low_res.max() > 1.001:
             raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
         low_res = low_res.to(self.device, torch.float32)
@@ -560,8 +562,6 @@ class ResidualGenerator:
         streams: Sequence[torch.Generator],
     ) -> Tensor:
         """One sample of each image: (B, C, H, W) in [-2, 2]."""
-        if float(model.residual_std) <= 0:
-            raise ValueError("this network has no residual_std: load trained weights into it first")
         context, mean = self.encode(model, Condition(upscaled, low_res))
         base = upscaled if mean is None else upscaled + model.residual_std * mean.float()
         if not plan:

@@ -3,6 +3,7 @@
 python evaluate.py --data Set5 --scale 4
 python evaluate.py --data Set5 --scale 4 --weights_path best.pth --steps 1 4 10 --json set5.json --plot x.png
 python evaluate.py --data photos --scale 4 --weights_path best.pth --mode fidelity detail --tile 512
+torchrun --nproc_per_node 4 evaluate.py --data photos --scale 4 --weights_path best.pth
 """
 
 import argparse
@@ -12,20 +13,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias, get_args
 
 import torch
 
-from engine.checkpoint import find_weights
-from engine.device import Precision, autocast_dtype, select_device
+from engine.device import Precision, autocast_dtype
 from engine.options import OptionError, add_flags, from_args, with_flag
+from engine.processes import Processes, started_processes
 from evaluation.config import EvaluationConfig
 from evaluation.evaluation import Method, TrainedModel, evaluate
 from evaluation.images import ImageSet
 from evaluation.report import Json, Report, perception_distortion_figure
 from imaging.atomic import write_atomically, write_text_atomically
 from restoration import PRESETS, RestoreConfig
+from restoration.rescaled import find_weights
 
 DEFAULT_STEPS = (1, 4, 10, 50)
 ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
@@ -126,8 +129,8 @@ def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
     return outputs
 
 
-def run(args: argparse.Namespace) -> int:
-    """Returns the exit status."""
+def run(args: argparse.Namespace, processes: Processes) -> int:
+    """Measure with all processes, then write the files and print the table; returns the exit status."""
     for name in ("data", "low_res", "weights_path", "lpips_weights", *OUTPUTS):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty; give a path")
@@ -135,18 +138,22 @@ def run(args: argparse.Namespace) -> int:
     config = from_args(EvaluationConfig, args, scale=args.scale, lpips=not args.no_lpips)
     how = restore_configs(args)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
-    device = select_device(args.device)
+    device = processes.device
     images = ImageSet(args.data, config, args.low_res, args.limit)
     methods: list[Method] = []
     facts: dict[str, Json] = {}
     if args.weights_path is not None:
         model = TrainedModel(
-            find_weights(args.weights_path, config.scale), device, autocast_dtype(device, args.precision)
+            find_weights(args.weights_path, config.scale)[0], device, autocast_dtype(device, args.precision)
         )
         methods = [model.method(one, config.scale) for one in how]
         common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
         facts = {"model": model.describe(), "restoring": common}
-    report = evaluate(images, config, methods, device=device, facts=facts, progress=True)
+    report = evaluate(
+        images, config, methods, device=device, facts=facts, progress=processes.is_main, processes=processes
+    )
+    if not processes.is_main:
+        return 1 if report.failures else 0
     errors = []
     for name, path in outputs.items():  # before printing, which fails if nobody reads
         try:
@@ -169,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print a file's name
     try:
-        return run(args)
+        with started_processes(args.device, timedelta(days=7)) as processes:
+            return run(args, processes)
     except (ValueError, OSError) as error:
         flags = [EvaluationConfig, RestoreConfig]
         message = with_flag(error, flags) if isinstance(error, OptionError) else str(error)

@@ -164,23 +164,24 @@ def load_model(
     return LoadedModel(rebuilt, process, content.get("degradation", {}), step)
 
 
+def released_scales(kind: str = "clean") -> list[float]:
+    """The enlargements that the project has weights for, of KINDS."""
+    beginning = KINDS[kind]
+    return sorted(
+        float(path.stem.removeprefix(beginning)) for path in RELEASED.glob(f"{beginning}*.safetensors")
+    )
+
+
 def released_model(scale: float = 4, kind: str = "clean") -> Path:
     """The project's own weights for this enlargement, of KINDS; CheckpointError if there are none."""
     path = RELEASED / f"{KINDS[kind]}{scale:g}.safetensors"
     if not path.is_file():
-        there = ", ".join(sorted(found.stem for found in RELEASED.glob("*x*.safetensors"))) or "none"
+        there = ", ".join(f"x{known:g}" for known in released_scales(kind)) or "none"
         raise CheckpointError(
             f"no {kind} weights for x{scale:g} come with the project (there are: {there}); train your own "
             "with train_diffusion.py and give their --weights_path"
         )
     return path
-
-
-def find_weights(name: str | Path | None = None, scale: float = 4) -> Path:
-    """The file of "photo" or "clean", the project's own, a path; None is photo, or clean without one."""
-    if name is None:
-        name = "photo" if (RELEASED / f"{KINDS['photo']}{scale:g}.safetensors").is_file() else "clean"
-    return released_model(scale, str(name)) if name in KINDS else Path(name)
 
 
 def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:

@@ -1,9 +1,11 @@
-"""One training run in many processes, one per device, as torchrun starts them."""
+"""One run in many processes, one per device, as torchrun starts them."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from engine.device import select_device
 
+T = TypeVar("T")
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed, from torchrun
 
 
@@ -33,6 +36,14 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; every one must call it."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return cast(list[T], values)
+
 
 def _world_size() -> int:
     given = os.environ.get("WORLD_SIZE", "1")
@@ -47,10 +58,15 @@ def _world_size() -> int:
 
 
 @contextmanager
-def started_processes(device_name: str) -> Iterator[Processes]:
-    """Join the other processes (gloo on CPUs, NCCL on CUDA); alone without torchrun.
+def started_processes(device_name: str, patience: timedelta | None = None) -> Iterator[Processes]:
+    """Join the other processes (CPUs by gloo, CUDA by NCCL); alone without torchrun.
 
-    ValueError: the device is missing, or cannot be shared.
+    Args:
+        device_name: see select_device.
+        patience: how long to wait for each other; by default as long as torch.distributed does.
+
+    Raises:
+        ValueError: the device is missing, or cannot be shared by processes.
     """
     world_size = _world_size()
     device = select_device(device_name)
@@ -58,11 +74,11 @@ def started_processes(device_name: str) -> Iterator[Processes]:
         yield Processes(device)
         return
     if device.type == "mps":
-        raise ValueError("several processes cannot train on mps: use --device cpu")
+        raise ValueError("several processes cannot share mps: use --device cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield Processes(device, dist.get_rank(), world_size)
     finally:

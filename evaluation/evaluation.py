@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bicubic import resize
 from diffusion import ProcessConfig
 from engine.checkpoint import load_model
+from engine.processes import Processes
 from evaluation.config import EvaluationConfig
 from evaluation.images import ImageSet, Picture, printable
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
@@ -28,6 +29,7 @@ from evaluation.table import METRICS, Conditions, Pair
 from evaluation.wasserstein import PatchPair, patch_count, patch_positions, pyramid_patches
 from imaging.files import pixels_to_unit, unit_to_pixels
 from restoration import RestoreConfig, Restorer
+from restoration.rescaled import restorer_to
 from unet import UNet
 
 CPU = torch.device("cpu")
@@ -76,14 +78,9 @@ class TrainedModel:
         self.path, self.device, self.precision = Path(path), device, precision
 
     def method(self, how: RestoreConfig, scale: float) -> Method:
-        """As infer.py restores; ValueError for what the network cannot do."""
-        trained = float(self.loaded.network.scale)
-        if abs(trained - scale) > 1e-4:
-            raise ValueError(
-                f"{self.path.name} was trained for scale {trained:g}, not {scale:g}: "
-                f"use --scale {trained:g} or another model"
-            )
-        restorer = Restorer(self.loaded, how, self.device, self.precision)
+        """Restoring as infer.py does, to any scale; ValueError for what the network cannot do."""
+        own = Restorer(self.loaded, how, self.device, self.precision)
+        restorer = restorer_to(scale, [own])
         samples = how.budget.num_images
 
         def restore(low_res: Tensor) -> Estimate:
@@ -92,7 +89,7 @@ class TrainedModel:
             return Estimate(pixels_to_unit(found.pixels), deviation)
 
         method = how.mode or ("model" if how.detail is None else f"detail {how.detail:g}")
-        label = Label(method, how.scheduler, restorer.step_count, samples)
+        label = Label(method, how.scheduler, own.step_count, samples)
         return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:
@@ -100,12 +97,13 @@ class TrainedModel:
         return {
             "file": printable(self.path.name),
             "sha256": file_digest(self.path),
+            "scale": float(self.loaded.network.scale),
             "steps_trained": self.loaded.step,
             "parameters": sum(parameter.numel() for parameter in self.loaded.network.parameters()),
             "mode": process.mode,
             "schedule": process.schedule,
             "timesteps": process.timesteps,
-            "precision": "fp32" if self.precision is None else "bf16",
+            "precision": str(self.precision or torch.float32).removeprefix("torch."),
         }
 
 
@@ -122,6 +120,7 @@ def evaluate(
     device: torch.device = CPU,
     facts: Mapping[str, Json] | None = None,
     progress: bool = False,
+    processes: Processes | None = None,
 ) -> Report:
     """Measure bicubic and other methods, one image in memory at a time.
 
@@ -131,12 +130,14 @@ def evaluate(
     Args:
         methods: see TrainedModel.method; for your own restorer, Method(Label("mine"), restore).
         device: where LPIPS is computed.
-        facts: more for the protocol.
-        progress: a bar on a terminal.
+        facts: more for the protocol, such as which model it was.
+        progress: show a progress bar on stderr, if that is a terminal.
+        processes: this process among those that share the images; all of them get the report.
     """
     conditions = _conditions(config, device)
     methods = (bicubic_method(config), *methods)
-    measured, failures = _measure_all(methods, images, conditions, config.seed, progress)
+    processes = processes or Processes(device)
+    measured, failures = _measure_all(methods, images, conditions, config.seed, progress, processes)
     if not measured:
         raise ValueError(failures[0] if len(failures) == 1 else f"no image can be measured: {failures[0]}")
     protocol = _protocol(images, config, conditions, methods[-1].device)
@@ -156,30 +157,41 @@ def _row(column: Sequence[Measured], seed: int) -> Scores:
 
 
 def _measure_all(
-    methods: Sequence[Method], images: ImageSet, conditions: Conditions, seed: int, progress: bool
+    methods: Sequence[Method],
+    images: ImageSet,
+    conditions: Conditions,
+    seed: int,
+    progress: bool,
+    processes: Processes,
 ) -> tuple[list[list[Measured]], list[str]]:
-    """Every image by every method, and why images were left out."""
-    measured: list[list[Measured]] = []
-    failures: list[str] = []
+    """Every image by every method, and why images were left out; each process measures its part."""
+    own: dict[int, list[Measured] | str] = {}
     generator = torch.Generator().manual_seed(seed)
-    for path in tqdm(images.paths, unit="image", disable=None if progress else True, dynamic_ncols=True):
-        try:
+    shown = tqdm(images.paths, unit="image", disable=None if progress else True, dynamic_ncols=True)
+    for number, path in enumerate(shown):
+        mine = number % processes.world_size == processes.rank
+        try:  # all are read, because the patches of one are drawn after those before it
             picture = images.read(path)
             height, width = picture.truth.shape[-2:]
             positions = patch_positions(height, width, patch_count(len(images)), generator)
-            if not measured:  # what the first call alone has to set up belongs to no row
-                quickest = min(methods[1:], key=lambda method: method.label.steps or 0, default=methods[0])
-                quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
-            found = [_measure(method, picture, conditions) for method in methods]
+            if mine:
+                if not own:  # what the first call alone has to set up belongs to no row
+                    quickest = min(methods[1:], key=lambda one: one.label.steps or 0, default=methods[0])
+                    quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
+                found = [_measure(method, picture, conditions) for method in methods]
+                truth = pyramid_patches(_unit(picture.truth)[0], positions)
+                own[number] = [
+                    (scores, PatchPair(pyramid_patches(restored, positions), truth))
+                    for scores, restored in found
+                ]
         except IMAGE_ERRORS as error:
             message = " ".join(str(error).split()) or type(error).__name__
-            failures.append(printable(message if path.name in message else f"{path}: {message}"))
-            continue
-        truth = pyramid_patches(_unit(picture.truth)[0], positions)
-        measured.append(
-            [(scores, PatchPair(pyramid_patches(restored, positions), truth)) for scores, restored in found]
-        )
-    return measured, failures
+            if mine:
+                own[number] = printable(message if path.name in message else f"{path}: {message}")
+    everything = {number: one for part in processes.gather(own) for number, one in part.items()}
+    ordered = [everything[number] for number in sorted(everything)]
+    failures = [one for one in ordered if isinstance(one, str)]
+    return [one for one in ordered if not isinstance(one, str)], failures
 
 
 def _measure(method: Method, picture: Picture, conditions: Conditions) -> tuple[Scores, Tensor]:

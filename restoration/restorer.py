@@ -22,13 +22,14 @@ from torch import Tensor
 from bicubic import Border
 from degradation import degradation_from_dict
 from diffusion import Network, ProcessConfig, ResidualGenerator
-from engine.checkpoint import LoadedModel, NetworkT, find_weights, load_model, load_weights
+from engine.checkpoint import LoadedModel, NetworkT, load_model, load_weights
 from engine.device import autocast_dtype, select_device
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
 from imaging.metadata import Metadata
 from restoration.denoiser import ALL_VIEWS, UPRIGHT, Base, TiledDenoiser, Windows
 from restoration.pictures import Restorable, to_deviation, to_input, to_picture
+from restoration.rescaled import find_weights, restorer_to
 from restoration.tiling import Field, Scale, Shape, Window, bytes_on_disk, row_bands
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
 from unet import UNet
@@ -49,7 +50,7 @@ class Budget(NamedTuple):
 # The mean has the highest PSNR and no texture it is unsure of; a sample has the texture and, for a perfect
 # model, twice the squared error. Between them lie samples that start from less noise. 0 steps are the mean
 # that the network predicts; one that predicts none gives it in one step.
-PRESETS: dict[Preset, float] = {"fidelity": 0.0, "balanced": 0.3, "detail": 1.0}
+PRESETS: dict[Preset, float] = {"fidelity": 0.0, "balanced": 0.4, "detail": 1.0}
 SAMPLED_STEPS = 6
 CONSISTENCY_ROUNDS = 10
 
@@ -119,6 +120,7 @@ def restore(
     model: str | Path | LoadedModel[NetworkT] | None = None,
     config: RestoreConfig | None = None,
     *,
+    scale: float | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> Restoration:
@@ -126,8 +128,9 @@ def restore(
 
     Args:
         image: see Restorer.restore.
-        model: loaded, the path of its file, or "photo" or "clean" for the x4 models that come with the
-            project; None is photo, or clean where there is none.
+        model: loaded, the path of its file, or "photo" or "clean", which come with the project; None is
+            photo, or clean where there is none.
+        scale: the enlargement, above 1 and at most 16; None is the model's, or 4.
         device, precision: see engine.device.
 
     Raises:
@@ -137,8 +140,10 @@ def restore(
     dtype = autocast_dtype(chosen, precision)
     config = config or RestoreConfig()
     if isinstance(model, LoadedModel):
-        return Restorer(model, config, chosen, dtype).restore(image)
-    return Restorer(load_model(find_weights(model), UNet), config, chosen, dtype).restore(image)
+        return restorer_to(scale, [Restorer(model, config, chosen, dtype)]).restore(image)
+    paths = find_weights(model, scale)
+    restorers = [Restorer(load_model(path, UNet), config, chosen, dtype) for path in paths]
+    return restorer_to(scale, restorers).restore(image)
 
 
 def blend(

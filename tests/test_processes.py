@@ -1,5 +1,6 @@
 """Tests of processes.py: several processes train what one does, and none of them fails alone."""
 
+import csv
 import signal
 import socket
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.processes import Processes, started_processes
+from tests.networks import PROCESS, random_model
 from tests.runs import start, wait_for
 from train_diffusion import main
 
@@ -115,3 +117,73 @@ def test_a_signal_to_torchrun_ends_the_job_and_saves(photo_folder, tmp_path):
     assert job.returncode != 0
     assert "SIGTERM" in errors
     assert load_checkpoint(last(tmp_path))["step"] >= 1
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    loaded = random_model(2.0)
+    content = {"network": loaded.network.config.to_dict(), "process": PROCESS, "step": 7}
+    save_checkpoint(path, {**content, "ema": loaded.network.state_dict()})
+    return str(path)
+
+
+def run_both(script, one, two):
+    """The script in one process with some flags, and in two with others."""
+    return [
+        subprocess.run([*start, str(ROOT / script), *flags], capture_output=True, text=True, check=False)
+        for start, flags in (([sys.executable], one), (TORCHRUN, two))
+    ]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_two_processes_restore_the_bytes_of_one_and_then_the_rest(photo_folder, weights, tmp_path):
+    common = [str(photo_folder), "--weights_path", weights, "--device", "cpu", "--steps", "2", "--output"]
+    flags = [[*common, str(tmp_path / name)] for name in ("one", "two")]
+    one, two = run_both("infer.py", *flags)
+    assert [one.returncode, two.returncode] == [0, 0], two.stderr
+    assert sorted(one.stdout.split()) == sorted(two.stdout.replace("/two/", "/one/").split())
+    images = contents(tmp_path / "one")
+    assert len(images) == 6
+    assert contents(tmp_path / "two") == images
+    for name in ("one", "two"):  # what a killed worker did not come to
+        (tmp_path / name / "0_x2.png").unlink()
+        (tmp_path / name / "3_x2.png").unlink()
+    for again in run_both("infer.py", *([*each, "--skip_existing"] for each in flags)):
+        assert again.returncode == 0, again.stderr
+        assert again.stderr.count("4 of 6 images have a result") == 1
+        assert len(again.stdout.split()) == 2
+    assert contents(tmp_path / "two") == contents(tmp_path / "one") == images
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_table_of_one(photo_folder, weights, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for path in photo_folder.iterdir():
+        (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "photos" / "0_damaged.png").write_bytes(b"no image")
+    common = [
+        "--data",
+        str(tmp_path / "photos"),
+        "--scale",
+        "2",
+        "--weights_path",
+        weights,
+        "--device",
+        "cpu",
+    ]
+    common += ["--no_lpips", "--steps", "1", "--csv"]
+    flags = [[*common, str(tmp_path / f"{name}.csv")] for name in ("one", "two")]
+    for result in run_both("evaluate.py", *flags):
+        assert result.returncode == 1, result.stderr
+        assert result.stderr.count("1 of 7 images were left out") == 1
+    tables = []
+    for name in ("one", "two"):
+        rows = csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines())
+        tables.append([{key: row[key] for key in row if key != "seconds_per_megapixel"} for row in rows])
+    assert len(tables[0]) == 2 * 6
+    assert tables[0] == tables[1]
