@@ -114,15 +114,15 @@ def test_mean_and_variance_of_a_gaussian_converge(name):
 
 
 def test_the_default_keeps_the_variance_within_5_percent_at_10_steps_and_ddim_does_not():
-    def kept(name, deviations=(0.2, 0.4, 1, 2, 4)):
+    def kept(name, deviations=(0.2, 0.4, 1, 2)):
         sampler = Sampler(name, *COSINE)
         return [gaussian_moments(sampler, 10, deviation)[1] for deviation in deviations]
 
     assert kept(DEFAULT_SCHEDULER, (0.1,)) == pytest.approx([0.79], abs=0.01)  # below two grey levels
-    assert kept(DEFAULT_SCHEDULER) == pytest.approx([1] * 5, abs=0.05)
-    assert kept("dpm++") == pytest.approx([1] * 5, abs=0.07)
-    assert kept("heun") == pytest.approx([1] * 5, abs=0.16)
-    assert kept("ddim") == pytest.approx([0.49, 0.69, 0.78, 0.73, 0.59], abs=0.01)
+    assert kept(DEFAULT_SCHEDULER) == pytest.approx([1] * 4, abs=0.05)
+    assert kept("dpm++") == pytest.approx([1] * 4, abs=0.07)
+    assert kept("heun") == pytest.approx([1] * 4, abs=0.16)
+    assert kept("ddim") == pytest.approx([0.49, 0.69, 0.78, 0.73], abs=0.01)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
