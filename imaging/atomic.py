@@ -7,13 +7,9 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside path, flush it to disk, and rename it to path.
+    """Have ``write``, given a temporary path, fill the new content of ``path``; its errors change nothing.
 
-    Missing folders are made. Whatever goes wrong, nothing but the old file, if there was one, is left.
-
-    Args:
-        path: the file to write or replace.
-        write: called with the path to write to; what it raises is passed on.
+    Missing folders are made; the content is on the disk before it takes the name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is one step only within a file system. Named here rather than by
