@@ -27,15 +27,14 @@ from torch import Tensor
 from imaging.atomic import write_atomically
 from imaging.metadata import (
     DAMAGE_ERRORS,
-    DESCRIPTIVE_TAGS,
-    EXIF_DIRECTORY,
-    GPS_DIRECTORY,
-    PNG_END,
+    STRIP_LENGTHS,
+    STRIP_OFFSETS,
     Header,
     Metadata,
     png_with_metadata,
     read_header,
     save_options,
+    tiff_tags,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,12 +47,7 @@ Pixels: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 MAX_PIXELS = 2**30  # 3 GB of 8-bit RGB: more is taken for a decompression bomb
 
-_FORMAT_OF_SUFFIX = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **{".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"},
-}
-WRITABLE_SUFFIXES = frozenset(_FORMAT_OF_SUFFIX)
+WRITABLE_SUFFIXES = frozenset(".bmp .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
 IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".gif", ".avif"}
 
 _DEVELOP = "camera raw is not a picture yet: develop it first, into a TIFF or JPEG"
@@ -66,14 +60,9 @@ _REMEDIES = {
     **dict.fromkeys(_RAW_SUFFIXES.split(), _DEVELOP),
     **dict.fromkeys(_OTHER_SUFFIXES.split(), "save it as PNG, JPEG or TIFF first"),
 }
-_PILLOW_FORMATS = ("AVIF", "WEBP", "GIF", "BMP")  # what Pillow decodes
-_ROWS = 256  # decoded at a time
-_NEW_SUBFILE_TYPE, _EXTRA_SAMPLES, _DNG_VERSION = 254, 338, 50706
-_STRIP_OFFSETS, _STRIP_LENGTHS, _TILE_OFFSETS, _TILE_LENGTHS = 273, 279, 324, 325
+_DECODED_BY_PILLOW = ("AVIF", "WEBP", "GIF", "BMP")
 _DTYPES: dict[str, type[np.uint8] | type[np.uint16]] = {"uchar": np.uint8, "ushort": np.uint16}
-
 _LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
-_LARGEST_FILE = 2**32 - 2**24  # offsets of 32 bits
 
 
 class UnreadableImageError(ValueError):
@@ -152,7 +141,7 @@ def as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
 def _check_integer_pixels(pixels: Pixels) -> None:
     if pixels.dtype not in _DTYPES.values():
         raise ValueError(
-            f"pixels of {pixels.dtype}: expected uint8 or uint16 (unit_to_pixels converts floats)"
+            f"pixels of {pixels.dtype}: expected uint8 or uint16; unit_to_pixels converts floats"
         )
 
 
@@ -194,24 +183,24 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
 
 def _files_below(folder: Path, recursive: bool, passed_over: Counter[str]) -> Iterator[Path]:
     """Every file that is not hidden; each folder once, so that links cannot lead in circles."""
-    entered: set[tuple[int, int]] = set()
+    entered: set[str] = set()
 
     def refuse(error: OSError) -> None:
         passed_over[f"folder that may not be read ({error.filename})"] += 1
 
     for name, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        status = os.stat(name)
-        if (status.st_dev, status.st_ino) in entered:
+        real = os.path.realpath(name)
+        if real in entered:
             folders.clear()
             continue
-        entered.add((status.st_dev, status.st_ino))
+        entered.add(real)
         visible = [inner for inner in folders if not inner.startswith(".")] if recursive else []
         # a folder's own name before a link's
         folders[:] = sorted(visible, key=lambda inner: (os.path.islink(os.path.join(name, inner)), inner))
         yield from (Path(name, file) for file in files if not file.startswith("."))
 
 
-def decode_image(path: str | Path) -> DecodedImage:
+def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImage:
     """Read a file of a kind in IMAGE_SUFFIXES, or HEIC where libvips can: its first frame, upright.
 
     Palettes and CMYK become RGB, one bit 0 and 255; alpha that was multiplied in is divided out.
@@ -220,42 +209,39 @@ def decode_image(path: str | Path) -> DecodedImage:
         UnreadableImageError: missing, forbidden, damaged, cut short, no image, camera raw, more than
             MAX_PIXELS, too large for the memory, or samples that are not 8- or 16-bit integers.
     """
-    return _decode(Path(path), with_metadata=True)
+    path = Path(path)
+    with _opened(path) as (image, header, length):
+        metadata = header.upright(path) if with_metadata else Metadata()
+        if isinstance(image, ImageFile):
+            mode = "L" if image.mode in {"1", "L", "LA"} else "RGB"
+            mode += "A" if image.has_transparency_data else ""
+            samples: Pixels = np.array(image.convert(mode)).reshape(image.height, image.width, len(mode))
+            frames = getattr(image, "n_frames", 1)
+        else:
+            if not header.is_whole(length):
+                raise UnreadableImageError("damaged or cut short (its end is missing)")
+            samples = _decode_with_libvips(image, header)
+            frames = header.frames or (image.get("n-pages") if image.get_typeof("n-pages") else 1)
+            if image.interpretation == "cmyk":
+                metadata = replace(metadata, icc_profile=None)
+        turned: npt.NDArray[Any] = samples.swapaxes(0, 1) if header.orientation >= 5 else samples
+        down, right = ((1, 1), (1, -1), (-1, -1), (-1, 1))[(header.orientation - 1) % 4]
+        upright = turned[::down, ::right]  # (H, W, 1 to 4)
+        bands = upright.shape[2]
+        pixels = np.ascontiguousarray(upright[..., :3] if bands >= 3 else upright[..., 0])
+        alpha = np.ascontiguousarray(upright[..., -1]) if bands in {2, 4} else None
+    return DecodedImage(path, pixels, alpha, metadata, frames)
 
 
 def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
     """Read (H, W, 3) uint8, upright: grey repeated, 16 bits rounded, alpha dropped; see decode_image."""
-    return as_rgb8(_decode(Path(path), with_metadata=False).pixels)
+    return as_rgb8(decode_image(path, with_metadata=False).pixels)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Read the upright (height, width); errors as decode_image, but for damage behind the header."""
     with _opened(Path(path)) as (image, header, _):
         return (image.width, image.height) if header.orientation >= 5 else (image.height, image.width)
-
-
-def _decode(path: Path, *, with_metadata: bool) -> DecodedImage:
-    with _opened(path) as (image, header, length):
-        metadata = header.upright(path) if with_metadata else Metadata()
-        if isinstance(image, ImageFile):
-            samples = _decode_with_pillow(image)
-            frames = getattr(image, "n_frames", 1)
-        else:
-            _check_whole(header, length)
-            samples = _decode_with_libvips(image, header)
-            frames = image.get("n-pages") if image.get_typeof("n-pages") else 1
-            if b"acTL" in header.chunks:  # which libvips does not count
-                frames = int.from_bytes(header.chunks[b"acTL"][8:12], "big")
-            if image.interpretation == "cmyk":
-                metadata = replace(metadata, icc_profile=None)
-        if header.orientation >= 5:
-            samples = samples.swapaxes(0, 1)
-        bands = samples.shape[2]
-        down, right = ((1, 1), (1, -1), (-1, -1), (-1, 1))[(header.orientation - 1) % 4]
-        upright: npt.NDArray[Any] = samples[::down, ::right]
-        pixels = np.ascontiguousarray(upright[..., :3] if bands >= 3 else upright[..., 0])
-        alpha = np.ascontiguousarray(upright[..., -1]) if bands in {2, 4} else None
-    return DecodedImage(path, pixels, alpha, metadata, frames)
 
 
 @contextmanager
@@ -287,9 +273,10 @@ def _open(path: Path, file: BinaryIO) -> tuple[pyvips.Image | ImageFile, Header]
     file.seek(0)
     if not start:
         raise UnreadableImageError("the file is empty")
-    # Pillow's plugins themselves, because Image.open has a limit of 89 megapixels for the whole process; not
-    # for "mif1", which is HEIC as often as AVIF.
-    plugins = (Image.OPEN[name] for name in _PILLOW_FORMATS if start[8:12] != b"mif1")
+    # Pillow's plugins themselves, because Image.open has a limit of 89 megapixels for the whole process. The
+    # two names of a container are HEIC's as often as AVIF's.
+    container = start[8:12] in {b"mif1", b"msf1"}
+    plugins = (Image.OPEN[name] for name in _DECODED_BY_PILLOW if not container)
     plugin = next((plugin for plugin, accept in plugins if accept and accept(start) is True), None)
     # libvips by descriptor: a name need not be UTF-8, and it would read options in its brackets. A descriptor
     # of its own, because it remembers where it is in the file.
@@ -301,10 +288,7 @@ def _open(path: Path, file: BinaryIO) -> tuple[pyvips.Image | ImageFile, Header]
             source = pyvips.Source.new_from_descriptor(other.fileno())
         image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error")
     header = read_header(image, file)
-    is_raw = _REMEDIES.get(path.suffix.lower()) == _DEVELOP
-    if header.loader.startswith("tiff") and header.exif:  # in a camera's the first picture is a preview
-        is_raw |= bool(header.exif.get(_NEW_SUBFILE_TYPE, 0) & 1) or _DNG_VERSION in header.exif
-    if is_raw:
+    if header.is_preview or _REMEDIES.get(path.suffix.lower()) == _DEVELOP:
         raise UnreadableImageError(_DEVELOP)
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height} = {image.width * image.height} pixels"
@@ -312,24 +296,6 @@ def _open(path: Path, file: BinaryIO) -> tuple[pyvips.Image | ImageFile, Header]
     if not isinstance(image, ImageFile) and image.format not in _DTYPES:
         raise UnreadableImageError(f"holds samples of type {image.format}; save it with 8 or 16 bits")
     return image, header
-
-
-def _check_whole(header: Header, length: int) -> None:
-    """Refuse a PNG or TIFF of ``length`` bytes without its last ones, which decoding may not need."""
-    whole = not header.chunks or header.chunks.get(b"IEND") == PNG_END
-    if header.loader.startswith("tiff") and header.exif:
-        for tags in ((_STRIP_OFFSETS, _STRIP_LENGTHS), (_TILE_OFFSETS, _TILE_LENGTHS)):
-            offsets, lengths = (np.atleast_1d(header.exif.get(tag, ())) for tag in tags)
-            if offsets.shape == lengths.shape:  # a directory may leave out the lengths
-                whole = whole and bool((offsets + lengths <= length).all())
-    if not whole:
-        raise UnreadableImageError("damaged or cut short (its end is missing)")
-
-
-def _decode_with_pillow(image: ImageFile) -> Pixels:
-    """Decode (H, W, 1 to 4): grey or RGB, then alpha."""
-    mode = ("L" if image.mode in {"1", "L", "LA"} else "RGB") + ("A" if image.has_transparency_data else "")
-    return np.array(image.convert(mode), np.uint8).reshape(image.height, image.width, len(mode))
 
 
 def _decode_with_libvips(image: pyvips.Image, header: Header) -> Pixels:
@@ -343,13 +309,12 @@ def _decode_with_libvips(image: pyvips.Image, header: Header) -> Pixels:
     # A region decodes in this thread: libvips' own threads are gone after the fork of a data loader, and a
     # worker that asked for them would wait for ever. So do its loaders of WebP, GIF and AVIF, region or not.
     region = pyvips.Region.new(image)
-    for top in range(0, image.height, _ROWS):
-        rows = samples[top : top + _ROWS]
+    for top in range(0, image.height, 256):
+        rows = samples[top : top + 256]
         fetched = region.fetch(0, top, image.width, len(rows))
         rows[:] = np.frombuffer(fetched, samples.dtype).reshape(rows.shape)
     colours = 3 if image.bands >= 3 else 1
-    unspecified = header.exif is not None and header.exif.get(_EXTRA_SAMPLES) in {0, (0,)}
-    has_alpha = image.hasalpha() and image.bands > colours and not unspecified
+    has_alpha = image.hasalpha() and image.bands > colours and header.last_band_may_be_alpha
     return samples[..., : colours + has_alpha]
 
 
@@ -370,17 +335,17 @@ def check_format(
     XMP and texts, which do not say how the pixels look, are left out instead, with a warning.
     """
     path, metadata = Path(path), metadata or Metadata()
-    name = _FORMAT_OF_SUFFIX.get(path.suffix.lower())
-    if name is None:
+    if path.suffix.lower() not in WRITABLE_SUFFIXES:
         known = ", ".join(sorted(WRITABLE_SUFFIXES))
         raise ValueError(f"{path}: unknown suffix {path.suffix!r} for writing; use one of {known}")
+    name = Image.registered_extensions()[path.suffix.lower()]
     size = height * width * (4 if has_alpha else 3) * np.dtype(dtype).itemsize
     side, largest = max(height, width), _LARGEST_SIDE.get(name, 2**31 - 1)
     kinds = ", ".join(kind.decode() for kind in metadata.colour)
     segment = max(len(metadata.exif or b""), len(metadata.xmp or b""))
     refusals = {
         f"{side} pixels a side, but {largest}": side > largest,
-        f"{size} bytes, but up to 4 GB": name in {"TIFF", "BMP"} and size > _LARGEST_FILE,
+        f"{size} bytes, but up to 4 GB": name in {"TIFF", "BMP"} and size > 2**32 - 2**24,
         "16 bits": name not in {"PNG", "TIFF"} and np.dtype(dtype) == np.uint16,
         "alpha": name in {"JPEG", "BMP"} and has_alpha,
         "a profile": name == "BMP" and metadata.icc_profile,
@@ -436,9 +401,7 @@ def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
     """Check the arrays that are to be written and join them to (H, W, 1 to 4), alpha last."""
     _check_integer_pixels(pixels)
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
-        raise ValueError(
-            f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3); alpha goes in alpha="
-        )
+        raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3), alpha in alpha=")
     samples = np.ascontiguousarray(np.atleast_3d(pixels))
     if alpha is None:
         return samples
@@ -479,18 +442,10 @@ def _encode_tiff(samples: Pixels, metadata: Metadata) -> bytes:
     directory.update(dict(directory))  # what is not parsed would not be written
     for tag in (282, 283, 296):  # a resolution that nobody knows
         del directory[tag]
-    description = Image.Exif()
-    description.load(metadata.exif or b"")
-    for tag in DESCRIPTIVE_TAGS & set(description):
-        inner = tag in {EXIF_DIRECTORY, GPS_DIRECTORY}
-        directory[tag] = description.get_ifd(tag) if inner else description[tag]
-    if metadata.dpi:
-        directory[282], directory[283], directory[296] = *metadata.dpi, 2
-    directory.update({700: metadata.xmp} if metadata.xmp else {})
-    directory.update({34675: metadata.icc_profile} if metadata.icc_profile else {})
-    end_of_strips = directory[_STRIP_OFFSETS][-1] + directory[_STRIP_LENGTHS][-1]
+    directory.update(tiff_tags(metadata))
+    end_of_strips = directory[STRIP_OFFSETS][-1] + directory[STRIP_LENGTHS][-1]
     # counted from the directory's end, which save() adds
-    directory[_STRIP_OFFSETS] = tuple(offset - 8 for offset in directory[_STRIP_OFFSETS])
+    directory[STRIP_OFFSETS] = tuple(offset - 8 for offset in directory[STRIP_OFFSETS])
     buffer = io.BytesIO()
     directory.save(buffer)
     return buffer.getvalue() + encoded[8:end_of_strips]

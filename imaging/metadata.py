@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,11 +22,13 @@ logger = logging.getLogger(__name__)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
-_ORIENTATION, EXIF_DIRECTORY, GPS_DIRECTORY = 0x0112, 0x8769, 0x8825
+_ORIENTATION, _EXIF_DIRECTORY, _GPS_DIRECTORY = 0x0112, 0x8769, 0x8825
+STRIP_OFFSETS, STRIP_LENGTHS, _TILE_OFFSETS, _TILE_LENGTHS = 273, 279, 324, 325
+_NEW_SUBFILE_TYPE, _EXTRA_SAMPLES, _DNG_VERSION = 254, 338, 50706
 # TIFF keeps the layout of the samples and the description of the picture in one directory. This is the
 # description: text, resolution, date, author, XMP, rights, and the Exif and GPS directories.
-DESCRIPTIVE_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 700, 33432, EXIF_DIRECTORY, GPS_DIRECTORY}
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_DESCRIPTIVE_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 700, 33432, _EXIF_DIRECTORY, _GPS_DIRECTORY}
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _PNG_OF_ONE_PIXEL = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010800000000 3a7e9b55")
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"IEND"}  # and IDAT and fdAT, which are not read
 _XMP_KEY, _TEXT_EXIF_KEY = "XML:com.adobe.xmp", "Raw profile type exif"
@@ -69,7 +71,7 @@ class Metadata:
             xmp = xmp and re.sub(rb"(exif:" + name + rb"(?:=[\"']|>))\d+", rb"\g<1>%d" % size, xmp)
         try:
             exif.load(self.exif or b"")
-            for directory in (exif, exif.get_ifd(EXIF_DIRECTORY)):
+            for directory in (exif, exif.get_ifd(_EXIF_DIRECTORY)):
                 directory.update({tag: size for tag, size in sizes.items() if tag in directory})
             return replace(self, xmp=xmp, exif=self.exif and exif.tobytes())
         except DAMAGE_ERRORS as error:
@@ -84,14 +86,20 @@ class Header:
     Attributes:
         loader: libvips' loader, or Pillow's name of the format.
         stored: as the file says it, but for EXIF.
-        exif: None where it is damaged.
+        exif: empty where there is none or it is damaged; with a TIFF's other tags.
         chunks: of a PNG, by kind, without pixels.
     """
 
     loader: str
     stored: Metadata
-    exif: Image.Exif | None
+    exif: Image.Exif
     chunks: dict[bytes, bytes]
+    is_damaged: bool
+
+    @property
+    def tiff(self) -> Mapping[int, Any]:
+        """The tags of a TIFF."""
+        return self.exif if self.loader.startswith("tiff") else {}
 
     @property
     def orientation(self) -> int:
@@ -99,21 +107,41 @@ class Header:
         if self.loader.startswith("heif"):
             return 1  # turned while it is decoded
         found = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", self.stored.xmp or b"")
-        stated = self.exif.get(_ORIENTATION) if self.exif else None
-        orientation = stated or (int(found[1]) if found else 1)
+        orientation = self.exif.get(_ORIENTATION) or (int(found[1]) if found else 1)
         return orientation if orientation in range(1, 9) else 1
+
+    @property
+    def frames(self) -> int:
+        """Of an animated PNG, else 0."""
+        return int.from_bytes(self.chunks.get(b"acTL", b"")[8:12], "big")
+
+    @property
+    def is_preview(self) -> bool:
+        """Whether the first picture is the preview of a camera's raw file."""
+        return bool(self.tiff.get(_NEW_SUBFILE_TYPE, 0) & 1) or _DNG_VERSION in self.tiff
+
+    @property
+    def last_band_may_be_alpha(self) -> bool:
+        return self.tiff.get(_EXTRA_SAMPLES) not in {0, (0,)}
+
+    def is_whole(self, length: int) -> bool:
+        """Whether a PNG or TIFF of ``length`` bytes has its last ones, which decoding may not need."""
+        if self.chunks:
+            return self.chunks.get(b"IEND") == _PNG_END
+        offsets = self.tiff.get(STRIP_OFFSETS, self.tiff.get(_TILE_OFFSETS, 0))
+        lengths = self.tiff.get(STRIP_LENGTHS, self.tiff.get(_TILE_LENGTHS, 0))  # they may be left out
+        return bool((np.add(offsets, lengths) <= length).all())
 
     def upright(self, path: Path) -> Metadata:
         """The metadata of the picture turned upright; what has to be left out of ``path`` is a warning."""
         xmp = re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", self.stored.xmp or b"") or None
         copied = Image.Exif()  # with all that the first one refers to
         try:
-            if self.exif is None:
+            if self.is_damaged:
                 raise ValueError("damaged")
             for tag in set(self.exif) - {_ORIENTATION}:
-                if tag in DESCRIPTIVE_TAGS or not self.loader.startswith("tiff"):
-                    is_directory = tag in {EXIF_DIRECTORY, GPS_DIRECTORY}
-                    copied[tag] = self.exif.get_ifd(tag) if is_directory else self.exif[tag]
+                if tag in _DESCRIPTIVE_TAGS or not self.loader.startswith("tiff"):
+                    copied[tag] = _value(self.exif, tag)
             return replace(self.stored, xmp=xmp, exif=copied.tobytes() if len(copied) else None)
         except DAMAGE_ERRORS as error:
             what = "EXIF, profile or texts" if self.chunks else "EXIF"
@@ -121,32 +149,35 @@ class Header:
             return replace(self.stored, xmp=xmp)
 
 
+def _value(exif: Image.Exif, tag: int) -> Any:
+    return exif.get_ifd(tag) if tag in {_EXIF_DIRECTORY, _GPS_DIRECTORY} else exif[tag]
+
+
 def read_header(image: pyvips.Image | ImageFile, file: BinaryIO) -> Header:
     """What the file of an opened image says; damage is no error."""
     loader = str(image.format if isinstance(image, ImageFile) else image.get("vips-loader"))
     chunks = _png_chunks(file, {b"IDAT", b"fdAT"}) if loader.startswith("png") else []
     info: dict[Any, Any] = {}
-    exif: Image.Exif | None = None
+    exif, is_damaged = Image.Exif(), True
     with suppress(*DAMAGE_ERRORS):
         if chunks:  # those that describe the picture may follow its pixels
             described = b"".join(chunk for kind, chunk in chunks if kind not in _PNG_PIXELS)
-            image = PngImagePlugin.PngImageFile(io.BytesIO(_PNG_OF_ONE_PIXEL + described + PNG_END))
+            image = PngImagePlugin.PngImageFile(io.BytesIO(_PNG_OF_ONE_PIXEL + described + _PNG_END))
         info = image.info if isinstance(image, ImageFile) else _vips_info(image)
-        parsed = Image.Exif()
         if isinstance(image, ImageFile):
-            parsed = Image.Image.getexif(image)  # a PNG's own would look for more behind the pixels
+            exif = Image.Image.getexif(image)  # a PNG's own would look for more behind the pixels
         elif loader.startswith("tiff"):
             file.seek(0)
-            parsed.load_from_fp(file)
+            exif.load_from_fp(file)
         else:
-            parsed.load(info.get("exif", b""))
-        exif = parsed
+            exif.load(info.get("exif", b""))
+        is_damaged = False
     text = {str(key): str(value) for key, value in info.items() if chunks and isinstance(value, str)}
     icc_profile, xmp, dpi = (None if key in text else info.get(key) for key in ("icc_profile", "xmp", "dpi"))
     xmp = text.pop(_XMP_KEY, "").encode() or xmp
     text.pop(_TEXT_EXIF_KEY, None)  # Pillow reads it as EXIF
     stored = Metadata(icc_profile or None, None, xmp or None, dpi, text, _colour(dict(chunks)))
-    return Header(loader, stored, exif, dict(chunks))
+    return Header(loader, stored, Image.Exif() if is_damaged else exif, dict(chunks), is_damaged)
 
 
 def _vips_info(image: pyvips.Image) -> dict[Any, Any]:
@@ -196,6 +227,16 @@ def save_options(metadata: Metadata) -> dict[str, object]:
         png.add(kind, data)
     options = {name: getattr(metadata, name) for name in ("icc_profile", "exif", "xmp", "dpi")}
     return {"pnginfo": png, **{name: value for name, value in options.items() if value}}
+
+
+def tiff_tags(metadata: Metadata) -> dict[int, Any]:
+    """What the directory of a TIFF says."""
+    exif = Image.Exif()
+    exif.load(metadata.exif or b"")
+    tags = {tag: _value(exif, tag) for tag in _DESCRIPTIVE_TAGS & set(exif)}
+    tags |= dict(zip((282, 283, 296), (*metadata.dpi, 2), strict=True)) if metadata.dpi else {}
+    others = {700: metadata.xmp, 34675: metadata.icc_profile}
+    return tags | {tag: value for tag, value in others.items() if value}
 
 
 def png_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
