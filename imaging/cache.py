@@ -1,4 +1,4 @@
-"""Decoded images kept on disk as memory-mapped arrays, so that a crop reads only the pixels it needs."""
+"""Decoded images as memory-mapped files: a crop reads only the pixels it needs."""
 
 import hashlib
 import logging
@@ -26,9 +26,7 @@ _PREFIX, _LOCK = "decoded-images-", "lock"
 
 
 class CachedReader:
-    """A reader that decodes a file once for all processes, while it stays the same and the disk has room.
-
-    The arrays lie in a temporary folder, removed with the object, or after a killed run by the next one.
+    """Decodes a file once for all processes, as long as it stays the same.
 
     Args:
         limit_bytes: of disk; images beyond it are decoded at every reading.
@@ -48,7 +46,7 @@ class CachedReader:
             self._give_up(error)
 
     def __call__(self, path: Path) -> npt.NDArray[np.uint8]:
-        """(H, W, 3) uint8, read-only where it comes from the cache; OSError or UnreadableImageError."""
+        """(H, W, 3) uint8, read-only if kept; OSError or UnreadableImageError."""
         status = path.stat()
         if self._folder is None:
             return self.read(path)
@@ -87,7 +85,7 @@ def _save_array(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
 
 
 def _own_folder(owner: object) -> Path:
-    """A new temporary folder that goes with its owner, after those that nobody owns any more are removed."""
+    """A new temporary folder that goes with its owner; abandoned ones are removed."""
     # Every process that uses a folder holds a lock in it, which ends with the last of them however it ends.
     # Windows has no such locks: what a killed run left there stays.
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*") if sys.platform != "win32" else ():
@@ -109,7 +107,7 @@ def _remove(folder: Path, lock: int, maker: int) -> None:
 
 
 def _lock(path: Path, flags: int) -> int | None:
-    """The descriptor of a locked file; None where it cannot be opened or another process holds it."""
+    """The descriptor of a locked file; None where another process holds it."""
     lock = None
     try:
         lock = os.open(path, flags, 0o600)

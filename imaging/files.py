@@ -1,7 +1,6 @@
 """Image files in and out, and conversions between value ranges.
 
-H height, W width, C channels. Ranges: uint8 or uint16 in files, [0, 1] ("unit") in metrics, [-1, 1] ("model
-range") in the model. libvips reads PNG, JPEG and TIFF, writes TIFF and 16-bit PNG; Pillow does the others.
+Files hold uint8 or uint16, metrics take [0, 1] ("unit"), the model [-1, 1].
 """
 
 import io
@@ -66,25 +65,18 @@ _LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 
 
 class UnreadableImageError(ValueError):
-    """A file that cannot be read as an image; the message, its only argument, names the file and says why."""
+    """A file that cannot be read as an image; takes only the message, so that it can be pickled."""
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """One picture, upright, at the bit depth of its file.
-
-    Attributes:
-        pixels: (H, W) grey or (H, W, 3) RGB, uint8 or uint16; alpha is not applied.
-        alpha: (H, W) of the same dtype (0 transparent), or None.
-        metadata: what else the file says, but for the profile of CMYK, which has become sRGB.
-        frames: how many the file has; ``pixels`` is the first.
-    """
+    """One upright picture at the bit depth of its file."""
 
     path: Path
-    pixels: Pixels
-    alpha: Pixels | None = None
+    pixels: Pixels  # (H, W) grey or (H, W, 3) RGB, without the effect of alpha
+    alpha: Pixels | None = None  # (H, W) of the same dtype, 0 for transparent
     metadata: Metadata = field(default_factory=Metadata)
-    frames: int = 1
+    frames: int = 1  # in the file; this is the first
 
 
 # ------------------------------------------------------------------------------------------- range conversion
@@ -101,7 +93,7 @@ def to_unit_range(model: Tensor) -> Tensor:
 
 
 def pixels_to_unit(pixels: Pixels) -> Tensor:
-    """Convert (H, W) or (H, W, C), uint8 or uint16 (else ValueError), to float32 (C, H, W) in [0, 1]."""
+    """Convert (H, W) or (H, W, C), uint8 or uint16, to float32 (C, H, W) in [0, 1]."""
     _check_integer_pixels(pixels)
     if pixels.ndim not in {2, 3}:
         raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, C)")
@@ -111,9 +103,7 @@ def pixels_to_unit(pixels: Pixels) -> Tensor:
 
 
 def unit_to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Pixels:
-    """Convert (1, H, W) or (3, H, W) in [0, 1] to (H, W) or (H, W, 3) of uint8 or uint16.
-
-    Values are clamped, then rounded half up.
+    """Convert (1, H, W) or (3, H, W) in [0, 1] to (H, W) or (H, W, 3) of uint8 or uint16, clamped and rounded.
 
     Raises:
         ValueError: another shape or dtype, or NaN.
@@ -126,12 +116,12 @@ def unit_to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Pixels:
     unit = image.detach().cpu().to(torch.float64).clamp(0, 1)
     if bool(unit.isnan().any()):
         raise ValueError("an image that holds NaN cannot become pixels; find where the NaN was made")
-    planes = (unit * int(np.iinfo(dtype).max) + 0.5).numpy().astype(dtype)  # (C, H, W); the cast floors
+    planes = (unit * int(np.iinfo(dtype).max) + 0.5).numpy().astype(dtype)  # (C, H, W), half rounded up
     return planes[0] if len(planes) == 1 else np.stack(list(planes), axis=-1)
 
 
 def as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
-    """(H, W) or (H, W, 3), uint8 or uint16, as (H, W, 3) uint8, rounded to the nearest of x / 257."""
+    """(H, W) or (H, W, 3), uint8 or uint16, to (H, W, 3) uint8."""
     if pixels.dtype == np.uint16:
         # 257 is odd, so no value lies half-way and adding 128 rounds exactly.
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -149,9 +139,7 @@ def _check_integer_pixels(pixels: Pixels) -> None:
 
 
 def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
-    """List files with one of IMAGE_SUFFIXES (in either case), sorted by path.
-
-    Hidden ones are skipped, linked folders entered once; one warning counts images that cannot be read.
+    """List the images of a folder (IMAGE_SUFFIXES in either case), sorted; hidden ones are skipped.
 
     Raises:
         ValueError: no such folder, or no image in it.
@@ -182,7 +170,7 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
 
 
 def _files_below(folder: Path, recursive: bool, passed_over: Counter[str]) -> Iterator[Path]:
-    """Every file that is not hidden; each folder once, so that links cannot lead in circles."""
+    """Files that are not hidden; each folder once, as links may lead in circles."""
     entered: set[str] = set()
 
     def refuse(error: OSError) -> None:
@@ -201,13 +189,11 @@ def _files_below(folder: Path, recursive: bool, passed_over: Counter[str]) -> It
 
 
 def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImage:
-    """Read a file of a kind in IMAGE_SUFFIXES, or HEIC where libvips can: its first frame, upright.
-
-    Palettes and CMYK become RGB, one bit 0 and 255; alpha that was multiplied in is divided out.
+    """Read the first frame of a file, upright; palettes and CMYK become RGB.
 
     Raises:
-        UnreadableImageError: missing, forbidden, damaged, cut short, no image, camera raw, more than
-            MAX_PIXELS, too large for the memory, or samples that are not 8- or 16-bit integers.
+        UnreadableImageError: missing, damaged, cut short, no image, camera raw, beyond MAX_PIXELS or the
+            memory, or samples that are not 8- or 16-bit integers.
     """
     path = Path(path)
     with _opened(path) as (image, header, length):
@@ -221,7 +207,9 @@ def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImag
             if not header.is_whole(length):
                 raise UnreadableImageError("damaged or cut short (its end is missing)")
             samples = _decode_with_libvips(image, header)
-            frames = header.frames or (image.get("n-pages") if image.get_typeof("n-pages") else 1)
+            frames = image.get("n-pages") if image.get_typeof("n-pages") else 1
+            if b"acTL" in header.chunks:
+                frames = int.from_bytes(header.chunks[b"acTL"][8:12], "big")
             if image.interpretation == "cmyk":
                 metadata = replace(metadata, icc_profile=None)
         turned: npt.NDArray[Any] = samples.swapaxes(0, 1) if header.orientation >= 5 else samples
@@ -234,19 +222,19 @@ def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImag
 
 
 def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
-    """Read (H, W, 3) uint8, upright: grey repeated, 16 bits rounded, alpha dropped; see decode_image."""
+    """As decode_image, (H, W, 3) uint8: grey repeated, 16 bits rounded, alpha dropped."""
     return as_rgb8(decode_image(path, with_metadata=False).pixels)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Read the upright (height, width); errors as decode_image, but for damage behind the header."""
+    """The upright (height, width), from the header alone; errors as decode_image."""
     with _opened(Path(path)) as (image, header, _):
         return (image.width, image.height) if header.orientation >= 5 else (image.height, image.width)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[pyvips.Image | ImageFile, Header, int]]:
-    """What precedes the pixels, and the file's length; all errors until the end name ``path`` and say why."""
+    """An opened file, its header and length; errors until the end name ``path`` and say why."""
     try:
         with path.open("rb") as file:
             image, header = _open(path, file)
@@ -268,7 +256,7 @@ def _opened(path: Path) -> Iterator[tuple[pyvips.Image | ImageFile, Header, int]
 
 
 def _open(path: Path, file: BinaryIO) -> tuple[pyvips.Image | ImageFile, Header]:
-    """Read what precedes the pixels; refuse what is empty, no picture yet, too large or too deep."""
+    """Refuse what is empty, no picture yet, too large or too deep."""
     start = file.read(16)
     file.seek(0)
     if not start:
@@ -288,7 +276,9 @@ def _open(path: Path, file: BinaryIO) -> tuple[pyvips.Image | ImageFile, Header]
             source = pyvips.Source.new_from_descriptor(other.fileno())
         image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error")
     header = read_header(image, file)
-    if header.is_preview or _REMEDIES.get(path.suffix.lower()) == _DEVELOP:
+    # in a camera's TIFF (reduced image, or a DNG version) the first picture is a preview
+    is_preview = header.tiff.get(254, 0) & 1 or 50706 in header.tiff
+    if is_preview or _REMEDIES.get(path.suffix.lower()) == _DEVELOP:
         raise UnreadableImageError(_DEVELOP)
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height} = {image.width * image.height} pixels"
@@ -299,7 +289,7 @@ def _open(path: Path, file: BinaryIO) -> tuple[pyvips.Image | ImageFile, Header]
 
 
 def _decode_with_libvips(image: pyvips.Image, header: Header) -> Pixels:
-    """Decode (H, W, 1 to 4): grey or RGB, then alpha; other colour spaces become sRGB."""
+    """(H, W, 1 to 4): grey or RGB, then alpha."""
     if image.interpretation == "cmyk":
         depth = 16 if image.format == "ushort" else 8
         image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
@@ -314,7 +304,9 @@ def _decode_with_libvips(image: pyvips.Image, header: Header) -> Pixels:
         fetched = region.fetch(0, top, image.width, len(rows))
         rows[:] = np.frombuffer(fetched, samples.dtype).reshape(rows.shape)
     colours = 3 if image.bands >= 3 else 1
-    has_alpha = image.hasalpha() and image.bands > colours and header.last_band_may_be_alpha
+    has_alpha = (
+        image.hasalpha() and image.bands > colours and header.tiff.get(338) not in {0, (0,)}
+    )  # extra samples: unspecified
     return samples[..., : colours + has_alpha]
 
 
@@ -330,10 +322,7 @@ def check_format(
     has_alpha: bool = False,
     metadata: Metadata | None = None,
 ) -> str:
-    """The name of the suffix's format; ValueError where it is unknown or cannot hold such a picture.
-
-    XMP and texts, which do not say how the pixels look, are left out instead, with a warning.
-    """
+    """The name of a suffix's format; ValueError where it is unknown or cannot hold such a picture."""
     path, metadata = Path(path), metadata or Metadata()
     if path.suffix.lower() not in WRITABLE_SUFFIXES:
         known = ", ".join(sorted(WRITABLE_SUFFIXES))
@@ -367,20 +356,17 @@ def write_image(
     metadata: Metadata | None = None,
     quality: int = 95,
 ) -> None:
-    """Write an image file, replacing an older one in one step or not at all.
+    """Write an image file in the format of its suffix, replacing an older one in one step or not at all.
 
     Args:
-        path: its suffix picks the format. PNG and TIFF (lossless) hold all, WebP and JPEG uint8, JPEG and BMP
-            no alpha, BMP no EXIF or profile.
-        pixels: (H, W) grey or (H, W, 3) RGB, uint8 or uint16.
-        alpha: (H, W) of the same dtype, 0 for transparent.
-        metadata: sizes in EXIF and XMP become those of the pixels. XMP and texts that the format cannot hold
-            are left out with a warning.
+        pixels: (H, W) grey or (H, W, 3) RGB; uint8, for PNG and TIFF also uint16.
+        alpha: (H, W) of the same dtype, 0 for transparent; not for JPEG and BMP.
+        metadata: sizes in EXIF and XMP become those of the pixels.
         quality: 1 to 100, for JPEG (4:4:4) and WebP (lossless at 100).
 
     Raises:
-        ValueError: wrong shapes or dtypes, a missing folder, what ``check_format`` or an encoder refuses.
-        OSError: where the file cannot be written.
+        ValueError: wrong shapes or dtypes, a missing folder, what the format cannot hold.
+        OSError: the file cannot be written.
     """
     path, metadata = Path(path), metadata or Metadata()
     if not 1 <= quality <= 100:
@@ -398,7 +384,7 @@ def write_image(
 
 
 def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
-    """Check the arrays that are to be written and join them to (H, W, 1 to 4), alpha last."""
+    """Check and join to (H, W, 1 to 4)."""
     _check_integer_pixels(pixels)
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3), alpha in alpha=")
@@ -413,7 +399,6 @@ def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
 
 
 def _encode(path: Path, name: str, samples: Pixels, metadata: Metadata, quality: int) -> bytes:
-    """Encode (H, W, 1 to 4) in the format of this name; ValueError where its encoder fails."""
     try:
         if name == "TIFF":
             return _encode_tiff(samples, metadata)
@@ -431,7 +416,6 @@ def _encode(path: Path, name: str, samples: Pixels, metadata: Metadata, quality:
 
 
 def _encode_tiff(samples: Pixels, metadata: Metadata) -> bytes:
-    """Encode (H, W, 1 to 4) with Deflate."""
     # libvips writes no EXIF into a TIFF: Pillow writes its directory again, in front of the same strips.
     image = pyvips.Image.new_from_array(samples, interpretation="auto")
     encoded: bytes = image.tiffsave_buffer(compression="deflate", predictor="horizontal", keep="none")

@@ -1,11 +1,11 @@
-"""What a picture's file says besides its pixels, read from a file and made ready for another one."""
+"""What an image file says besides its pixels."""
 
 import io
 import logging
 import os
 import re
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 _ORIENTATION, _EXIF_DIRECTORY, _GPS_DIRECTORY = 0x0112, 0x8769, 0x8825
 STRIP_OFFSETS, STRIP_LENGTHS, _TILE_OFFSETS, _TILE_LENGTHS = 273, 279, 324, 325
-_NEW_SUBFILE_TYPE, _EXTRA_SAMPLES, _DNG_VERSION = 254, 338, 50706
 # TIFF keeps the layout of the samples and the description of the picture in one directory. This is the
 # description: text, resolution, date, author, XMP, rights, and the Exif and GPS directories.
 _DESCRIPTIVE_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 700, 33432, _EXIF_DIRECTORY, _GPS_DIRECTORY}
@@ -46,25 +45,18 @@ DAMAGE_ERRORS = (  # what Pillow raises on damaged EXIF and PNG text
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says about a picture that is upright.
-
-    Attributes:
-        exif: an EXIF block without orientation; from a TIFF, only what describes the picture.
-        dpi: horizontal and vertical pixels per inch.
-        text: a PNG's texts by keyword.
-        colour: a PNG's gAMA, cHRM and cICP where they, and no profile, say another colour space than sRGB;
-            the pixels are not converted.
-    """
+    """What a file says about an upright picture besides its pixels."""
 
     icc_profile: bytes | None = None
-    exif: bytes | None = None
+    exif: bytes | None = None  # without orientation and a TIFF's layout
     xmp: bytes | None = None
-    dpi: tuple[float, float] | None = None
-    text: dict[str, str] = field(default_factory=dict)
+    dpi: tuple[float, float] | None = None  # horizontal, vertical
+    text: dict[str, str] = field(default_factory=dict)  # a PNG's, by keyword
+    # a PNG's gAMA, cHRM and cICP where they, and no profile, say another colour space than sRGB
     colour: dict[bytes, bytes] = field(default_factory=dict)
 
     def resized(self, height: int, width: int, path: Path) -> "Metadata":
-        """The same with this size in EXIF and XMP, for the file at ``path``."""
+        """The same with this size in EXIF and XMP; warnings name ``path``."""
         xmp, exif = self.xmp, Image.Exif()
         sizes = {0x0100: width, 0x0101: height, 0xA002: width, 0xA003: height}  # in the two directories
         for name, size in ((b"PixelXDimension", width), (b"PixelYDimension", height)):
@@ -81,51 +73,26 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says around its pixels.
+    """What a file says around its pixels, as it is stored."""
 
-    Attributes:
-        loader: libvips' loader, or Pillow's name of the format.
-        stored: as the file says it, but for EXIF.
-        exif: empty where there is none or it is damaged; with a TIFF's other tags.
-        chunks: of a PNG, by kind, without pixels.
-    """
-
-    loader: str
-    stored: Metadata
-    exif: Image.Exif
-    chunks: dict[bytes, bytes]
+    loader: str  # libvips', or Pillow's name of the format
+    stored: Metadata  # but for EXIF
+    exif: Image.Exif  # empty if damaged
     is_damaged: bool
-
-    @property
-    def tiff(self) -> Mapping[int, Any]:
-        """The tags of a TIFF."""
-        return self.exif if self.loader.startswith("tiff") else {}
+    tiff: dict[int, Any]  # a TIFF's tags
+    chunks: dict[bytes, bytes]  # a PNG's by kind, without pixels
 
     @property
     def orientation(self) -> int:
-        """How the samples are turned, 1 to 8, by EXIF or else XMP; 1 where both are silent or wrong."""
+        """1 to 8, by EXIF or else XMP; 1 where both are silent or wrong."""
         if self.loader.startswith("heif"):
             return 1  # turned while it is decoded
         found = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", self.stored.xmp or b"")
         orientation = self.exif.get(_ORIENTATION) or (int(found[1]) if found else 1)
         return orientation if orientation in range(1, 9) else 1
 
-    @property
-    def frames(self) -> int:
-        """Of an animated PNG, else 0."""
-        return int.from_bytes(self.chunks.get(b"acTL", b"")[8:12], "big")
-
-    @property
-    def is_preview(self) -> bool:
-        """Whether the first picture is the preview of a camera's raw file."""
-        return bool(self.tiff.get(_NEW_SUBFILE_TYPE, 0) & 1) or _DNG_VERSION in self.tiff
-
-    @property
-    def last_band_may_be_alpha(self) -> bool:
-        return self.tiff.get(_EXTRA_SAMPLES) not in {0, (0,)}
-
     def is_whole(self, length: int) -> bool:
-        """Whether a PNG or TIFF of ``length`` bytes has its last ones, which decoding may not need."""
+        """Whether a PNG or TIFF of ``length`` bytes has its end, which decoding may not need."""
         if self.chunks:
             return self.chunks.get(b"IEND") == _PNG_END
         offsets = self.tiff.get(STRIP_OFFSETS, self.tiff.get(_TILE_OFFSETS, 0))
@@ -133,7 +100,7 @@ class Header:
         return bool((np.add(offsets, lengths) <= length).all())
 
     def upright(self, path: Path) -> Metadata:
-        """The metadata of the picture turned upright; what has to be left out of ``path`` is a warning."""
+        """The metadata of the picture turned upright; warnings name ``path``."""
         xmp = re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", self.stored.xmp or b"") or None
         copied = Image.Exif()  # with all that the first one refers to
         try:
@@ -149,16 +116,16 @@ class Header:
             return replace(self.stored, xmp=xmp)
 
 
-def _value(exif: Image.Exif, tag: int) -> Any:
+def _value(exif: Image.Exif, tag: int) -> object:
     return exif.get_ifd(tag) if tag in {_EXIF_DIRECTORY, _GPS_DIRECTORY} else exif[tag]
 
 
 def read_header(image: pyvips.Image | ImageFile, file: BinaryIO) -> Header:
-    """What the file of an opened image says; damage is no error."""
+    """Describe an opened image; damage is no error."""
     loader = str(image.format if isinstance(image, ImageFile) else image.get("vips-loader"))
     chunks = _png_chunks(file, {b"IDAT", b"fdAT"}) if loader.startswith("png") else []
     info: dict[Any, Any] = {}
-    exif, is_damaged = Image.Exif(), True
+    exif, tiff, is_damaged = Image.Exif(), {}, True
     with suppress(*DAMAGE_ERRORS):
         if chunks:  # those that describe the picture may follow its pixels
             described = b"".join(chunk for kind, chunk in chunks if kind not in _PNG_PIXELS)
@@ -169,6 +136,7 @@ def read_header(image: pyvips.Image | ImageFile, file: BinaryIO) -> Header:
         elif loader.startswith("tiff"):
             file.seek(0)
             exif.load_from_fp(file)
+            tiff = dict(exif)
         else:
             exif.load(info.get("exif", b""))
         is_damaged = False
@@ -177,11 +145,10 @@ def read_header(image: pyvips.Image | ImageFile, file: BinaryIO) -> Header:
     xmp = text.pop(_XMP_KEY, "").encode() or xmp
     text.pop(_TEXT_EXIF_KEY, None)  # Pillow reads it as EXIF
     stored = Metadata(icc_profile or None, None, xmp or None, dpi, text, _colour(dict(chunks)))
-    return Header(loader, stored, Image.Exif() if is_damaged else exif, dict(chunks), is_damaged)
+    return Header(loader, stored, Image.Exif() if is_damaged else exif, is_damaged, tiff, dict(chunks))
 
 
 def _vips_info(image: pyvips.Image) -> dict[Any, Any]:
-    """What libvips found, by Pillow's names."""
     names = {"icc_profile": "icc-profile-data", "xmp": "xmp-data", "exif": "exif-data"}
     info = {name: image.get(field) for name, field in names.items() if image.get_typeof(field)}
     if image.get_typeof("resolution-unit"):
@@ -190,7 +157,6 @@ def _vips_info(image: pyvips.Image) -> dict[Any, Any]:
 
 
 def _colour(chunks: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """The data of a PNG's colour chunks, where nothing overrules them and they do not say sRGB."""
     kinds = {b"cICP"} if chunks.keys() & {b"sRGB", b"iCCP", b"cICP"} else {b"gAMA", b"cHRM"}
     colour = {kind: chunks[kind][8:-4] for kind in kinds & chunks.keys()}
     for kind, data in colour.items():
@@ -202,7 +168,7 @@ def _colour(chunks: dict[bytes, bytes]) -> dict[bytes, bytes]:
 
 
 def _png_chunks(file: BinaryIO, skipped: Collection[bytes]) -> list[tuple[bytes, bytes]]:
-    """Kind and bytes of a PNG's chunks, but for kinds that are skipped unread; nothing behind its end."""
+    """Kind and bytes of a PNG's chunks, but for the kinds that are skipped unread."""
     chunks = []
     file.seek(8)
     while len(header := file.read(8)) == 8:
@@ -217,7 +183,7 @@ def _png_chunks(file: BinaryIO, skipped: Collection[bytes]) -> list[tuple[bytes,
 
 
 def save_options(metadata: Metadata) -> dict[str, object]:
-    """What Pillow's encoders take; each ignores what its format does not know."""
+    """What Pillow's encoders take: each ignores what it does not know."""
     png = PngImagePlugin.PngInfo()
     for key, value in metadata.text.items():
         png.add_text(key, value, zip=len(value) > 1000)
@@ -230,7 +196,7 @@ def save_options(metadata: Metadata) -> dict[str, object]:
 
 
 def tiff_tags(metadata: Metadata) -> dict[int, Any]:
-    """What the directory of a TIFF says."""
+    """What a TIFF's directory takes."""
     exif = Image.Exif()
     exif.load(metadata.exif or b"")
     tags = {tag: _value(exif, tag) for tag in _DESCRIPTIVE_TAGS & set(exif)}
@@ -240,7 +206,7 @@ def tiff_tags(metadata: Metadata) -> dict[int, Any]:
 
 
 def png_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
-    """An encoded PNG with the metadata that Pillow writes around a single pixel."""
+    """An encoded PNG with the metadata that Pillow writes around another."""
     described = io.BytesIO()
     Image.new("L", (1, 1)).save(described, "PNG", **save_options(metadata))
     added = _png_chunks(described, {b"IHDR", b"IDAT", b"IEND"})

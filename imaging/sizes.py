@@ -1,4 +1,4 @@
-"""The sizes of many image files, read from their headers once and remembered between runs."""
+"""Sizes of many image files, remembered between runs."""
 
 import hashlib
 import json
@@ -24,8 +24,7 @@ def image_sizes(paths: Sequence[Path], cache_dir: Path | None = None) -> list[Si
     """The upright (height, width) of every file, or why it cannot be read.
 
     Args:
-        cache_dir: remembers the sizes of files whose time and length stay; a folder that cannot be written is
-            a warning, None remembers nothing.
+        cache_dir: remembers sizes while time and length stay; one that cannot be written is a warning.
     """
     names = {path: os.path.abspath(path) for path in paths}
     stamps = {path: _stamp(path) for path in paths}
@@ -50,7 +49,7 @@ def image_sizes(paths: Sequence[Path], cache_dir: Path | None = None) -> list[Si
 
 
 def default_cache_dir() -> Path | None:
-    """This project's folder in $XDG_CACHE_HOME or ~/.cache; None, with a warning, without a home."""
+    """In $XDG_CACHE_HOME or ~/.cache; None, with a warning, without a home."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:  # a user that the system does not know
@@ -67,7 +66,7 @@ def _read(path: Path) -> Size | UnreadableImageError:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Time of the last change and length of a file; nothing for one that is not there."""
+    """Time and length of a file; nothing for one that is not there."""
     try:
         status = path.stat()
     except OSError:
@@ -76,13 +75,13 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _index_name(names: Collection[str]) -> str:
-    """One file for each folder of images, named after where it is."""
+    """One file for each folder of images."""
     folder = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
     return f"sizes-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json"
 
 
 def _load(index: Path | None) -> dict[str, object]:
-    """What is remembered; an index that is missing or damaged is only slower, never wrong."""
+    """An index that is missing or damaged is only slower."""
     try:
         known = json.loads(index.read_text(encoding="utf-8")) if index else None
     except (OSError, ValueError):
