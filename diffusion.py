@@ -14,10 +14,10 @@ Shape legend: B batch, C channels, H x W pixels of the high resolution, h x w of
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Protocol, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,10 @@ from bicubic import exact_scale, upscale_image
 from degradation import Degradation
 from engine.checkpoint import Checkpoint, CheckpointError, load_model, load_weights, read_for_resume
 from engine.options import Options, Plain, option
-from engine.processes import Processes
 from engine.run import RunFiles
 from imaging.files import to_unit_range
 from samplers import DEFAULT_SCHEDULER, Sampler, SchedulerName, Step, draw_noise, noise_stream, sample
-from training import TrainingConfig, TrainState, Validation, new_state, restore_state, train
+from training import LoopOptions, TrainingConfig, TrainState, new_state, restore_state, train
 from unet import Condition
 from util import CropDataset, ImageDataset, degrade
 
@@ -109,8 +108,6 @@ SCHEDULES: dict[str, Callable[[int], Scales]] = {
 # --------------------------------------------------------------------------------------------------
 # What the network predicts: signal_scale, noise_scale -> c_skip, c_out, weight of its squared error
 # --------------------------------------------------------------------------------------------------
-
-Mode = Literal["v_prediction", "noise", "clean"]
 
 
 def _v_prediction(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -358,72 +355,36 @@ class DiffusionModel:
         *,
         checkpoint_dir: Path,
         log_dir: Path,
-        validate: Callable[[nn.Module], Validation] | None = None,
         resume: Path | Checkpoint | None = None,
-        processes: Processes | None = None,
-        precision: torch.dtype | None = None,
-        settings: dict[str, dict[str, Plain]] | None = None,
+        sections: Mapping[str, dict[str, Plain]] | None = None,
         held_out: Sequence[str] = (),
-        progress: bool = True,
-        profile: bool = False,
+        **options: Unpack[LoopOptions],
     ) -> tuple[RunFiles, int | None]:
-        """Train a network to restore; see training.train for what the loop does.
+        """Train a Network on this model's device to restore what the dataset degrades.
 
-        Args:
-            model: a Network on this model's device, for instance unet.UNet. Its scale and residual_std are
-                set from the dataset unless it already has them.
-            dataset: what to learn from.
-            config: how to train.
-            checkpoint_dir: receives `diffusion_model_{mode}_best.pth` and `..._last.pth`.
-            log_dir: receives the TensorBoard events.
-            validate: measures the averaged network, to choose the best checkpoint by; see
-                evaluation.validation.Validator.
-            resume: a checkpoint to continue from, or its path.
-            processes: this process among those of the run.
-            precision: dtype to autocast to.
-            settings: further sections of plain values to keep in the checkpoint.
-            held_out: names of the validation images, kept there so that a resumed run has the same.
-            progress, profile: see training.train.
+        Checkpoints are `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`; they also hold
+        the further `sections` of options and the names of the `held_out` validation images. `options` are
+        training.LoopOptions; evaluation.validation.Validator makes a `validate`.
 
         Returns:
             The run's files, and None or the signal that ended it early.
 
         Raises:
             ValueError: an upscale function that a checkpoint cannot record.
-            CheckpointError, NonFiniteError: see training.train.
+            CheckpointError, NonFiniteError, WorkerError: see training.train.
         """
-        if dataset.upscale_function is not upscale_image:
-            raise ValueError(
-                f"a checkpoint cannot record the upscale function {dataset.upscale_function!r}, and "
-                "restoring would use bicubic: train with bicubic.upscale_image"
-            )
+        _check_recordable(dataset)
         state = new_state(model, config)
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
         else:
             _set_buffers(state, dataset)
-        sections = {
-            "network": network_of(model).config.to_dict(),
-            "process": self.process.to_dict(),
-            "objective": self.objective.to_dict(),
-            "degradation": dataset.degradation.to_dict(),
-            **(settings or {}),
-        }
-        name = f"diffusion_model_{self.mode}"
-        run = RunFiles(checkpoint_dir, log_dir, name, sections, {"held_out": list(held_out)})
-        received = train(
-            state,
-            self.restoration_loss(dataset.degradation),
-            CropDataset(dataset),
-            config,
-            run,
-            processes=processes,
-            precision=precision,
-            validate=validate,
-            progress=progress,
-            profile=profile,
-        )
-        return run, received
+        own = {"network": network_of(model).config, "process": self.process, "objective": self.objective}
+        records = {name: one.to_dict() for name, one in {**own, "degradation": dataset.degradation}.items()}
+        name, others = f"diffusion_model_{self.mode}", {"held_out": list(held_out)}
+        run = RunFiles(checkpoint_dir, log_dir, name, {**records, **(sections or {})}, others)
+        loss = self.restoration_loss(dataset.degradation)
+        return run, train(state, loss, CropDataset(dataset), config, run, **options)
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
         """Copy the averaged weights of a checkpoint or an exported model into a network.
@@ -458,6 +419,15 @@ class DiffusionModel:
 def _at(table: Tensor, t: Tensor) -> Tensor:
     """(T,), (B,) -> (B, 1, 1, 1)."""
     return table[t][:, None, None, None]
+
+
+def _check_recordable(dataset: ImageDataset) -> None:
+    """Refuse what no checkpoint could tell whoever restores with it."""
+    if dataset.upscale_function is not upscale_image:
+        raise ValueError(
+            f"a checkpoint cannot record the upscale function {dataset.upscale_function!r}, and restoring "
+            "would use bicubic: train with bicubic.upscale_image"
+        )
 
 
 def _set_buffers(state: TrainState, dataset: ImageDataset) -> None:

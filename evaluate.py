@@ -11,21 +11,44 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TypeAlias, get_args
 
 import torch
 
 from engine.device import Precision, autocast_dtype, select_device
 from engine.options import OptionError, add_flags, from_args, with_flag
-from evaluation.evaluation import EvaluationConfig, Method, TrainedModel, evaluate, read_image_set
+from evaluation.config import EvaluationConfig
+from evaluation.evaluation import Method, TrainedModel, evaluate
+from evaluation.images import ImageSet
 from evaluation.report import Json, Report, perception_distortion_figure
 from imaging.atomic import write_atomically, write_text_atomically
 from restoration import PRESETS, RestoreConfig
 
 DEFAULT_STEPS = (1, 4, 10, 50)
 ROWS = ("mode", "steps", "num_images")  # the options of RestoreConfig that make rows
+
+
+Writer: TypeAlias = Callable[[Report, Path], None]
+
+
+def text_writer(make: Callable[[Report], str]) -> Writer:
+    """Writes what `make` says of a report."""
+    return lambda report, path: write_text_atomically(path, make(report))
+
+
+def write_plot(report: Report, path: Path) -> None:
+    """Write the figure as PNG."""
+    figure = perception_distortion_figure(report)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+OUTPUTS: dict[str, tuple[str, Writer]] = {
+    "json": ("the protocol and the rows", text_writer(Report.to_json)),
+    "csv": ("every image in every row", text_writer(Report.to_csv)),
+    "markdown": ("the table, which is printed anyway", text_writer(Report.to_markdown)),
+    "plot": ("a .png: PSNR against LPIPS or, without it, SWD", write_plot),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,10 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
     _add_restoring_flags(parser)
     output = parser.add_argument_group("output", "written at the end, each file whole or not at all")
-    output.add_argument("--json", metavar="FILE", help="the protocol and the rows")
-    output.add_argument("--csv", metavar="FILE", help="every image in every row")
-    output.add_argument("--markdown", metavar="FILE", help="the table, which is printed anyway")
-    output.add_argument("--plot", metavar="FILE", help="a .png: PSNR against LPIPS or, without it, SWD")
+    for name, (text, _) in OUTPUTS.items():
+        output.add_argument(f"--{name}", metavar="FILE", help=text)
     return parser
 
 
@@ -67,11 +88,7 @@ def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
-    """One configuration for each row of the model: modes first, then step counts.
-
-    Raises:
-        ValueError: a number is given twice, or a value is out of range.
-    """
+    """One configuration for each row of the model: modes first, then step counts."""
     numbers = args.num_images
     if args.num_samples is not None:
         if numbers is not None:
@@ -86,70 +103,25 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     return modes + [replace(common, steps=count, num_images=n) for count in steps for n in numbers or [1]]
 
 
-def describe_restoring(how: RestoreConfig) -> dict[str, Json]:
-    """What all rows of the model have in common."""
-    return {name: value for name, value in how.to_dict().items() if name not in ROWS}
-
-
-def check_targets(targets: Sequence[Path]) -> None:
-    """Refuse files that could not be written, before a long computation is spent on them.
-
-    Raises:
-        ValueError: a target is a folder, is named twice, or cannot be created where it is.
-    """
-    if len({target.resolve() for target in targets}) < len(targets):
-        raise ValueError(f"{', '.join(map(str, targets))}: give every output a file of its own")
-    for target in targets:
-        if target.is_dir():
-            raise ValueError(f"{target} is a folder; give the name of a file")
-        existing = next(folder for folder in target.resolve().parents if folder.exists())
+def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files that were asked for; ValueError for what cannot be written, before the long computation."""
+    outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
+    if "plot" in outputs and outputs["plot"].suffix.lower() != ".png":
+        raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
+    if len({path.resolve() for path in outputs.values()}) < len(outputs):
+        raise ValueError(f"{', '.join(map(str, outputs.values()))}: give every output a file of its own")
+    for path in outputs.values():
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give the name of a file")
+        existing = next(folder for folder in path.resolve().parents if folder.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(f"{target} cannot be written, because of {existing}; give another place")
-
-
-def planned_outputs(args: argparse.Namespace) -> list[tuple[Path, Callable[[Report, Path], None]]]:
-    """The files that were asked for, and what writes each.
-
-    Raises:
-        ValueError: see check_targets, or the plot is no .png.
-    """
-    texts = {"json": Report.to_json, "csv": Report.to_csv, "markdown": Report.to_markdown}
-    outputs: list[tuple[Path, Callable[[Report, Path], None]]] = [
-        (Path(getattr(args, name)), partial(_write_text, make))
-        for name, make in texts.items()
-        if getattr(args, name) is not None
-    ]
-    if args.plot is not None:
-        if Path(args.plot).suffix.lower() != ".png":
-            raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
-        outputs.append((Path(args.plot), _write_plot))
-    check_targets([path for path, _ in outputs])
+            raise ValueError(f"{path} cannot be written, because of {existing}; give another place")
     return outputs
-
-
-def _write_text(make: Callable[[Report], str], report: Report, path: Path) -> None:
-    write_text_atomically(path, make(report))
-
-
-def _write_plot(report: Report, path: Path) -> None:
-    figure = perception_distortion_figure(report)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-
-
-def write_all(report: Report, outputs: Sequence[tuple[Path, Callable[[Report, Path], None]]]) -> list[str]:
-    """Write every file that can be written; returns what went wrong with the others."""
-    errors = []
-    for path, write in outputs:
-        try:
-            write(report, path)
-        except (OSError, ValueError) as error:
-            errors.append(f"{path} was not written: {error}")
-    return errors
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the files, and print the table; returns the exit status."""
-    for name in ("data", "low_res", "weights_path", "lpips_weights", "json", "csv", "markdown", "plot"):
+    for name in ("data", "low_res", "weights_path", "lpips_weights", *OUTPUTS):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty; give a path")
     outputs = planned_outputs(args)
@@ -157,22 +129,27 @@ def run(args: argparse.Namespace) -> int:
     how = restore_configs(args)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
     device = select_device(args.device)
-    images = read_image_set(args.data, config, args.low_res, args.limit)
+    images = ImageSet(args.data, config, args.low_res, args.limit)
     methods: list[Method] = []
     facts: dict[str, Json] = {}
     if args.weights_path is not None:
-        precision = autocast_dtype(device, args.precision)
-        model = TrainedModel.load(args.weights_path, device, precision)
+        model = TrainedModel(args.weights_path, device, autocast_dtype(device, args.precision))
         methods = [model.method(one, config.scale) for one in how]
-        facts = {"model": model.describe(), "restoring": describe_restoring(how[0])}
+        common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
+        facts = {"model": model.describe(), "restoring": common}
     report = evaluate(images, config, methods, device=device, facts=facts, progress=True)
-    errors = write_all(report, outputs)  # before printing, which fails if nobody reads
+    errors = []
+    for name, path in outputs.items():  # before printing, which fails if nobody reads
+        try:
+            OUTPUTS[name][1](report, path)
+        except (OSError, ValueError) as error:
+            errors.append(f"{path} was not written: {error}")
     print(report.to_markdown(), end="", flush=True)
     errors += [f"left out: {failure}" for failure in report.failures]
     if report.failures:
         errors.append(f"{len(report.failures)} of {len(images)} images were left out")
-    for error in errors:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+    for message in errors:
+        print(f"evaluate.py: error: {message}", file=sys.stderr)
     return 1 if errors else 0
 
 
@@ -184,11 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print a file's name
     try:
         return run(args)
-    except OptionError as error:
-        print(f"evaluate.py: error: {with_flag(error, [EvaluationConfig, RestoreConfig])}", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        flags = [EvaluationConfig, RestoreConfig]
+        message = with_flag(error, flags) if isinstance(error, OptionError) else str(error)
+        print(f"evaluate.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; files are written only at the end", file=sys.stderr)

@@ -6,101 +6,114 @@ python infer.py --weights_path model.pth --export model.safetensors
 """
 
 import argparse
-import functools
-import glob
+import contextlib
+import errno
+import io
 import logging
+import os
+import re
+import signal
 import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Never
+from types import FrameType
+from typing import NoReturn
 
-import numpy as np
-import numpy.typing as npt
-import torch
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports below take seconds, Ctrl-C just ends it
+
+from PIL import ImageColor
 from tqdm import tqdm
 
-from bicubic import upscale_image
-from engine.checkpoint import LoadedModel, export_safetensors, load_model, released_model
-from engine.device import autocast_dtype, compile_network, select_device
+from engine.checkpoint import export_safetensors, load_model, released_model
+from engine.device import autocast_dtype, compile_network, is_out_of_memory, select_device
 from engine.options import OptionError, add_flags, from_args, with_flag
-from imaging.atomic import write_atomically
-from imaging.files import (
-    IMAGE_SUFFIXES,
-    DecodedImage,
-    Pixels,
-    check_format,
-    decode_image,
-    list_images,
-    read_rgb,
-    write_image,
-)
-from imaging.pictures import comparison_picture
-from restoration import Restoration, RestoreConfig, Restorer
+from engine.signals import STOPPING
+from evaluation.pairs import find_original
+from imaging.files import WRITABLE_SUFFIXES, list_images
+from restoration import RestoreConfig, Restorer
+from restoration.batch import Task, restore_file
 from restoration.restorer import Progress
 from unet import UNet
 
-# What one file of many may fail with while the others are done; anything else is a fault of the program.
-FILE_ERRORS = (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError)
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is a log
+# A name that ends like this means a file: .pgn is a slip of the fingers, .5 and .restored are not.
+FILE_LIKE = re.compile(r"\.[a-z][a-z0-9]{2,3}", re.IGNORECASE)
 
 
-class Task(NamedTuple):
-    """One image to restore, and where its results go; None for what was not asked for."""
+class Stopped(BaseException):
+    """A signal asked to stop; its number is the argument."""
 
-    source: Path
-    target: Path
-    comparison: Path | None
-    truth: Path | None
-    uncertainty: Path | None
+
+# ---------------------------------------------------------------------------------------------------- flags
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the script."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
-    _add_file_flags(parser)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    _add_file_flags(parser.add_argument_group("files").add_argument)
     restoring = parser.add_argument_group("restoring")
     add_flags(restoring, RestoreConfig, skip=["tile"])
     tile = "side of the windows a large image is restored in; 0: in one piece (default: auto, by its size)"
     restoring.add_argument("--tile", default="auto", help=tile)
-    computing = parser.add_argument_group("computing")
-    computing.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    precision = "precision of the network (default: auto)"
-    computing.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
+    add = parser.add_argument_group("computing").add_argument
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the network (default: auto)")
     compiled = "torch.compile: a minute per new size of image, no gain on CPUs"
-    computing.add_argument("--compile", action="store_true", help=compiled)
+    add("--compile", action="store_true", help=compiled)
     return parser
 
 
-def _add_file_flags(parser: argparse.ArgumentParser) -> None:
-    files = parser.add_argument_group("files")
-    files.add_argument("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
-    files.add_argument("--input", nargs="+", default=[], metavar="INPUT", help="the same")
-    files.add_argument(
-        "--weights_path", help="checkpoint (.pth) or model (.safetensors); without it, the project's own"
+def _add_file_flags(add: Callable[..., object]) -> None:
+    add("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
+    add("--input", nargs="+", default=[], metavar="INPUT", help="the same")
+    weights = "checkpoint (.pth) or model (.safetensors) (default: the project's own)"
+    add("--weights_path", help=weights)
+    add("--scale", type=float, help="which of the project's own models: 4 or 2 (default: 4)")
+    output = "folder, or for one image the name of the result (default: ./restored)"
+    add("--output", default="./restored", help=output)
+    formats = sorted(suffix[1:] for suffix in WRITABLE_SUFFIXES)
+    add("--format", choices=formats, help="of the results in a folder (default: png)")
+    add("--overwrite", action="store_true", help="replace results that exist")
+    add("--skip_existing", action="store_true", help="leave out images whose result exists")
+    strip = "leave out colour profile, EXIF, XMP, resolution and texts, which a result has from its input"
+    add("--strip", action="store_true", help=strip)
+    background = "put transparent images on a colour such as white or #ff8800 (default: keep transparency)"
+    add("--background", metavar="COLOUR", help=background)
+    compare = (
+        "also write input, bicubic, restored and, if given, the original side by side; ORIGINAL is a file or "
+        "a folder of images of the same names or such as 0801.png for 0801x4.png"
     )
-    files.add_argument("--scale", type=float, help="which of the project's own models: 4 or 2; without it, 4")
-    files.add_argument(
-        "--output", default="./restored", help="folder, or for one image the name of the result"
+    add("--compare", nargs="?", const=True, metavar="ORIGINAL", help=compare)
+    uncertainty = (
+        "also write the standard deviation over the samples, as MAP.png and MAP.npy; for several images "
+        "MAP is a folder"
     )
-    files.add_argument("--overwrite", action="store_true", help="replace results that exist")
-    files.add_argument(
-        "--compare",
-        nargs="?",
-        const="",
-        metavar="ORIGINAL",
-        help="also write input, bicubic, restored and, if given, the original side by side; ORIGINAL is an "
-        "image or a folder of images of the same names",
-    )
-    files.add_argument(
-        "--uncertainty",
-        metavar="MAP",
-        help="also write the standard deviation over the samples, as MAP.png and MAP.npy; for several "
-        "images MAP is a folder",
-    )
-    files.add_argument(
-        "--export", metavar="MODEL", help="write the model as MODEL.safetensors (half precision) and stop"
-    )
+    add("--uncertainty", metavar="MAP", help=uncertainty)
+    export = "write the model as MODEL.safetensors (half precision); without inputs, nothing else"
+    add("--export", metavar="MODEL", help=export)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """ValueError for wrong values of the script's own flags, before anything is read."""
+    for name in ("inputs", "input", "weights_path", "output", "compare", "uncertainty", "export"):
+        values = getattr(args, name)
+        if "" in (values if isinstance(values, list) else [values]):
+            flag = "an input" if name in ("inputs", "input") else f"--{name}"
+            raise ValueError(f"{flag} is '': give a name")
+    if args.overwrite and args.skip_existing:
+        raise ValueError("--overwrite and --skip_existing: give one of the two")
+    if args.export is not None and Path(args.export).suffix != ".safetensors":
+        raise ValueError(f"--export {args.export}: the name must end in .safetensors")
+    if args.background is not None:
+        try:
+            ImageColor.getrgb(args.background)
+        except ValueError as error:
+            raise ValueError(f"--background is {args.background!r}: give white or #ff8800") from error
 
 
 def make_config(args: argparse.Namespace) -> RestoreConfig:
@@ -117,219 +130,265 @@ def make_config(args: argparse.Namespace) -> RestoreConfig:
 
 
 def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
-    """The images that were named, each with its path below the output folder.
-
-    Raises:
-        ValueError: a file or folder that does not exist, a folder without images, or nothing was named.
-    """
+    """The images that were named, each once, with its path below the output folder; ValueError for none."""
     if not names:
         raise ValueError("no input: name images or folders, for example: infer.py photo.png")
-    found: list[tuple[Path, Path]] = []
-    for name in names:
-        path = Path(name)
+    found: dict[Path, tuple[Path, Path]] = {}  # by what it is, however it was named
+    results = output.resolve()
+    for path in map(Path, names):
         if path.is_dir():
-            if path.resolve() == output.resolve():
+            if path.resolve() == results:
                 raise ValueError(f"--output {output} is the input folder: give another one")
-            inside = [one for one in list_images(path) if output.resolve() not in one.resolve().parents]
-            found += [(one, one.relative_to(path)) for one in inside]
+            inside = list_images(path)
+            if path.resolve() in results.parents:  # results of an earlier run are no inputs
+                inside = [one for one in inside if results not in one.resolve().parents]
         elif path.is_file():
-            found.append((path, Path(path.name)))
+            inside = [path]
         else:
             raise ValueError(f"{path}: no such file or folder")
-    return found
+        for one in inside:
+            relative = one.relative_to(path) if path.is_dir() else Path(one.name)
+            found.setdefault(one.resolve(), (one, relative))
+    return list(found.values())
+
+
+def names_a_file(text: str) -> bool:
+    """Whether --output means a file, not a folder; ValueError for one that cannot be written."""
+    output = Path(text)
+    if output.is_dir() or text.endswith(("/", os.sep)):
+        return False
+    if output.suffix.lower() in WRITABLE_SUFFIXES:
+        return True
+    if output.exists():
+        raise ValueError(f"--output {text} is a file already, and no image: give another name")
+    if FILE_LIKE.fullmatch(output.suffix):
+        known = ", ".join(sorted(WRITABLE_SUFFIXES))
+        remedy = f"use one of {known}, or end the name of a folder with /"
+        raise ValueError(f"--output {text}: {output.suffix} cannot be written; {remedy}")
+    return False
 
 
 def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
     """Where everything goes: <name>_x<scale>.png, with the old suffix in it where two have one name.
 
     Raises:
-        ValueError: as find_inputs, or a name is given where a folder is needed.
+        ValueError: no input, or a file is named where a folder is needed.
     """
-    output = Path(args.output)
+    output, named = Path(args.output), names_a_file(args.output)
     found = find_inputs([*args.inputs, *args.input], output)
-    named = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
     if named and len(found) > 1:
-        raise ValueError(
-            f"--output {output} names one image, but there are {len(found)} inputs: give a folder"
-        )
+        raise ValueError(f"--output {output} names one image, but there are {len(found)}: give a folder")
+    if named and args.format is not None:
+        raise ValueError(f"--format {args.format}: --output {output} says it already; leave one out")
     together = Counter(relative.with_suffix("") for _, relative in found)
     tasks = []
     for source, relative in found:
         stem = relative.stem if together[relative.with_suffix("")] == 1 else relative.name.replace(".", "_")
         base = relative.with_name(f"{stem}_x{scale:g}")
-        target = output if named else output / base.with_name(base.name + ".png")
-        uncertainty = None
+        target = output if named else output / base.with_name(f"{base.name}.{args.format or 'png'}")
+        uncertainty, comparison, truth = None, None, None
         if args.uncertainty is not None:
-            single = Path(args.uncertainty).with_suffix("")
-            uncertainty = single if len(found) == 1 else Path(args.uncertainty) / base
-        comparison, truth = None, None
+            maps = Path(args.uncertainty)
+            one = maps.with_suffix("") if maps.suffix in (".png", ".npy") else maps
+            uncertainty = maps / base if len(found) > 1 else one
         if args.compare is not None:
             comparison = target.with_name(f"{target.stem}_compare.png")
-            truth = find_original(Path(args.compare), relative) if args.compare else None
+        if isinstance(args.compare, str):
+            truth = original_of(relative, Path(args.compare), scale, len(found))
         tasks.append(Task(source, target, comparison, truth, uncertainty))
     return tasks
 
 
-def find_original(named: Path, relative: Path) -> Path:
-    """The original of an image: the file that was named, or the one of the same name in that folder.
-
-    Raises:
-        ValueError: there is none.
-    """
+def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
+    """The file that was named, or the fitting one in that folder; ValueError where none fits."""
     if named.is_file():
+        if inputs > 1:
+            raise ValueError(f"--compare {named} is one image, but there are {inputs} inputs: give a folder")
         return named
-    matching = sorted((named / relative.parent).glob(f"{glob.escape(relative.stem)}.*"))
-    originals = [path for path in matching if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not originals:
-        raise ValueError(f"--compare {named}: no original of {relative} there; name an image or its folder")
-    return originals[0]
+    return find_original(relative, list_images(named / relative.parent, recursive=False), scale)
 
 
-# ---------------------------------------------------------------------------------------------- the pictures
-
-
-def write_uncertainty(path: Path, deviation: npt.NDArray[np.float32]) -> None:
-    """Write path.npy, and path.png in which white is the largest deviation."""
-    largest = max(float(deviation.max()), 1e-9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as stream:
-            np.save(stream, deviation)
-
-    write_atomically(path.with_name(path.name + ".npy"), save)
-    write_image(path.with_name(path.name + ".png"), np.round(deviation / largest * 255).astype(np.uint8))
+def check_targets(tasks: Sequence[Task], overwrite: bool) -> None:
+    """ValueError, before any work, for what could not be written or would replace what it should not."""
+    sources = {task.source.resolve() for task in tasks}
+    taken: dict[Path, Path] = {}
+    for target, source in [(target, task.source) for task in tasks for target in task.targets]:
+        if target.resolve() in sources:
+            raise ValueError(f"{target}: is the input itself; give another --output")
+        if target.is_dir():
+            raise ValueError(f"{target}: is a folder; give another --output")
+        if target in taken:
+            both = f"{taken[target]} and {source} would both become {target}"
+            raise ValueError(f"{both}: restore one at a time, each into an --output of its own")
+        taken[target] = source
+    existing = [] if overwrite else [target for target in taken if target.exists()]
+    if existing:
+        more = f", and {len(existing) - 1} more" if len(existing) > 1 else ""
+        remedy = "use --overwrite, --skip_existing or another --output"
+        raise ValueError(f"{existing[0]}: exists already{more}; {remedy}")
+    for folder in {target.parent for target in taken}:
+        there = next(one for one in (folder, *folder.resolve().parents) if one.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"{folder} cannot be written, because of {there}: give another --output")
 
 
 # --------------------------------------------------------------------------------------------------- the work
 
 
-def restore_file(task: Task, restorer: Restorer, overwrite: bool, progress: Progress) -> str:
-    """Restore one file and write what belongs to it; returns what is to be said about it, if anything.
-
-    Raises: one of FILE_ERRORS; nothing is half-written then.
-    """
-    check_targets(task, overwrite)
-    source = decode_image(task.source)
-    truth = None if task.truth is None else read_rgb(task.truth)
-    task.target.parent.mkdir(parents=True, exist_ok=True)
-    height, width = restorer.scale.high_size(*source.pixels.shape[:2])
-    check_format(
-        task.target,
-        height,
-        width,
-        source.pixels.dtype,
-        has_alpha=source.alpha is not None,
-        metadata=source.metadata,
-    )
-    restoration = restorer.restore(source, deviation=task.uncertainty is not None, progress=progress)
-    write_results(task, source, restoration, float(restorer.scale), truth)
-    return f"first of {source.frames} frames" if source.frames > 1 else ""
-
-
-def write_results(
-    task: Task, source: DecodedImage, restoration: Restoration, scale: float, truth: Pixels | None
-) -> None:
-    """Write the side results, then the restored image: where that exists, all of them do."""
-    if task.comparison is not None:
-        bicubic = upscale_image(source.pixels, scale)
-        picture = comparison_picture(source.pixels, bicubic, restoration.pixels, truth)
-        write_image(task.comparison, picture)
-    if task.uncertainty is not None and restoration.deviation is not None:
-        write_uncertainty(task.uncertainty, restoration.deviation)
-    restoration.save(task.target)
-
-
-def check_targets(task: Task, overwrite: bool) -> None:
-    """Refuse to replace a file unless told to, and the source itself in any case."""
-    targets = [task.target] if task.comparison is None else [task.target, task.comparison]
-    if task.uncertainty is not None:
-        name = task.uncertainty.name
-        targets += [task.uncertainty.with_name(name + suffix) for suffix in (".png", ".npy")]
-    for target in targets:
-        if target.exists() and target.samefile(task.source):
-            raise ValueError(f"{target}: is the input itself; give another --output")
-        if target.exists() and not overwrite:
-            raise ValueError(f"{target}: exists already; use --overwrite or another --output")
-
-
-def restore_all(tasks: Sequence[Task], restorer: Restorer, overwrite: bool) -> int:
-    """Restore every image; returns the exit status: 0, 1 where some failed, 2 where all did."""
+def restore_all(tasks: Sequence[Task], restorer: Restorer, args: argparse.Namespace) -> int:
+    """Returns the exit status: 0, 1 where some failed, 2 where all did."""
+    background = None if args.background is None else ImageColor.getrgb(args.background)[:3]
     failures: list[str] = []
+    done = 0
     for number, task in enumerate(tasks, start=1):
-        name = f"[{number}/{len(tasks)}] {task.source.name}"
         try:
-            with tqdm(total=100, desc=name, bar_format=BAR) as bar:
-                remark = restore_file(task, restorer, overwrite, functools.partial(_show, bar))
-        except FILE_ERRORS as error:
-            failures.append(_one_line(error))
+            with shown(f"[{number}/{len(tasks)}] {task.source.name}") as progress:
+                remark = restore_file(task, restorer, progress, strip=args.strip, background=background)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            failures.append(_failure(task, error))
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                failures.append("the disk is full: free some room, then go on with --skip_existing")
+                break
             continue
-        print(f"{task.target}" + (f" ({remark})" if remark else ""), flush=True)
+        done += 1
+        say(f"{task.target}" + (f" ({remark})" if remark else ""))
     for failure in failures:
-        print(f"infer.py: error: {failure}", file=sys.stderr)
-    if not failures:
-        return 0
-    print(f"infer.py: {len(failures)} of {len(tasks)} images not restored", file=sys.stderr)
-    return 2 if len(failures) == len(tasks) else 1
+        warn(f"error: {failure}")
+    if done < len(tasks):
+        warn(f"{len(tasks) - done} of {len(tasks)} images not restored")
+    return 0 if done == len(tasks) else 1 if done else 2
 
 
-def _show(bar: "tqdm[Never]", share: float) -> None:
-    bar.update(round(100 * share) - bar.n)
+def _failure(task: Task, error: BaseException) -> str:
+    """One line that names the file."""
+    line = _one_line(error)
+    if is_out_of_memory(error):
+        return f"{task.source}: out of memory ({line}); close other programs or cut it into pieces"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{task.target}: {error.strerror}"
+    return line if str(task.source) in line or str(task.target) in line else f"{task.source}: {line}"
+
+
+@contextlib.contextmanager
+def shown(name: str) -> Iterator[Progress]:
+    """Progress of one image: a bar on a terminal, and in a log a line now and then."""
+    if sys.stderr.isatty():
+        with tqdm(total=100, desc=name, bar_format=BAR) as bar:
+            yield lambda part: bar.update(round(100 * part) - bar.n)
+        return
+    last = time.monotonic()
+
+    def log(part: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            warn(f"{name}: {100 * part:.0f} %")
+
+    yield log
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, restore, report; returns the exit status."""
+    check_flags(args)
+    config = make_config(args)
+    weights = args.weights_path or released_model(4 if args.scale is None else args.scale)
+    model = load_model(weights, UNet)
+    if args.export is not None:
+        target = Path(args.export)
+        if target.exists() and not args.overwrite:
+            raise ValueError(f"--export {target}: exists already; use --overwrite or another name")
+        export_safetensors(model, target)
+        say(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+        if not args.inputs and not args.input:
+            return 0
+    device = select_device(args.device)
+    restorer = Restorer(model, config, device, autocast_dtype(device, args.dtype))
+    scale = float(restorer.scale)
+    if args.scale not in (None, scale):
+        raise ValueError(f"--scale is {args.scale:g}, but {weights} enlarges by {scale:g}: leave it out")
+    tasks = plan_tasks(args, scale)
+    if args.skip_existing:
+        missing = [task for task in tasks if not task.target.exists()]
+        warn(f"{len(tasks) - len(missing)} of {len(tasks)} images have a result already")
+        tasks = missing
+    check_targets(tasks, args.overwrite or args.skip_existing)
+    if args.compile:
+        compile_network(model.network, device)
+    return restore_all(tasks, restorer, args)
+
+
+# ------------------------------------------------------------------------------------------ words and signals
+
+
+def say(text: str) -> None:
+    """Print a line, or go on without stdout where it takes no more: the images matter."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            warn(f"stdout cannot be written ({error.strerror}); going on without it")
+        # What is still buffered must not fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+
+
+def warn(text: str) -> None:
+    """Print a line to stderr, if anybody can read it."""
+    with contextlib.suppress(OSError):
+        print(f"infer.py: {text}", file=sys.stderr, flush=True)
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def export(model: LoadedModel[UNet], target: Path, overwrite: bool) -> None:
-    """Write the model as .safetensors.
+@contextlib.contextmanager
+def stopping_at_signals() -> Iterator[None]:
+    """Signals raise Stopped; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What the parent ignores, as nohup does SIGHUP, stays ignored.
+    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _stop) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-    Raises:
-        ValueError: another suffix, or the file exists and may not be replaced.
-    """
-    if target.suffix != ".safetensors":
-        raise ValueError(f"--export {target}: the name must end in .safetensors")
-    if target.exists() and not overwrite:
-        raise ValueError(f"--export {target}: exists already; use --overwrite or another name")
-    export_safetensors(model, target)
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
-
-def run(args: argparse.Namespace) -> int:
-    """Load, restore, report; returns the exit status."""
-    config = make_config(args)
-    model = load_model(args.weights_path or released_model(args.scale or 4), UNet)
-    if args.export is not None:
-        export(model, Path(args.export), args.overwrite)
-        if not args.inputs and not args.input:
-            return 0
-    device = select_device(args.device)
-    precision = autocast_dtype(device, args.dtype)
-    restorer = Restorer(model, config, device, precision)
-    scale = float(restorer.scale)
-    if args.scale not in (None, scale):
-        raise ValueError(f"--scale {args.scale:g}, but {args.weights_path} enlarges by {scale:g}")
-    tasks = plan_tasks(args, scale)
-    if args.compile:
-        compile_network(model.network, device)
-    return restore_all(tasks, restorer, args.overwrite)
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for one in STOPPING:
+        if signal.getsignal(one) == _stop:
+            signal.signal(one, signal.SIG_DFL)
+    raise Stopped(number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
     args = build_parser().parse_args(argv)
     try:
-        return run(args)
+        with stopping_at_signals():
+            return run(args)
     except OptionError as error:
-        print(f"infer.py: error: {with_flag(error, [RestoreConfig])}", file=sys.stderr)
-        return 2
+        warn(f"error: {with_flag(error, [RestoreConfig])}")
     except (ValueError, OSError) as error:
-        print(f"infer.py: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("infer.py: stopped; finished images are whole, run again to do the others", file=sys.stderr)
-        return 130
+        warn(f"error: {_one_line(error)}")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        warn(f"error: out of memory: {_one_line(error)}")
+    except (KeyboardInterrupt, Stopped) as error:
+        number = signal.Signals(error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
+        warn(f"stopped by {number.name}; finished images are whole, --skip_existing does the others")
+        return 128 + number
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
 """Samplers: the schedulers of diffusers, exact for every number of steps, as linear steps of one loop.
 
-Every scheduler is handed the clean estimate ("sample" in diffusers' words): what the network predicts and
-how the estimate is bounded is settled before. Given the estimates each scheduler is linear:
-
     noisy_{k+1} = noisy_weight noisy_k + sum_j clean_weights[j] clean_{k-j} + noise_weight noise
 
-The weights are read off diffusers' own scheduler by feeding it unit vectors. Sampling then needs no
-scheduler: it can go through an image in pieces, and keeps at most HISTORY clean estimates.
+The weights are read off diffusers with unit vectors; sampling then needs it no more, and can take an image in
+pieces. A process is any (signal_scale, noise_scale): a pair with signal^2 + noise^2 = 1, as diffusers has,
+times a factor for each timestep.
 
-A process is any pair (signal_scale, noise_scale). diffusers knows those with signal^2 + noise^2 = 1; every
-other is one of these times a factor that depends on the timestep, and so are its steps (see _rescaled).
-
-Shape legend: B images, C channels, H x W pixels, T timesteps, n steps.
+Shapes: B images, C channels, H x W pixels, T timesteps, n steps.
 """
 
 import hashlib
@@ -19,7 +14,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -27,38 +22,24 @@ from torch import Tensor
 
 from engine.options import OptionError
 
-if TYPE_CHECKING:  # seconds to import: only what samples an image pays for it
-    from diffusers.schedulers import (
-        DDIMScheduler,
-        DPMSolverMultistepScheduler,
-        HeunDiscreteScheduler,
-        UniPCMultistepScheduler,
-    )
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "heun"]
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
 DEFAULT_SCHEDULER: SchedulerName = "unipc"
 HISTORY = 3  # the most clean estimates a step looks at: UniPC's corrector and predictor together
-# A schedule may end in no signal at all (Lin et al. 2024), where log-SNR is infinite. This much, a signal of
-# 3e-5, stands in for it: the solvers stay finite, and no image can tell.
+# Stands in for no signal at all (Lin et al. 2024), whose log-SNR is infinite: a signal of 3e-5, invisible.
 LEAST_ALPHA_BAR = 1e-9
 NOISE_ROWS = 64  # rows of an image whose noise is drawn together
 
 State = TypeVar("State")  # an image being denoised: a Tensor, or a restoration.tiling.Field
 
-_Diffusers: TypeAlias = (
-    "DDIMScheduler | DPMSolverMultistepScheduler | HeunDiscreteScheduler | UniPCMultistepScheduler"
-)
-
 
 class Step(NamedTuple):
-    """One evaluation of the network and what becomes of it.
+    """One evaluation of the network, at `timestep` in [0, T), and the weights of what follows from it.
 
-    Attributes:
-        timestep: the timestep to evaluate at, in [0, T).
-        noisy_weight: of the noisy image that was evaluated.
-        clean_weights: of the clean estimates, this step's first and older ones after it; at most HISTORY.
-        noise_weight: of fresh standard normal noise; 0 where the step is deterministic.
+    At most HISTORY are of clean estimates, the newest first; the noise is fresh and standard normal.
     """
 
     timestep: int
@@ -67,15 +48,9 @@ class Step(NamedTuple):
     noise_weight: float = 0.0
 
     def advance(self, noisy: Tensor, cleans: Sequence[Tensor], noise: Tensor | None = None) -> Tensor:
-        """The next noisy image.
+        """The next noisy image, a new tensor; after the last step it is the clean one. All have one shape.
 
-        Args:
-            noisy: (...) what the network was given.
-            cleans: clean estimates of the same shape, the newest first, at least as many as the weights.
-            noise: standard normal, needed where noise_weight is not 0.
-
-        Returns:
-            A new tensor of the same shape; after the last step of a sampler it is the clean estimate.
+        `cleans` begin with the newest and may outnumber the weights.
         """
         following = self.clean_weights[0] * cleans[0]
         if self.noisy_weight:
@@ -94,10 +69,7 @@ class Sampler:
     Args:
         name: "ddim" (Song et al. 2021a), "ddpm" (Ho et al. 2020), "dpm++" (DPM-Solver++ 2M, Lu et al. 2022),
             "unipc" (Zhao et al. 2023, order 2, B2) or "heun" (Karras et al. 2022, algorithm 1).
-        signal_scale, noise_scale: (T,) float64; their ratio falls with the timestep.
-
-    Raises:
-        ValueError: an unknown name, or scales that do not fall.
+        signal_scale, noise_scale: (T,) float64; ValueError unless their ratio falls.
     """
 
     def __init__(self, name: SchedulerName, signal_scale: Tensor, noise_scale: Tensor) -> None:
@@ -119,17 +91,15 @@ class Sampler:
         return self._factors[-1]
 
     def steps(self, count: int, eta: float = 0.0) -> tuple[Step, ...]:
-        """The evaluations that `count` steps take: as many, but 2 count - 2 for "heun" from 2 steps on.
-
-        With one step every scheduler gives the clean estimate at T - 1, the posterior mean.
+        """The evaluations of `count` steps: as many, but 2 count - 2 for "heun" from 2 on.
 
         Args:
-            count: 1 to T.
-            eta: 0 to 1, the part of the posterior's variance that "ddim" puts in afresh at each step (Song et
-                al. 2021a, Eq. 16). "ddpm" is eta = 1 by definition; the others are deterministic.
+            count: 1 to T; one step gives the posterior mean at T - 1.
+            eta: 0 to 1, for "ddim" only: the part of the posterior's variance drawn afresh (Song et al.
+                2021a, Eq. 16). "ddpm" has 1, the others 0.
 
         Raises:
-            OptionError: `steps` or `eta` is out of range, or eta is given to another scheduler than "ddim".
+            OptionError: out of range.
         """
         total = len(self._alpha_bar)
         if not 1 <= count <= total:
@@ -148,13 +118,12 @@ def sample(
     denoise: Callable[[State, int], State],
     advance: Callable[[Step, State, Sequence[State]], State],
 ) -> Iterator[State]:
-    """The sampling loop: yields the noisy image after each step, the last of which is the result.
+    """The sampling loop: yields the noisy image after each step; the last is the result.
 
     Args:
-        steps: as Sampler.steps gives them.
-        noisy: standard normal noise times Sampler.initial_scale.
+        steps, noisy: Sampler.steps, and standard normal noise times Sampler.initial_scale.
         denoise: (noisy, timestep) -> clean estimate.
-        advance: (step, noisy, clean estimates with the newest first) -> next noisy image.
+        advance: (step, noisy, clean estimates from the newest) -> next noisy image.
     """
     cleans: deque[State] = deque(maxlen=max(len(step.clean_weights) for step in steps))
     for step in steps:
@@ -166,20 +135,12 @@ def sample(
 
 
 def _rescaled(steps: Sequence[Step], factors: Sequence[float]) -> tuple[Step, ...]:
-    """Steps of the variance-preserving process for one that is `factors[t]` times it; clean images have 1."""
-    after = [*(factors[step.timestep] for step in steps[1:]), 1.0]
+    """Steps for a process that is `factors[t]` times the variance-preserving one; clean images have 1."""
+    following = [*(factors[step.timestep] for step in steps[1:]), 1.0]
     return tuple(
-        Step(
-            step.timestep,
-            step.noisy_weight * factor / factors[step.timestep],
-            tuple(factor * weight for weight in step.clean_weights),
-            factor * step.noise_weight,
-        )
-        for step, factor in zip(steps, after, strict=True)
+        Step(t, noisy * after / factors[t], tuple(after * weight for weight in cleans), after * noise)
+        for (t, noisy, cleans, noise), after in zip(steps, following, strict=True)
     )
-
-
-# -------------------------------------------------------------------------------------------------- timesteps
 
 
 def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
@@ -190,78 +151,59 @@ def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> li
 
 
 def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> list[int]:
-    """T - 1, then timesteps whose log-SNR is evenly spaced between two noise levels (see sigma_range).
-
-    Even steps in log-SNR are what exponential integrators assume (Lu et al. 2022, section 4). Timesteps are
-    whole numbers: where several would fall together, they take the nearest free ones.
-    """
-    total = len(alpha_bar)
+    """T - 1, then timesteps evenly spaced in log-SNR (Lu et al. 2022, section 4) over `sigma_range`."""
     known = np.array(alpha_bar)
     log_sigma = 0.5 * np.log((1 - known) / known)  # rises with the timestep
     highest, lowest = sigma_range(num_inference_steps)
     levels = np.linspace(math.log(highest), math.log(lowest), num_inference_steps - 1)
-    wanted = np.round(np.interp(levels, log_sigma, np.arange(total))).astype(int)
-    timesteps = [total - 1]
-    for index, timestep in enumerate(wanted.tolist(), start=1):
-        still_to_come = num_inference_steps - 1 - index
-        timesteps.append(max(min(timestep, timesteps[-1] - 1), still_to_come))
+    wanted = np.round(np.interp(levels, log_sigma, np.arange(len(known)))).astype(int)
+    timesteps = [len(known) - 1]
+    for index, timestep in enumerate(wanted.tolist(), start=2):
+        # Where several would fall together, they take the nearest free ones.
+        timesteps.append(max(min(timestep, timesteps[-1] - 1), num_inference_steps - index))
     return timesteps
 
 
 def sigma_range(num_inference_steps: int) -> tuple[float, float]:
-    """The largest and smallest noise_scale / signal_scale, after T - 1: 14 and 0.05 for 10 steps.
-
-    What lies beyond is crossed in one step and costs variance, (s / 14)^2 and (0.05 / s)^2 of data of
-    deviation s; what lies between must be covered in short steps. Up to 10 steps the largest level therefore
-    grows with their number, as a search over Gaussians of deviation 0.2 to 2 found best up to 6 steps, and
-    the smallest stays: of an x4 residual it is less than a grey level. At 10 steps Gaussians would start at 4
-    to 6, but photos gain texture from more; recipes/ABLATIONS.md has how much. From 10 to 100 only the
-    smallest falls: a largest level that grew with the steps would make more steps noisier, as it decides how
-    much of the network's own error at the noisiest levels gets into the image. Above 100 both widen, so that
-    nothing is lost in the limit.
-    """
+    """The largest and smallest noise_scale / signal_scale after T - 1: 14 and 0.05 for 10 steps."""
+    # What lies beyond is crossed in one step and costs variance, (s / 14)^2 and (0.05 / s)^2 of data of
+    # deviation s; what lies between needs short steps. Up to 10 steps the largest level grows with their
+    # number: best up to 6 in a search over Gaussians of deviation 0.2 to 2, and photos gain texture from more
+    # (recipes/ABLATIONS.md); the smallest, of an x4 residual less than a grey level, stays. From 10 to 100
+    # only the smallest falls: a larger largest lets in more of the network's error at the noisiest levels.
+    # Above 100 both widen, so that nothing is lost in the limit.
     width = min(num_inference_steps, 10) * max(1.0, num_inference_steps / 100)
     return 0.14 * width**2, 0.5 / max(10, num_inference_steps)
 
 
-# ------------------------------------------------------------------------------- reading off diffusers' steps
-
-
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # a folder of images asks for the same steps again and again
 def _steps(name: SchedulerName, alpha_bar: tuple[float, ...], count: int, eta: float) -> tuple[Step, ...]:
-    """See Sampler.steps; cached, because a folder of images asks for the same steps again and again."""
+    """Sampler.steps of the variance-preserving process."""
     if name in ("ddim", "ddpm"):
         return _ddim_steps(alpha_bar, trailing_timesteps(len(alpha_bar), count), eta)
     timesteps = log_snr_timesteps(alpha_bar, count)
     if name == "heun":
         return _heun_steps(alpha_bar, timesteps)
-    from diffusers.schedulers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
-
-    chosen = DPMSolverMultistepScheduler if name == "dpm++" else UniPCMultistepScheduler
-    scheduler = _respaced(chosen, alpha_bar, timesteps, solver_order=2, prediction_type="sample")
-    noisy, states = _unit(1 + count, 0), []
-    for index in range(count):
-        states.append(noisy)
-        clean = _unit(1 + count, 1 + index)
-        noisy = scheduler.step(clean, scheduler.timesteps[index], noisy).prev_sample.double()
-    return _local_form(timesteps, [*states, noisy])
+    kind = "DPMSolverMultistepScheduler" if name == "dpm++" else "UniPCMultistepScheduler"
+    scheduler = _respaced(kind, alpha_bar, timesteps, solver_order=2, prediction_type="sample")
+    noise, *cleans = torch.eye(1 + count, dtype=torch.float64)[:, None, None, None]  # images of one row
+    states = [noise]
+    for own, clean in zip(scheduler.timesteps, cleans, strict=True):
+        states.append(scheduler.step(clean, own, states[-1]).prev_sample.double())
+    return _local_form(timesteps, states)
 
 
 def _respaced(
-    kind: type[_Diffusers],
-    alpha_bar: Sequence[float],
-    timesteps: Sequence[int],
-    **options: int | str | bool,
-) -> _Diffusers:
-    """A scheduler of diffusers for a process that has these timesteps and no others.
+    kind: str, alpha_bar: Sequence[float], timesteps: Sequence[int], **options: int | str | bool
+) -> "SchedulerMixin":
+    """A scheduler of diffusers that knows these timesteps alone, and visits them all."""
+    # That makes any list exact (Nichol & Dhariwal 2021, section 4). `DDIMScheduler.step` takes the previous
+    # timestep to be t - T // n, which is another one wherever n does not divide T.
+    from diffusers import schedulers  # takes seconds: only what samples an image pays for it
 
-    Its timestep i is the i-th of ours from the clean end, and it visits them all. That makes any list of
-    timesteps exact (Nichol & Dhariwal 2021, section 4), where `DDIMScheduler.step` otherwise takes the
-    previous timestep to be t - T // n, which is another one wherever n does not divide T.
-    """
     kept = torch.tensor([alpha_bar[timestep] for timestep in reversed(timesteps)], dtype=torch.float64)
     before = torch.cat([kept.new_ones(1), kept[:-1]])
-    scheduler = kind(
+    scheduler = getattr(schedulers, kind)(
         num_train_timesteps=len(timesteps),
         trained_betas=(1 - kept / before).tolist(),
         timestep_spacing="trailing",
@@ -272,18 +214,9 @@ def _respaced(
     return scheduler
 
 
-def _unit(length: int, index: int) -> Tensor:
-    """The unit vector along one axis, shaped as an image: (1, 1, 1, length)."""
-    unit = torch.zeros(1, 1, 1, length, dtype=torch.float64)
-    unit[..., index] = 1
-    return unit
-
-
 def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float) -> tuple[Step, ...]:
     """DDIM on any falling list of timesteps; eta = 1 is DDPM (Song et al. 2021a, section 4.1)."""
-    from diffusers.schedulers import DDIMScheduler
-
-    scheduler = _respaced(DDIMScheduler, alpha_bar, timesteps, prediction_type="sample", clip_sample=False)
+    scheduler = _respaced("DDIMScheduler", alpha_bar, timesteps, prediction_type="sample", clip_sample=False)
     noisy, clean, noise = torch.eye(3, dtype=torch.float64)
     steps = []
     for timestep, own in zip(timesteps, scheduler.timesteps, strict=True):
@@ -294,40 +227,29 @@ def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float
 
 
 def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> tuple[Step, ...]:
-    """Heun's method, behind one DDIM step from T - 1.
-
-    The trapezoidal rule weighs both ends of a step in sigma alike, but the cosine schedule begins at sigma
-    20000, and a step from there to 10 would magnify the second slope's error by 1000. The first step is
-    Euler's instead. diffusers' scheduler works on noisy / signal_scale and takes the noise estimate; both
-    are converted.
-    """
-    from diffusers.schedulers import HeunDiscreteScheduler
-
-    if len(timesteps) == 1:
-        return _ddim_steps(alpha_bar, timesteps, 0.0)
+    """Heun's method, behind one DDIM step (Euler's) from T - 1."""
+    # The trapezoidal rule weighs both ends of a step in sigma alike, but the cosine schedule begins at sigma
+    # 20000: a step from there to 10 would magnify the second slope's error by 1000.
     first = _ddim_steps(alpha_bar, timesteps, 0.0)[:1]
-    scheduler = _respaced(HeunDiscreteScheduler, alpha_bar, timesteps[1:], prediction_type="epsilon")
+    if len(timesteps) == 1:
+        return first
+    scheduler = _respaced("HeunDiscreteScheduler", alpha_bar, timesteps[1:], prediction_type="epsilon")
     sigmas = scheduler.sigmas.double()
-    count = len(scheduler.timesteps)
-    noisy, states = _unit(1 + count, 0), []
-    for index in range(count):
-        states.append(noisy)
-        sigma, sigma_next = sigmas[index], sigmas[index + 1]
-        scaled = noisy * (1 + sigma**2).sqrt()
-        noise = (scaled - _unit(1 + count, 1 + index)) / sigma
-        scaled = scheduler.step(noise, scheduler.timesteps[index], scaled).prev_sample
-        noisy = scaled / (1 + sigma_next**2).sqrt()
+    scales = (1 + sigmas**2).sqrt()  # diffusers' Heun steps noisy / signal_scale by the noise estimate
+    noise, *cleans = torch.eye(len(sigmas), dtype=torch.float64)[:, None, None, None]
+    states = [noise]
+    for index, (own, clean) in enumerate(zip(scheduler.timesteps, cleans, strict=True)):
+        scaled = states[-1] * scales[index]
+        slope = (scaled - clean) / sigmas[index]
+        states.append(scheduler.step(slope, own, scaled).prev_sample / scales[index + 1])
     evaluated = [timesteps[1], *(timestep for timestep in timesteps[2:] for _ in range(2))]
-    return first + _local_form(evaluated, [*states, noisy])
+    return first + _local_form(evaluated, states)
 
 
 def _local_form(timesteps: Sequence[int], states: Sequence[Tensor]) -> tuple[Step, ...]:
-    """Express each state by the one before it and the newest clean estimates.
+    """Express each state by the one before it and the newest clean estimates, those of n timesteps.
 
-    Args:
-        timesteps: where the clean estimates were made.
-        states: the noisy images, one more than the timesteps, each (1, 1, 1, 1 + n): its part of the
-            initial noise and of every clean estimate.
+    The n + 1 states (1, 1, 1, 1 + n) are made of the first noise and of each clean estimate.
     """
     steps = []
     for index, timestep in enumerate(timesteps):
@@ -343,30 +265,20 @@ def _local_form(timesteps: Sequence[int], states: Sequence[Tensor]) -> tuple[Ste
     return tuple(steps)
 
 
-# ------------------------------------------------------------------------------------------------------ noise
-
-
 def noise_seed(seed: int, step: int, micro_batch: int) -> int:
-    """A 63-bit seed for the random numbers of one forward pass, the same on every machine."""
+    """A 63-bit seed for one forward pass, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def noise_stream(seed: int, number: int) -> torch.Generator:
-    """The noise of one sample of an image; it depends on the seed and the sample's number alone."""
+    """The noise of one sample of an image: a function of the seed and the sample's number."""
     return torch.Generator().manual_seed(noise_seed(seed, number, 0))
 
 
 def draw_noise(streams: Sequence[torch.Generator], channels: int, height: int, width: int) -> Tensor:
-    """Standard normal noise (B, C, H, W), each image's from its own stream on the CPU.
-
-    It is drawn NOISE_ROWS rows at a time from the top: whoever holds only some rows of an image at once draws
-    the same numbers, on any device, and no image's noise depends on the others of its batch.
-    """
-    bands = [
-        torch.stack(
-            [torch.randn(channels, min(NOISE_ROWS, height - top), width, generator=one) for one in streams]
-        )
-        for top in range(0, height, NOISE_ROWS)
-    ]
-    return torch.cat(bands, dim=2)
+    """Standard normal noise (B, C, H, W) on the CPU, each image's from its own stream."""
+    # NOISE_ROWS at a time: whoever holds only some rows of an image draws the same numbers.
+    heights = [min(NOISE_ROWS, height - top) for top in range(0, height, NOISE_ROWS)]
+    bands = [[torch.randn(channels, rows, width, generator=one) for one in streams] for rows in heights]
+    return torch.cat([torch.stack(band) for band in bands], dim=2)

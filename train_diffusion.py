@@ -212,12 +212,7 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
     root = Path(data.image_folder)
     if data.val_folder is not None:
         validation = dataset(list_images(data.val_folder)[:MOST_VALIDATION_IMAGES], False)
-        apart = {path.resolve() for path in validation.paths}
-        found = list_images(root)
-        others = [path for path in found if path.resolve() not in apart]
-        if len(others) < len(found):
-            logger.warning("%d images of --val_folder are not trained on", len(found) - len(others))
-        return dataset(others, True), validation
+        return dataset(_without(list_images(root), validation.paths), True), validation
     everything = dataset(list_images(root), True)
     if len(everything) == 1:
         logger.warning("only one image: it is validated on, too; give more images or --val_folder")
@@ -228,6 +223,15 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
     training = dataset([path for path in everything.paths if names[path] not in held_out], True)
     training.left_out = everything.left_out
     return training, dataset([path for path in everything.paths if names[path] in held_out], False)
+
+
+def _without(paths: Sequence[Path], others: Sequence[Path]) -> list[Path]:
+    """The paths that name none of the other files."""
+    apart = {path.resolve() for path in others}
+    kept = [path for path in paths if path.resolve() not in apart]
+    if len(kept) < len(paths):
+        logger.warning("%d images of --val_folder are not trained on", len(paths) - len(kept))
+    return kept
 
 
 def choose_held_out(names: Sequence[str], fraction: float, seed: int) -> list[str]:
@@ -363,7 +367,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
             resume=checkpoint,
             processes=processes,
             precision=precision,
-            settings={"data": settings.data.to_dict(), "run": options.to_dict()},
+            sections={"data": settings.data.to_dict(), "run": options.to_dict()},
             held_out=names,
             profile=options.profile,
         )

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Never, Protocol, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
@@ -227,6 +227,7 @@ class TrainState:
         step: optimiser steps taken, skipped ones included.
         best_psnr: of the averaged weights on the validation images, in dB.
         skipped: steps whose loss or gradient was not finite.
+        wrapped: the model as several processes train it.
     """
 
     model: nn.Module
@@ -236,6 +237,7 @@ class TrainState:
     step: int = 0
     best_psnr: float = -math.inf
     skipped: int = 0
+    wrapped: DistributedDataParallel | None = None
 
     def content(self) -> dict[str, object]:
         """The entries of a checkpoint that belong to the loop."""
@@ -369,34 +371,24 @@ def train_step(
     micro_batches: Iterator[tuple[MicroBatch, Tensor]],
     config: TrainingConfig,
     processes: Processes,
-    *,
     precision: torch.dtype | None = None,
-    wrapped: DistributedDataParallel | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> StepReport:
     """One optimiser step; a step whose loss or gradient is not finite changes nothing.
 
     Every sample weighs the same, however the step splits into micro-batches and processes. Gradients are
-    exchanged once, with the last micro-batch, and the device is waited for once, to read the loss.
-
-    Args:
-        state: changed in place.
-        loss: (model, batch on the device, generator on the device) -> (B,).
-        micro_batches: this process's part of the step, each with its samples.
-        config: how to train; every None resolved.
-        processes: this process among those of the run.
-        precision: dtype to autocast to, None for float32.
-        wrapped: the model as several processes train it.
-        stopping: whether this process asks to stop, called at the end of the step.
+    exchanged once, and the device is waited for once. `stopping` says whether this process wants to stop.
     """
-    device, model, generator = processes.device, state.model.train(), torch.Generator(processes.device)
-    total = torch.zeros((), device=device)
+    device, model = processes.device, state.model.train()
+    generator, total = torch.Generator(device), torch.zeros((), device=device)
     for micro_batch, samples in micro_batches:
         generator.manual_seed(noise_seed(config.seed, state.step, micro_batch.number))
-        waits = wrapped is not None and not micro_batch.is_last
-        with wrapped.no_sync() if wrapped is not None and waits else contextlib.nullcontext():
+        apart = state.wrapped is not None and not micro_batch.is_last
+        with state.wrapped.no_sync() if apart and state.wrapped else contextlib.nullcontext():
             with torch.autocast(device.type, precision, enabled=precision is not None):
-                losses = loss(wrapped or model, samples.to(device, non_blocking=True), generator)  # (B,)
+                losses = loss(
+                    state.wrapped or model, samples.to(device, non_blocking=True), generator
+                )  # (B,)
             part = losses.float().sum() * micro_batch.weight
             (part * processes.world_size).backward()  # gradients are averaged; the sum is wanted
         total += part.detach()
@@ -439,32 +431,33 @@ class Validation(NamedTuple):
 Validate = Callable[[nn.Module], Validation]
 
 
+class LoopOptions(TypedDict, total=False):
+    """How the loop runs; of no influence on what is learnt, but for the precision.
+
+    Attributes:
+        processes: this process among those of the run; None is a run of one process.
+        precision: dtype to autocast the loss to, None for float32.
+        validate: called with the averaged network, in every process.
+        progress: show a progress bar.
+        profile: write a trace of five steps into the log folder, for TensorBoard's profiler or Perfetto.
+    """
+
+    processes: Processes | None
+    precision: torch.dtype | None
+    validate: Validate | None
+    progress: bool
+    profile: bool
+
+
 def train(
     state: TrainState,
     loss: LossFunction,
     dataset: Samples,
     config: TrainingConfig,
     run: RunFiles,
-    *,
-    processes: Processes | None = None,
-    precision: torch.dtype | None = None,
-    validate: Validate | None = None,
-    progress: bool = True,
-    profile: bool = False,
+    **options: Unpack[LoopOptions],
 ) -> int | None:
-    """Train from state.step to config.max_steps.
-
-    Args:
-        state: changed in place.
-        loss: (model, batch on the device, generator on the device) -> (B,) losses.
-        dataset: what to train on.
-        config: how to train.
-        run: where to write.
-        processes: this process among those of the run; None is a run of one process.
-        precision: dtype to autocast the loss to, None for float32.
-        validate: called with the averaged network, in every process.
-        progress: show a progress bar.
-        profile: write a trace of five steps into the log folder, for TensorBoard's profiler or Perfetto.
+    """Train from state.step to config.max_steps; validate, log and save into `run` on the way.
 
     Returns:
         None when training is complete, or the number of the signal that ended it early. Either way the last
@@ -472,45 +465,59 @@ def train(
 
     Raises:
         NonFiniteError: too many non-finite steps in a row.
-        WorkerError: a worker process died.
+        WorkerError: the data gave out.
         CheckpointError: a checkpoint could not be written.
     """
-    processes = processes or Processes(next(state.model.parameters()).device)
+    processes = options.get("processes") or Processes(next(state.model.parameters()).device)
     plan = BatchPlan.of(config, len(dataset), processes.world_size)
     config = config.resolved(plan.steps_per_epoch)
     run = dataclasses.replace(run, sections={**run.sections, "training": config.to_dict()})
     batches = _Batches(dataset, plan, config, state.step, processes)
-    wrapped = (
-        DistributedDataParallel(state.model, broadcast_buffers=False) if processes.world_size > 1 else None
-    )
-    hidden = not (progress and processes.is_main)
-    with (
-        StopSignals() as signals,
-        RunLogger(run.log_dir, processes.is_main, state.step, run.sections) as log,
-        profiled(profile and processes.is_main, run.log_dir, processes.device) as after_step,
-        tqdm(None, "train", config.max_steps, initial=state.step, unit="step", disable=hidden) as bar,
-    ):
-        recorder = _Recorder(state, run, config, plan, processes, log, batches, validate)
+    precision = options.get("precision")
+    if processes.world_size > 1:
+        state.wrapped = DistributedDataParallel(state.model, broadcast_buffers=False)
+    with _recorded(state, run, config, plan, processes, batches, options) as recorder:
         while state.step < cast(int, config.max_steps):
             parts = plan.of_rank(state.step, processes.rank)
             with recorder.saving_what_is_sound():
-                report = train_step(
-                    state,
-                    loss,
-                    batches.of(parts),
-                    config,
-                    processes,
-                    precision=precision,
-                    wrapped=wrapped,
-                    stopping=lambda: signals.received is not None,
-                )
+                samples = batches.of(parts)
+                report = train_step(state, loss, samples, config, processes, precision, recorder.stopping)
             recorder.after_step(report, parts)
-            after_step()
-            bar.update()
-            bar.set_postfix(loss=f"{report.loss:.4f}", best=f"{state.best_psnr:.2f} dB", refresh=False)
             if report.stop:
-                return signals.received or int(signal.SIGTERM)
+                return recorder.signals.received or int(signal.SIGTERM)
     return None
+
+
+@contextlib.contextmanager
+def _recorded(
+    state: TrainState,
+    run: RunFiles,
+    config: TrainingConfig,
+    plan: BatchPlan,
+    processes: Processes,
+    batches: "_Batches",
+    options: LoopOptions,
+) -> Iterator["_Recorder"]:
+    """Catch signals, open the log and the progress bar, and close them."""
+    is_main = processes.is_main
+    hidden = not (options.get("progress", True) and is_main)
+    with (
+        StopSignals() as signals,
+        RunLogger(run.log_dir, is_main, state.step, run.sections) as log,
+        profiled(options.get("profile", False) and is_main, run.log_dir, processes.device) as after_step,
+        tqdm(None, "train", config.max_steps, initial=state.step, unit="step", disable=hidden) as bar,
+    ):
+        watch = _Watch(signals, log, after_step, bar)
+        yield _Recorder(state, run, config, plan, processes, batches, watch, options.get("validate"))
+
+
+class _Watch(NamedTuple):
+    """What is open while a run is recorded."""
+
+    signals: StopSignals
+    log: RunLogger
+    after_step: Callable[[], None]
+    bar: "tqdm[Never]"
 
 
 class _Watched(Dataset[Tensor]):
@@ -591,16 +598,21 @@ class _Recorder:
         config: TrainingConfig,
         plan: BatchPlan,
         processes: Processes,
-        log: RunLogger,
         batches: _Batches,
+        watch: _Watch,
         validate: Validate | None,
     ) -> None:
         self.state, self.run, self.config, self.plan = state, run, config, plan
-        self.processes, self.log, self.batches, self.validate = processes, log, batches, validate
+        self.processes, self.batches, self.validate = processes, batches, validate
+        self.signals, self.log, self._after_step, self._bar = watch
         self._losses: list[float] = []
         self._samples = 0
         self._since = time.perf_counter()
         self._skipped_in_a_row = 0
+
+    def stopping(self) -> bool:
+        """Whether a signal came."""
+        return self.signals.received is not None
 
     def after_step(self, report: StepReport, parts: Sequence[MicroBatch]) -> None:
         """Log, validate and save what is due.
@@ -609,6 +621,10 @@ class _Recorder:
             NonFiniteError: too many steps in a row were skipped.
         """
         state, config = self.state, self.config
+        self._after_step()
+        self._bar.update()
+        best = f"{state.best_psnr:.2f} dB"
+        self._bar.set_postfix(loss=f"{report.loss:.4f}", best=best, refresh=False)
         self._raise_if_diverged(report, parts)
         self._losses.append(report.loss)
         self._samples += sum(len(part) for part in self.plan.micro_batches(state.step - 1))

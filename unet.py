@@ -1,24 +1,21 @@
-"""The denoising network: a UNet that works below the full resolution and is conditioned on the input image.
+"""The denoising network: a UNet below the full resolution, conditioned on the low-resolution image.
 
-Shape legend: B batch, C image channels, H x W pixels of the high resolution, h x w of the low one,
-p patch size, D_i width of level i, N tokens, E width of a token (context_dim), T timesteps.
-
-What the condition costs is paid once per image: `encode_context` turns it into a `Context` (features that are
-added after the stem, keys and values for every cross-attention), and each denoising step reuses that.
+Shapes: B batch, C image channels, H x W high-resolution pixels, h x w low-resolution ones, p patch size,
+D_i width of level i, N tokens of width E (context_dim).
 """
 
 import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.options import OptionError, Options, option
-from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation
+from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation, zero_
 
 Conditioning = Literal["none", "concat", "cross_attention", "both"]
 KeysValues = tuple[Tensor, Tensor]
@@ -67,68 +64,45 @@ class UNetConfig(Options):
 
     @property
     def cross_attends(self) -> bool:
-        """Whether the transformer blocks attend to context tokens."""
+        """Whether transformer blocks attend to context tokens."""
         return self.conditioning in ("cross_attention", "both")
 
     @property
     def size_multiple(self) -> int:
-        """Inputs are padded to a multiple of this many pixels: the side of one deepest token."""
+        """Pixels along a deepest token: inputs are padded to a multiple."""
         return int(self.patch_size * 2 ** (len(self.dim_mults) - 1))
 
     def attends(self, level: int) -> bool:
         """Whether a level has transformer blocks."""
-        depth = len(self.dim_mults)
-        return level in {one % depth for one in self.attention_levels}
+        return level in {one % len(self.dim_mults) for one in self.attention_levels}
 
 
 class Condition(NamedTuple):
-    """What a restoration is conditioned on, before encoding; leave out what the configuration does not use.
+    """What a restoration is conditioned on; leave out what the configuration does not use."""
 
-    Attributes:
-        upscaled: (B, C, H, W) in [-1, 1], the low-resolution image at the target size.
-        low_res: (B, C, h, w) in [-1, 1], read by ImageContextExtractor.
-        tokens: (B, N, E), any other tokens to attend to instead of those of low_res.
-    """
-
-    upscaled: Tensor | None = None
-    low_res: Tensor | None = None
-    tokens: Tensor | None = None
+    upscaled: Tensor | None = None  # (B, C, H, W) in [-1, 1]
+    low_res: Tensor | None = None  # (B, C, h, w) in [-1, 1]
+    tokens: Tensor | None = None  # (B, N, E), in place of those of low_res
 
 
 class Context(NamedTuple):
-    """An encoded Condition, valid for every denoising step of its images.
+    """An encoded Condition, for every denoising step of its images."""
 
-    Attributes:
-        features: (B, D_0, H / p, W / p) of the padded size, added after the stem; or None.
-        keys_values: for every transformer block in the order of use, (B, heads, N, head width) each.
-    """
-
-    features: Tensor | None = None
-    keys_values: tuple[KeysValues, ...] = ()
-
-
-def _head_count(dim: int, head_dim: int) -> int:
-    """The most heads of at least head_dim channels that divide dim evenly, at least one."""
-    return next(heads for heads in range(max(1, dim // head_dim), 0, -1) if dim % heads == 0)
+    features: Tensor | None = None  # (B, D_0, H / p, W / p) of the padded size, added after the stem
+    keys_values: tuple[KeysValues, ...] = ()  # (B, heads, N, head width) each, for the blocks in order of use
 
 
 class Attention(nn.Module):
-    """Multi-head scaled dot-product attention (Vaswani et al. 2017, Eq. 1) with a zero-initialised output.
-
-    Args:
-        dim: width of the queries and of the result.
-        source_dim: width of what keys and values are made from.
-        head_dim: width of one head.
-    """
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, Eq. 1) whose output starts at 0."""
 
     def __init__(self, dim: int, source_dim: int, head_dim: int) -> None:
         super().__init__()
-        self.heads = _head_count(dim, head_dim)
+        most = max(1, dim // head_dim)
+        self.heads = next(heads for heads in range(most, 0, -1) if dim % heads == 0)
         self.to_query = nn.Linear(dim, dim, bias=False)
         self.to_key_value = nn.Linear(source_dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        zero_(self.out)
 
     def keys_values(self, source: Tensor) -> KeysValues:
         """(B, N, source_dim) -> keys and values, each (B, heads, N, dim / heads)."""
@@ -136,45 +110,36 @@ class Attention(nn.Module):
         return self._split(keys), self._split(values)
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """(B, M, dim) queries against given keys and values -> (B, M, dim)."""
+        """(B, M, dim) -> the same shape."""
         attended = F.scaled_dot_product_attention(self._split(self.to_query(x)), *keys_values)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        result: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return result
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)  # (B, heads, N, dim / heads)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention where a context is given, feed-forward: pre-normalised, added.
+    """Self-attention, cross-attention where a context is given, feed-forward: pre-normalised, added."""
 
-    Args:
-        dim: width of the tokens.
-        context_dim: width E of the context tokens, or None for a block without cross-attention.
-        head_dim: width of one attention head.
-        expansion: width of the hidden feed-forward layer over dim.
-    """
-
-    def __init__(
-        self, dim: int, context_dim: int | None = None, *, head_dim: int = 32, expansion: int = 4
-    ) -> None:
+    def __init__(self, dim: int, context_dim: int | None = None, *, head_dim: int = 32) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.self_attention = Attention(dim, dim, head_dim)
         self.cross_attention = None if context_dim is None else Attention(dim, context_dim, head_dim)
         self.norm2 = None if context_dim is None else nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim)
-        )
+        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """(B, N, E) context tokens -> what `forward` attends to, computed once and reused at every step."""
+        """(B, N, E) context tokens -> what `forward` attends to at every step."""
         if self.cross_attention is None:
             raise ValueError("this BasicTransformerBlock was built without a context_dim")
         return self.cross_attention.keys_values(context)
 
     def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
-        """(B, M, dim) and a context, as (B, N, E) tokens or their keys and values, or None -> (B, M, dim)."""
+        """(B, M, dim) -> the same shape, attending to context tokens or their keys and values."""
         normed = self.norm1(x)
         x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
         if context is not None:
@@ -182,16 +147,15 @@ class BasicTransformerBlock(nn.Module):
             assert self.cross_attention is not None
             assert self.norm2 is not None
             x = x + self.cross_attention(self.norm2(x), keys_values)
-        return x + self.feed_forward(self.norm3(x))
+        x = x + self.feed_forward(self.norm3(x))
+        return x
 
 
 class WindowTransformer(nn.Module):
-    """A BasicTransformerBlock over square windows of a feature map.
+    """A BasicTransformerBlock over square windows, which may be shifted (Liu et al. 2021, section 3.2)."""
 
-    Windows keep the cost linear in the number of pixels, and what a window sees does not depend on the size
-    of the image: the network meets on a photo what it met on its training crops. Half of the blocks use
-    windows shifted by half a side (Liu et al. 2021, section 3.2), so that no seam stays in one place.
-    """
+    # The cost is linear in the pixels, a window of a photo sees as much as one of a training crop did, and
+    # shifting every other block by half a side leaves no seam in one place.
 
     def __init__(self, block: BasicTransformerBlock, window: int, shifted: bool) -> None:
         super().__init__()
@@ -200,22 +164,21 @@ class WindowTransformer(nn.Module):
         self.shift = window // 2 if shifted else 0
 
     def forward(self, x: Tensor, keys_values: KeysValues | None) -> Tensor:
-        """(B, D, h, w), and keys and values of the context or None -> (B, D, h, w)."""
+        """(B, D, h, w) -> the same shape."""
         batch, _, height, width = x.shape
         rows, top, bottom = self._partition(height)
         columns, left, right = self._partition(width)
-        padded = x
         if top or bottom or left or right:  # never on a crop that one window covers
-            padded = F.pad(x, (left, right, top, bottom), mode="replicate")
-        grid_y, grid_x = padded.shape[2] // rows, padded.shape[3] // columns
-        windows = padded.unflatten(3, (grid_x, columns)).unflatten(2, (grid_y, rows))
+            x = F.pad(x, (left, right, top, bottom), mode="replicate")
+        grid_y, grid_x = x.shape[2] // rows, x.shape[3] // columns
+        windows = x.unflatten(3, (grid_x, columns)).unflatten(2, (grid_y, rows))
         tokens = windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)  # (B grid, rows columns, D)
         if keys_values is not None and grid_y * grid_x > 1:
-            repeated = [item.repeat_interleave(grid_y * grid_x, dim=0) for item in keys_values]
-            keys_values = (repeated[0], repeated[1])
+            keys, values = (item.repeat_interleave(grid_y * grid_x, dim=0) for item in keys_values)
+            keys_values = keys, values
         tokens = self.block(tokens, keys_values)
         windows = tokens.unflatten(0, (batch, grid_y, grid_x)).unflatten(3, (rows, columns))
-        mixed = windows.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, D, padded h, padded w)
+        mixed: Tensor = windows.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, D, ...), padded
         return mixed[:, :, top : top + height, left : left + width]
 
     def _partition(self, length: int) -> tuple[int, int, int]:
@@ -226,17 +189,7 @@ class WindowTransformer(nn.Module):
 
 
 class ImageContextExtractor(nn.Module):
-    """A small convolutional network from an image to a fixed number of tokens for cross-attention.
-
-    The features are averaged over a grid x grid raster, so a large image has no more tokens than a crop,
-    and windows of one image can share them.
-
-    Args:
-        in_channels: channels C of the image.
-        context_dim: width E of a token.
-        grid: the number of tokens N is grid * grid.
-        width: channels of the first convolution.
-    """
+    """An image of any size as grid * grid tokens: averages of convolutional features."""
 
     def __init__(self, in_channels: int = 3, context_dim: int = 512, grid: int = 4, width: int = 32) -> None:
         super().__init__()
@@ -256,48 +209,40 @@ class ImageContextExtractor(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, h, w) in [-1, 1] -> (B, N, E)."""
         pooled = F.adaptive_avg_pool2d(self.features(image), self.grid)  # (B, 4 width, grid, grid)
-        return self.norm(self.project(pooled.flatten(2).transpose(1, 2)) + self.position)
+        tokens: Tensor = self.norm(self.project(pooled.flatten(2).transpose(1, 2)) + self.position)
+        return tokens
 
 
 class Predictor(nn.Module):
-    """Predicts the mean of the residual and the features that refining it starts from, once per image.
-
-    Predict and refine (Whang et al. 2022, section 3). All but the last layer works at the resolution of the
-    patches, so a pass costs little. With pixel normalisation nothing has an influence beyond the reach of
-    the convolutions: that far from its edges, a window of an image has exactly the mean of the whole.
-
-    Args:
-        config: its predictor_blocks, predictor_dim, channels, patch_size and norm.
-    """
+    """The mean of the residual and the features that refining starts from (Whang et al. 2022, section 3)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         width = config.predictor_dim or config.base_dim
         self.patch_size = config.patch_size
         self.stem = nn.Conv2d(config.in_channels * config.patch_size**2, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            ResidualBlock(width, width, norm=config.norm) for _ in range(config.predictor_blocks)
-        )
+        self.blocks = _residual_blocks(width, config.predictor_blocks, config)
         self.to_mean = nn.Conv2d(width, config.out_channels * config.patch_size**2, 3, padding=1)
         self.to_features = nn.Conv2d(width, config.base_dim * config.dim_mults[0], 3, padding=1)
-        nn.init.zeros_(self.to_mean.weight)
-        nn.init.zeros_(cast(Tensor, self.to_mean.bias))
+        zero_(self.to_mean)
 
     @property
     def reach(self) -> int:
-        """Pixels beyond which nothing has an influence on the mean: the radius of all 3x3 convolutions."""
-        return self.patch_size * (2 * len(self.blocks) + 2)
+        """Pixels from a window's edge where, with pixel normalisation, its mean is the whole image's."""
+        return self.patch_size * (2 * len(self.blocks) + 2)  # the radius of all 3x3 convolutions
 
     def forward(self, folded: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C p p, H / p, W / p) upscaled -> mean (B, C, H, W), features (B, D_0, H / p, W / p)."""
-        x = self.stem(folded)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(self.stem(folded))
         return F.pixel_shuffle(self.to_mean(x), self.patch_size), self.to_features(x)
 
 
+def _residual_blocks(width: int, count: int, config: UNetConfig) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(width, width, norm=config.norm) for _ in range(count)))
+
+
 class ResidualStage(nn.Module):
-    """The residual blocks of one level, on one side of the UNet."""
+    """The residual blocks of one level."""
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, config: UNetConfig) -> None:
         super().__init__()
@@ -314,16 +259,12 @@ class ResidualStage(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts a diffusion target from a noisy residual, its timestep and the image it belongs to.
+    """Predicts a diffusion target from a noisy residual, its timestep and its image.
 
-    Residual blocks with the time embedding at every level, transformer blocks at some levels (with the
-    deepest, at the bottleneck too), skip connections from each level of the encoder to the decoder
-    (Ronneberger et al. 2015; Ho et al. 2020, appendix B), a pixel-unshuffle stem, an output that starts at 0.
+    Residual blocks at every level, transformer blocks at some, skip connections (Ronneberger et al. 2015;
+    Ho et al. 2020, appendix B). Arguments: the fields of UNetConfig.
 
-    `scale` and `residual_std` are buffers: the enlargement and the standard deviation of the residuals in
-    [-2, 2] that the network was trained for. They travel with the weights; 0 means "not trained yet".
-
-    Args: as the fields of UNetConfig.
+    `scale` and `residual_std` (of residuals in [-2, 2]) travel with the weights; 0: not trained.
     """
 
     residual_std: Tensor
@@ -340,19 +281,17 @@ class UNet(nn.Module):
         self._build_levels(config, dims)
         self.out_norm = normalisation(config.norm, dims[0])
         self.out = nn.Conv2d(dims[0], config.out_channels * config.patch_size**2, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
-        if self.out.bias is not None:
-            nn.init.zeros_(self.out.bias)
+        zero_(self.out)
 
     @classmethod
     def from_config(cls, config: UNetConfig | Mapping[str, object]) -> "UNet":
-        """The network that options describe, with fresh weights."""
+        """A network of these options, with fresh weights."""
         values = config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config)
         return cls(**values.to_dict())
 
     @property
     def window_multiple(self) -> int:
-        """Pixels at whose multiples windows of an image begin and end: the side of an attention window."""
+        """Windows of an image begin and end at multiples of this many pixels."""
         return self.config.size_multiple * max(1, self.config.attention_window)
 
     @property
@@ -362,15 +301,12 @@ class UNet(nn.Module):
 
     @property
     def mean_reach(self) -> int:
-        """Pixels from the edge of a window where its mean is the whole image's; 0: it predicts none."""
+        """The reach of the predictor; 0 without one."""
         return 0 if self.predictor is None else self.predictor.reach
 
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:
-        """(B, C, h, w) -> tokens (B, N, E) for cross-attention, or None where the network has none."""
-        if self.context_extractor is None:
-            return None
-        tokens: Tensor = self.context_extractor(low_res)
-        return tokens
+        """(B, C, h, w) -> tokens (B, N, E), or None without cross-attention."""
+        return None if self.context_extractor is None else self.context_extractor(low_res)
 
     def _build_inputs(self, config: UNetConfig, width: int) -> None:
         folded = config.in_channels * config.patch_size**2
@@ -386,26 +322,23 @@ class UNet(nn.Module):
         self.predictor = Predictor(config) if config.predictor_blocks else None
         plain = config.concatenates and self.predictor is None
         self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if plain else None
-        blocks = config.context_blocks if plain else 0
-        self.context_blocks = nn.ModuleList(
-            ResidualBlock(width, width, norm=config.norm) for _ in range(blocks)
-        )
+        self.context_blocks = _residual_blocks(width, config.context_blocks if plain else 0, config)
         self.context_extractor = (
             ImageContextExtractor(config.in_channels, config.context_dim) if config.cross_attends else None
         )
 
     def _build_levels(self, config: UNetConfig, dims: list[int]) -> None:
-        def stage(width_in: int, width: int) -> ResidualStage:
-            return ResidualStage(width_in, width, 4 * dims[0], config)
-
-        self.encoder = nn.ModuleList(stage(width, width) for width in dims)
+        time_dim = 4 * dims[0]
+        self.encoder = nn.ModuleList(ResidualStage(width, width, time_dim, config) for width in dims)
         self.downsample = nn.ModuleList(
             nn.Conv2d(wide, deeper, 2, stride=2) for wide, deeper in itertools.pairwise(dims)
         )
         self.bottleneck = nn.ModuleList(
-            ResidualBlock(dims[-1], dims[-1], 4 * dims[0], norm=config.norm) for _ in range(2)
+            ResidualBlock(dims[-1], dims[-1], time_dim, norm=config.norm) for _ in range(2)
         )
-        self.decoder = nn.ModuleList(stage(2 * width, width) for width in reversed(dims))
+        self.decoder = nn.ModuleList(
+            ResidualStage(2 * width, width, time_dim, config) for width in dims[::-1]
+        )
         self.upsample = nn.ModuleList(
             nn.Conv2d(deeper, 4 * wide, 1) for deeper, wide in zip(dims[:0:-1], dims[-2::-1], strict=True)
         )
@@ -422,58 +355,46 @@ class UNet(nn.Module):
         )
 
     def encode_context(self, condition: Condition) -> tuple[Context, Tensor | None]:
-        """What the condition contributes to every step, computed once, and the mean (B, C, H, W) it predicts.
-
-        Raises:
-            ValueError: something the configuration needs is missing.
-        """
+        """What every step needs, made once, and the mean (B, C, H, W); ValueError if a part is missing."""
         features, mean = self._features(condition)
         return Context(features, self._keys_values(condition)), mean
 
     def _features(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
-        """(B, D_0, H / p, W / p) of the upscaled image, and the mean, each where the network has them."""
+        """(B, D_0, H / p, W / p) and the mean, where the network has them."""
         if self.upscaled_stem is None and self.predictor is None:
             return None, None
         if condition.upscaled is None:
             raise ValueError("the condition has no upscaled image, which this network is conditioned on")
         folded = self._fold(condition.upscaled)
-        if self.predictor is not None:
-            mean, features = self.predictor(folded)
-            return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
-        features = self.upscaled_stem(folded) if self.upscaled_stem is not None else folded
-        for block in self.context_blocks:
-            features = block(features)
-        return features, None
+        if self.upscaled_stem is not None:
+            return self.context_blocks(self.upscaled_stem(folded)), None
+        assert self.predictor is not None
+        mean, features = self.predictor(folded)
+        return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
 
     def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
-        """Keys and values of the tokens for each transformer block, or ()."""
+        """Those of each transformer block, or ()."""
         if self.context_extractor is None:
             return ()
-        tokens = condition.tokens
-        if tokens is None:
-            if condition.low_res is None:
-                raise ValueError(
-                    f"conditioning is {self.config.conditioning!r}: give the low-resolution image or tokens"
-                )
-            tokens = self.context_extractor(condition.low_res)
+        if condition.tokens is None and condition.low_res is None:
+            raise ValueError(
+                f"conditioning {self.config.conditioning!r} needs a low-resolution image or tokens"
+            )
+        tokens = self.context_extractor(condition.low_res) if condition.tokens is None else condition.tokens
         if tokens.ndim != 3 or tokens.shape[-1] != self.config.context_dim:
             raise ValueError(f"tokens must be (B, N, {self.config.context_dim}), not {tuple(tokens.shape)}")
-        transformers = [module for module in self.transformers if isinstance(module, WindowTransformer)]
-        return tuple(module.block.keys_values(tokens) for module in transformers)
+        blocks = (one.block for one in self.transformers if isinstance(one, WindowTransformer))
+        return tuple(block.keys_values(tokens) for block in blocks)
 
     def forward(
         self, noisy: Tensor, t: Tensor, context: Context | Condition | Tensor | None = None
     ) -> Tensor:
-        """Predict the target.
+        """Predict the target (B, out_channels, H, W).
 
         Args:
-            noisy: (B, C, H, W), a noisy residual of unit variance; any H and W.
-            t: (B,) timesteps in [0, T).
-            context: an encoded Context, a Condition, tokens (B, N, E), or None for a network without
-                conditioning.
-
-        Returns:
-            (B, out_channels, H, W).
+            noisy: (B, C, H, W) of any H and W, a residual of unit variance made noisy.
+            t: (B,) timesteps.
+            context: encoded or not, or tokens (B, N, E); None without conditioning.
         """
         if isinstance(context, Tensor):
             context = Condition(tokens=context)
@@ -487,7 +408,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(x, self.config.patch_size)[..., : noisy.shape[-2], : noisy.shape[-1]]
 
     def _levels(self, x: Tensor, embedding: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:
-        """(B, D_0, H / p, W / p) through encoder, bottleneck and decoder -> the same shape."""
+        """(B, D_0, H / p, W / p) -> the same shape."""
         attended = keys_values or (None,) * len(self.transformers)
         transform = iter(zip(self.transformers, attended, strict=True))
         last = len(self.downsample)
@@ -514,7 +435,7 @@ class UNet(nn.Module):
         return x
 
     def _fold(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C p p, H / p, W / p), bottom and right edges repeated to fill whole tokens."""
+        """(B, C, H, W) -> (B, C p p, H / p, W / p), edges repeated to fill whole tokens."""
         multiple = self.config.size_multiple
         bottom, right = (-image.shape[-2]) % multiple, (-image.shape[-1]) % multiple
         if bottom or right:

@@ -1,11 +1,9 @@
 """Everything that bench/RESULTS.md holds, measured in one run: `make bench`.
 
+A part of it, here what one peer reaches in 25 minutes:
 python -m bench --only quality --networks "diffusers UNet2DModel" --seconds 1500 --out longer.md
 
-measures a part of it, here what one peer reaches in 25 minutes.
-
-Networks are timed in turns, after a warm-up; the median and the range are given. Photos come from the folder
-that SR_DATA names; without it the rows that need photos say so.
+Photos come from the folder that SR_DATA names; without it the rows that need photos say so.
 """
 
 import argparse
@@ -25,7 +23,8 @@ from bench.contenders import NAMES, OURS, RECIPE, contenders
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from engine.device import select_device
-from evaluation.evaluation import EvaluationConfig, read_image_set
+from evaluation.config import EvaluationConfig
+from evaluation.images import ImageSet
 from imaging.atomic import write_text_atomically
 from unet import parameter_count
 
@@ -96,7 +95,7 @@ def quality(
     """PSNR after equal training time, of all networks or of the named ones."""
     if photos is None:
         return ["Quality was not measured: SR_DATA does not name a folder with test/Set5 and train.", ""]
-    images = read_image_set(photos / "test" / "Set5", EvaluationConfig(networks.SCALE))
+    images = ImageSet(photos / "test" / "Set5", EvaluationConfig(networks.SCALE))
     models = {name: one for name, one in contenders(device).items() if names is None or name in names}
     found = networks.qualities(models, seconds, photos / "train", images, device)
     rows = [[name, str(each.steps), f"{each.psnr:.2f}"] for name, each in found.items()]

@@ -1,10 +1,7 @@
 """The networks that are compared: this project's, and those that people would use instead.
 
-Every peer is built as its documentation shows, for six input channels (the noisy residual and the upscaled
-image) and three output channels, with a number of parameters within 20 % of ours. All of them are trained and
-sampled by the same code, so that only the network differs.
-
-Shape legend: B batch, H x W pixels.
+Every peer is built as its documentation shows, for six input channels (noisy residual, upscaled image) and
+three output channels, with as many parameters as ours within 20 %, and trained and sampled by our code.
 """
 
 from collections.abc import Callable
@@ -40,7 +37,7 @@ class Peer(nn.Module):
         self.register_buffer("scale", torch.zeros(()))
 
     def encode_context(self, condition: Condition) -> tuple[Tensor, None]:
-        """The upscaled image, and no mean: nothing that a peer computes of it outlives a step."""
+        """The upscaled image, and no mean."""
         assert condition.upscaled is not None
         return condition.upscaled, None
 

@@ -1,7 +1,4 @@
-"""Training steps, denoising steps and quality after equal training time, of each network.
-
-Shape legend: B batch, H x W pixels, T timesteps.
-"""
+"""Training steps, denoising steps and quality after equal training time, of each network."""
 
 import contextlib
 import copy
@@ -32,15 +29,10 @@ LEARNING_RATE = 1e-3
 
 
 class Quality(NamedTuple):
-    """What a network restores after a given time of training.
+    """What a network restores after a given time of training."""
 
-    Attributes:
-        steps: optimiser steps that fitted into the time.
-        psnr: mean luma PSNR in dB over the images, restored in one step.
-    """
-
-    steps: int
-    psnr: float
+    steps: int  # of the optimiser, that fitted into the time
+    psnr: float  # mean over the images restored in one step, in dB on luma
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -84,14 +76,14 @@ def denoising_step(network: nn.Module, size: int, device: torch.device) -> Calla
 
 
 def floating_point_operations(work: Callable[[], None]) -> int:
-    """Floating-point operations of a piece of work in its convolutions and matrix products."""
+    """Those of a piece of work in convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 
 
 def matrix_product_rate(device: torch.device, side: int) -> float:
-    """Floating-point operations per second of a large square matrix product: what there is to be had."""
+    """Floating-point operations per second of a large square matrix product."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     timing = in_turns({"product": lambda: matrix @ matrix}, rounds=7, device=device)["product"]
@@ -101,7 +93,7 @@ def matrix_product_rate(device: torch.device, side: int) -> float:
 def train_for(
     seconds: float, network: nn.Module, step: Timing, photos: Path, device: torch.device
 ) -> tuple[nn.Module, int]:
-    """Train with the project's own loop for as many steps as fit into the time; the averaged network."""
+    """The averaged network after as many steps as fit into the time, and their number."""
     steps = max(2, round(seconds / step.median))
     config = TrainingConfig(
         max_steps=steps,
@@ -138,8 +130,7 @@ def one_step_psnr(network: nn.Module, images: Iterable[Picture], device: torch.d
     for picture in images:
         low_res = to_model_range(picture.low_res[None].float() / 255)
         restored = generator.generate_images(cast(Network, network), low_res, 1, 1, seed=0).cpu()
-        truth = picture.truth[None].float() / 255
-        values.append(float(metrics.psnr(metrics.round_to_uint8(restored), truth, protocol)))
+        values.append(float(metrics.psnr(restored, picture.truth[None].float() / 255, protocol)))
     return sum(values) / len(values)
 
 

@@ -14,7 +14,9 @@ import torch
 from bench.tables import table
 from engine.checkpoint import released_model
 from engine.device import select_device
-from evaluation.evaluation import EvaluationConfig, TrainedModel, evaluate, read_image_set
+from evaluation.config import EvaluationConfig
+from evaluation.evaluation import TrainedModel, evaluate
+from evaluation.images import ImageSet
 from evaluation.report import Scores
 from evaluation.table import BY_NAME
 from imaging.atomic import write_text_atomically
@@ -35,10 +37,10 @@ def as_cells(row: Scores, label: str) -> list[str]:
 def measure(scale: int, name: str, weights: Path, photos: Path, device: torch.device) -> list[str]:
     """The lines of one model on one set."""
     config = EvaluationConfig(scale, lpips=False)
-    images = read_image_set(photos / "test" / name, config)
+    images = ImageSet(photos / "test" / name, config)
     steps, consistent = MEASURED[scale, name], CONSISTENT.get((scale, name), ())
     plural = {count: f"{count} step{'s' if count > 1 else ''}" for count in (*steps, *consistent)}
-    model = TrainedModel.load(weights, device)
+    model = TrainedModel(weights, device)
     methods = {plural[count]: model.method(RestoreConfig(steps=count), scale) for count in steps}
     for count in consistent:
         how = RestoreConfig(steps=count, consistency=True)

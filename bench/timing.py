@@ -11,12 +11,7 @@ from evaluation.evaluation import synchronize
 
 
 class Timing(NamedTuple):
-    """Seconds of one piece of work.
-
-    Attributes:
-        median: over the rounds.
-        low, high: the fastest and the slowest round.
-    """
+    """Seconds of one piece of work over the rounds."""
 
     median: float
     low: float
@@ -27,7 +22,7 @@ class Timing(NamedTuple):
         return f"{amount / self.median:.3g} ({amount / self.high:.3g} to {amount / self.low:.3g})"
 
     def seconds(self, factor: float = 1.0) -> str:
-        """Seconds, times a factor: the median, then the range."""
+        """The same of the seconds, times a factor."""
         return f"{factor * self.median:.3g} ({factor * self.low:.3g} to {factor * self.high:.3g})"
 
 

@@ -1,6 +1,6 @@
 """Files that hold a model: written whole or not at all, verified when read, enough to rebuild the network.
 
-A checkpoint (.pth) is a dict of plain values and tensors, loadable with `weights_only=True`:
+A checkpoint (.pth) is a dict that loads with `weights_only=True`:
 
     format, version    of this layout, and of the project that wrote it
     network, process, objective, degradation, training, data, run     one section per class of options
@@ -8,17 +8,18 @@ A checkpoint (.pth) is a dict of plain values and tensors, loadable with `weight
     optimizer          {"name", "state"}
     step, best_psnr, skipped        see training.TrainState
 
-An exported model (.safetensors) has the averaged weights in half precision, and in its header format,
-version, network, process, degradation and step, as JSON, and a checksum of the weights.
+An exported model (.safetensors) has the averaged weights in half precision, the sections it needs as JSON,
+and a checksum.
 """
 
 import hashlib
 import json
 import pickle
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,41 +36,26 @@ RELEASED = Path(__file__).parent.parent / "weights"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or does not fit; the message names the file and the remedy."""
+    """A checkpoint that is missing, damaged or does not fit; names the file and the remedy."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was read, and where it came from."""
+    """What was read, and from where."""
 
     path: Path
     content: dict[str, Any]
-
-
-class Rebuildable(Protocol):
-    """A network that a file can describe: an nn.Module with its options, which can be built from them."""
-
-    @property
-    def config(self) -> Options:
-        """Its options."""
-        ...
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> Self:
-        """The network that these options describe, as `config.to_dict` gives them."""
-        ...
 
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class LoadedModel(NamedTuple, Generic[NetworkT]):
-    """A network rebuilt from its file.
+    """A network rebuilt from its file, in evaluation mode, with the averaged weights.
 
     Attributes:
-        network: in evaluation mode, with the averaged weights.
         process: options of diffusion.ProcessConfig.
-        degradation: options of a degradation; empty in files of format 1, which are all bicubic.
-        step: how many optimiser steps it was trained for.
+        degradation: its options; empty in files of format 1, which are all bicubic.
+        step: optimiser steps it was trained for.
     """
 
     network: NetworkT
@@ -79,40 +65,36 @@ class LoadedModel(NamedTuple, Generic[NetworkT]):
 
 
 def save_checkpoint(path: Path, content: dict[str, object]) -> None:
-    """Write a checkpoint atomically.
+    """Write atomically; where that fails, CheckpointError, and an old file is intact."""
 
-    Raises:
-        CheckpointError: it could not be written, for instance because the disk is full. The old file, if
-            there was one, is intact.
-    """
-
-    def write(temporary: Path) -> None:
-        torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
-
+    whole = {"format": FORMAT, "version": VERSION, **content}
     try:
-        write_atomically(path, write)
+        write_atomically(path, lambda temporary: torch.save(whole, temporary))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(
-            f"could not write {path}: {str(error).splitlines()[0]}. Is the disk full? "
-            "Earlier checkpoints are intact"
-        ) from error
+        full = shutil.disk_usage(path.parent).free < 2**20 if path.parent.is_dir() else False
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise CheckpointError(f"could not write {path}: {reason}; earlier checkpoints are intact") from error
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint after checking every byte of it against the checksums it was stored with.
+    """Read a checkpoint after verifying every byte of it.
 
     Raises:
-        CheckpointError: no such file, truncated or altered, not one of ours, or of another version.
+        CheckpointError: missing, altered, not one of ours, or of another version.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: give the path of a .pth file that training wrote")
-    damage = _damage(path)
-    if damage is not None:
+        what = "a folder" if path.is_dir() else "no file"
+        raise CheckpointError(f"{path} is {what}: give the path of a .pth file that training wrote")
+    if not zipfile.is_zipfile(path) and _first_bytes(path, 2) == b"\x80\x02":  # how torch saved before 1.6
+        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}, but a pickle of another program")
+    if damage := _damage(path):
         raise CheckpointError(f"{path} {damage}; {_offer_instead(path)}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except pickle.UnpicklingError as error:  # its message advises to run what is in the file
+        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: it holds objects that are not read") from error
+    except (RuntimeError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: {reason}") from error
     if not isinstance(content, dict) or "format" not in content:
@@ -125,11 +107,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 
 def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """A checkpoint whose training can go on.
-
-    Raises:
-        CheckpointError: as load_checkpoint, or it is of an older format.
-    """
+    """A checkpoint whose training can go on; CheckpointError where it cannot."""
     content = load_checkpoint(path, device)
     if content["format"] != FORMAT:
         raise CheckpointError(
@@ -139,8 +117,8 @@ def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint, or None: torch.load does not compare the checksums."""
-    try:
+    """What is wrong with the bytes of a checkpoint, or None."""
+    try:  # torch.load does not compare the checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError) as error:
@@ -149,25 +127,21 @@ def _damage(path: Path) -> str | None:
 
 
 def _offer_instead(path: Path) -> str:
-    """The newest intact checkpoint beside a damaged one, in words."""
+    """The newest intact checkpoint beside a damaged one."""
     others = sorted(path.parent.glob("*_step*.pth"), reverse=True)
     intact = next((other for other in others if not other.samefile(path) and _damage(other) is None), None)
-    return f"{intact} is intact" if intact is not None else "there is no intact one by step beside it"
+    return f"{intact} is intact" if intact else "there is no intact one by step beside it"
 
 
 def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> None:
-    """Copy weights into the model, all of them or none.
-
-    Raises:
-        CheckpointError: listing the first keys that are missing, unknown or of another shape.
-    """
+    """Copy weights into the model, all or none; CheckpointError names what does not fit."""
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in weights]
     problems += [f"unknown {key}" for key in weights if key not in own]
     problems += [
-        f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
+        f"{key} is {tuple(weights[key].shape)}, not {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -178,35 +152,29 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
 def load_model(
     path: str | Path, network: type[NetworkT], device: torch.device | str = "cpu"
 ) -> LoadedModel[NetworkT]:
-    """Rebuild the network of a checkpoint (.pth) or of an exported model (.safetensors), averaged weights.
+    """Rebuild the network of a checkpoint or of an exported model, with its averaged weights.
 
     Args:
-        path: of the file.
-        network: the class it is rebuilt with, a Rebuildable.
-        device: where to put it.
+        network: its class; `network.from_config(options)` builds one, whose `config` gives the options.
 
     Raises:
         CheckpointError: the file is missing, damaged, or lacks what a model needs.
     """
     path = Path(path)
-    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else load_checkpoint(path)
+    content = _read_safetensors(path) if _is_safetensors(path) else load_checkpoint(path)
     try:
         options = content["network" if content["format"] == FORMAT else "unet"]
-        weights, process, step = content["ema"], content["process"], content["step"]
-        rebuilt = network.from_config(options)  # type: ignore[attr-defined]  # Rebuildable, see above
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe a model of this project: {error}") from error
+        weights, process, step = content["ema"], dict(content["process"]), int(content["step"])
+        rebuilt = network.from_config(options)  # type: ignore[attr-defined]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
     load_weights(rebuilt, weights, path)
     rebuilt.to(memory_format=torch.channels_last).to(torch.device(device)).eval().requires_grad_(False)
     return LoadedModel(rebuilt, process, content.get("degradation", {}), step)
 
 
 def released_model(scale: float = 4) -> Path:
-    """The path of the weights that come with the project, for one enlargement.
-
-    Raises:
-        CheckpointError: there are none for this enlargement; the message names those there are.
-    """
+    """The weights that come with the project for this enlargement; CheckpointError if none do."""
     path = RELEASED / f"x{scale:g}.safetensors"
     if not path.is_file():
         there = ", ".join(sorted(found.stem for found in RELEASED.glob("x*.safetensors"))) or "none"
@@ -218,7 +186,7 @@ def released_model(scale: float = 4) -> Path:
 
 
 def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
-    """Write the averaged weights in half precision, what rebuilds the network in the header, atomically."""
+    """Write the averaged weights in half precision with what rebuilds the network, atomically."""
     from safetensors.torch import save
 
     keep = {"residual_std", "scale"}  # two numbers that every pixel depends on stay in single precision
@@ -226,7 +194,7 @@ def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
         name: (value if name in keep else value.half()).cpu().contiguous()
         for name, value in model.network.state_dict().items()
     }
-    config: Options = model.network.config  # type: ignore[assignment]  # Rebuildable
+    config: Options = model.network.config  # type: ignore[assignment]
     sections = {"network": config.to_dict(), "process": model.process, "degradation": model.degradation}
     header = {"format": str(FORMAT), "version": VERSION, "step": str(model.step), "sha256": _digest(weights)}
     header |= {name: json.dumps(values) for name, values in sections.items()}
@@ -239,12 +207,25 @@ def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
 
 
 def _digest(weights: StateDict) -> str:
-    """SHA-256 over names and bytes of the weights, by name."""
+    """SHA-256 over names and bytes, by name."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
         digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content where there is a file: a renamed model loads."""
+    named = path.suffix.lower() == ".safetensors"
+    if not path.is_file():
+        return named
+    return _first_bytes(path, 9)[8:] == b"{" or (named and not zipfile.is_zipfile(path))
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -256,15 +237,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.get("format") not in {str(number) for number in READABLE}:
-            raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: its header has no format up to {FORMAT}")
-        if "sha256" in header and header["sha256"] != _digest(weights):
-            raise CheckpointError(f"{path} is damaged: its weights have another checksum than when written")
-        sections = {
-            name: json.loads(header[name])
-            for name in ("network", "unet", "process", "degradation", "format", "step")
-            if name in header
-        }
-        return {**sections, "ema": {name: weight.float() for name, weight in weights.items()}}
-    except (SafetensorError, json.JSONDecodeError) as error:
+        names = {"network", "unet", "process", "degradation", "format", "step"} & set(header)
+        sections = {name: json.loads(header[name]) for name in names}
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}, or is damaged: {error}") from error
+    if sections.get("format") not in READABLE:
+        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: its header has no format up to {FORMAT}")
+    if "sha256" in header and header["sha256"] != _digest(weights):
+        raise CheckpointError(f"{path} is damaged: its weights have another checksum than when written")
+    return {**sections, "ema": {name: weight.float() for name, weight in weights.items()}}

@@ -10,34 +10,29 @@ A new option is one field here and one line where it is used.
 import argparse
 import dataclasses
 import math
+import operator
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import field
+from typing import Any, NamedTuple, Self, TypeVar
 
 Plain = int | float | str | bool | None | list[int] | list[float] | list[str]
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
 class OptionError(ValueError):
-    """A value that an option cannot take.
-
-    Attributes:
-        field: name of the option.
-        value: what was given.
-        rule: what may be given, in words.
-    """
+    """A value that an option, `field`, cannot take; `rule` says in words what it can."""
 
     def __init__(self, name: str, value: object, rule: str) -> None:
         super().__init__(f"{name} is {value!r}: {rule}")
         self.field, self.value, self.rule = name, value, rule
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """What an option says of itself; see `option`."""
 
+    default: Any
     help: str
     flag: str | None
     low: float | None
@@ -46,6 +41,15 @@ class Spec:
     choices: Collection[str] | None
     may_be_empty: bool
     fixed: bool
+
+    def limits(self) -> list[tuple[float, Callable[[float, float], bool], str]]:
+        """Each limit, the relation that values have to it, and that in words."""
+        every = (
+            (self.low, operator.ge, "of at least"),
+            (self.above, operator.gt, "above"),
+            (self.high, operator.le, "of at most"),
+        )
+        return [(limit, holds, words) for limit, holds, words in every if limit is not None]
 
 
 def option(
@@ -63,21 +67,20 @@ def option(
     """A dataclass field that is an option.
 
     Args:
-        default: its value where none is given; dataclasses.MISSING for an option that must be given.
+        default: dataclasses.MISSING for an option that must be given.
         help: one line for people.
-        flag: name of the command-line flag, if it is not the field's.
-        low, above, high: the smallest value, the value it must exceed, the largest. Numbers must be finite.
-        choices: the values it may have, such as the keys of a table; those of a Literal need no mention.
+        flag: its command-line flag, if not the field's name.
+        low, above, high: the smallest value, one it must exceed, the largest; numbers must be finite.
+        choices: the values it may have, if its type is no Literal.
         may_be_empty: whether a tuple may be.
-        fixed: whether a resumed run must go on with the value it began with.
+        fixed: whether a resumed run must keep its value.
     """
-    return field(
-        default=default, metadata={"spec": Spec(help, flag, low, above, high, choices, may_be_empty, fixed)}
-    )
+    spec = Spec(default, help, flag, low, above, high, choices, may_be_empty, fixed)
+    return field(default=default, metadata={"spec": spec})
 
 
 class Options:
-    """Base of frozen dataclasses whose fields are options; checks every value when built."""
+    """Base of frozen dataclasses of options; checks every value when built."""
 
     def __post_init__(self) -> None:
         kinds = _kinds(type(self))
@@ -88,16 +91,16 @@ class Options:
             _check(name, getattr(self, name), kinds[name], spec)
 
     def to_dict(self) -> dict[str, Plain]:
-        """Plain values, as JSON and checkpoints hold them."""
+        """Plain values, for JSON and checkpoints."""
         values = {name: getattr(self, name) for name in specs(type(self))}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """The inverse of `to_dict`; what is missing, as in files of older versions, has its default.
+        """The inverse of `to_dict`; what is missing, as in older files, has its default.
 
         Raises:
-            ValueError: a name that is not known here, or a wrong value (OptionError).
+            ValueError: an unknown name, or a wrong value (OptionError).
         """
         unknown = set(values) - set(specs(cls))
         if unknown:
@@ -112,13 +115,8 @@ def specs(kind: type[Options]) -> dict[str, Spec]:
 
 
 def flag_of(kind: type[Options], name: str) -> str:
-    """The command-line flag of an option, without dashes."""
+    """The command-line flag, without dashes."""
     return specs(kind)[name].flag or name
-
-
-def choices_of(kind: type[Options], name: str) -> tuple[str, ...]:
-    """The values of an option that has a closed list of them, or ()."""
-    return _kinds(kind)[name].choices
 
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -131,21 +129,18 @@ def add_flags(
     skip: Sequence[str] = (),
     defaults: Mapping[str, object] = types.MappingProxyType({}),
 ) -> None:
-    """Give a parser a flag for every option of a class, with its help text, type, choices and default.
+    """Give a parser a flag for every option of a class.
 
     Args:
-        group: a parser or a group of one.
-        kind: the class.
         skip: options without a flag.
         defaults: other defaults than the fields', by option.
     """
-    for one in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if "spec" not in one.metadata or one.name in skip:
+    for name, spec in specs(kind).items():
+        if name in skip:
             continue
-        spec: Spec = one.metadata["spec"]
-        form = _kinds(kind)[one.name]
-        default = defaults.get(one.name, one.default)
-        keywords: dict[str, Any] = {"default": default, "help": spec.help.replace("%", "%%")}
+        form = _kinds(kind)[name]
+        default = defaults.get(name, spec.default)
+        keywords: dict[str, Any] = {"default": default, "help": spec.help}
         if form.of is bool:
             keywords["action"] = argparse.BooleanOptionalAction if default else "store_true"
         else:
@@ -153,16 +148,13 @@ def add_flags(
             keywords["nargs"] = ("*" if spec.may_be_empty else "+") if form.many else None
             if default not in (None, dataclasses.MISSING):
                 shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-                keywords["help"] += f" (default: {shown})".replace("%", "%%")
-        group.add_argument(f"--{flag_of(kind, one.name)}", **keywords)
+                keywords["help"] += f" (default: {shown})"
+        keywords["help"] = keywords["help"].replace("%", "%%")
+        group.add_argument(f"--{flag_of(kind, name)}", **keywords)
 
 
 def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -> OptionsT:
-    """The options of a class from parsed flags; `given` by name win over them.
-
-    Raises:
-        OptionError: a value out of range.
-    """
+    """The options of a class from parsed flags, over which `given` wins; OptionError for a wrong value."""
     values = {
         name: getattr(args, flag_of(kind, name)) for name in specs(kind) if hasattr(args, flag_of(kind, name))
     }
@@ -170,7 +162,7 @@ def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -
 
 
 def with_flag(error: OptionError, kinds: Sequence[type[Options]]) -> str:
-    """The message of an error, naming the flag where the option has one."""
+    """The message of an error, naming the flag if there is one."""
     flag = next((flag_of(kind, error.field) for kind in kinds if error.field in specs(kind)), None)
     return str(error) if flag is None else f"--{flag} is {error.value!r}: {error.rule}"
 
@@ -178,8 +170,8 @@ def with_flag(error: OptionError, kinds: Sequence[type[Options]]) -> str:
 # ------------------------------------------------------------------------------------------------ types
 
 
-class _Kind(typing.NamedTuple):
-    """What an annotation allows: the type of one value, a closed list of values, a tuple of them, None."""
+class _Kind(NamedTuple):
+    """What an annotation allows."""
 
     of: type
     choices: tuple[str, ...] = ()
@@ -189,9 +181,11 @@ class _Kind(typing.NamedTuple):
 
 def _kinds(kind: type[Options]) -> dict[str, _Kind]:
     hints = typing.get_type_hints(kind)
-    kinds = {name: _kind(hints[name]) for name in specs(kind)}
-    tables = {name: tuple(spec.choices) for name, spec in specs(kind).items() if spec.choices is not None}
-    return {name: one._replace(choices=tables.get(name, one.choices)) for name, one in kinds.items()}
+    kinds = {name: (_kind(hints[name]), spec.choices) for name, spec in specs(kind).items()}
+    return {
+        name: one if choices is None else one._replace(choices=tuple(choices))
+        for name, (one, choices) in kinds.items()
+    }
 
 
 def _kind(annotation: Any) -> _Kind:  # noqa: ANN401  # annotations have no type of their own
@@ -207,7 +201,7 @@ def _kind(annotation: Any) -> _Kind:  # noqa: ANN401  # annotations have no type
 
 
 def _check(name: str, value: object, kind: _Kind, spec: Spec) -> None:
-    """Raise OptionError for a value of another type, outside its range, or not in its list."""
+    """OptionError for another type, a value out of range, or one not in the list."""
     if value is None and kind.optional:
         return
     if kind.many and not (isinstance(value, tuple) and (value or spec.may_be_empty)):
@@ -216,7 +210,9 @@ def _check(name: str, value: object, kind: _Kind, spec: Spec) -> None:
         if kind.choices and one not in kind.choices:
             raise OptionError(name, value, f"choose one of {', '.join(map(str, kind.choices))}")
         if kind.of in (int, float) and not _in_range(one, kind.of, spec):
-            raise OptionError(name, value, _rule(kind.of, spec))
+            range_in_words = " and ".join(f"{words} {limit}" for limit, _, words in spec.limits())
+            number = "whole number" if kind.of is int else "number"
+            raise OptionError(name, value, f"give a {number} {range_in_words}".strip())
         if kind.of in (str, bool) and not isinstance(one, kind.of):
             raise OptionError(name, value, f"give a {kind.of.__name__}")
 
@@ -224,23 +220,4 @@ def _check(name: str, value: object, kind: _Kind, spec: Spec) -> None:
 def _in_range(value: object, of: type, spec: Spec) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if of is int else int | float):
         return False
-    return (
-        math.isfinite(value)
-        and (spec.low is None or value >= spec.low)
-        and (spec.above is None or value > spec.above)
-        and (spec.high is None or value <= spec.high)
-    )
-
-
-def _rule(of: type, spec: Spec) -> str:
-    """The range in words."""
-    limits = [
-        text
-        for limit, text in (
-            (spec.low, f"of at least {spec.low}"),
-            (spec.above, f"above {spec.above}"),
-            (spec.high, f"of at most {spec.high}"),
-        )
-        if limit is not None
-    ]
-    return " ".join([f"give a {'whole ' if of is int else ''}number", " and ".join(limits)]).strip()
+    return math.isfinite(value) and all(holds(value, limit) for limit, holds, _ in spec.limits())

@@ -11,16 +11,12 @@ from torch import Tensor
 
 from engine.device import select_device
 
+NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed, from torchrun
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of the run.
-
-    Attributes:
-        device: what this process computes on.
-        rank: number of this process, from 0; only rank 0 writes files.
-        world_size: how many processes there are.
-    """
+    """This process among all `world_size` of the run; `rank` counts from 0."""
 
     device: torch.device
     rank: int = 0
@@ -28,24 +24,22 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes checkpoints, logs and messages."""
+        """Whether this process writes files, logs and messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, in place; every process must call it."""
+        """The sum over all processes, in place; every one must call it."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
 
 def _world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """How many torchrun started; 1 without it."""
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"WORLD_SIZE is {given!r}: it must be a number of processes; torchrun sets it")
-    missing = [
-        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
-    ]
+    missing = [name for name in NEEDED if name not in os.environ]
     if int(given) > 1 and missing:
         raise ValueError(
             f"WORLD_SIZE is {given} without {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE"
@@ -55,12 +49,10 @@ def _world_size() -> int:
 
 @contextmanager
 def started_processes(device_name: str) -> Iterator[Processes]:
-    """Join the other processes of the run, or stand alone if torchrun did not start this one.
-
-    gloo connects CPUs, NCCL connects CUDA devices.
+    """Join the other processes (CPUs by gloo, CUDA by NCCL); alone without torchrun.
 
     Raises:
-        ValueError: the device cannot be had, or is of a kind that cannot be shared by processes.
+        ValueError: the device is missing, or cannot be shared by processes.
     """
     world_size = _world_size()
     device = select_device(device_name)

@@ -6,14 +6,10 @@ from pathlib import Path
 
 
 def expand_recipes(arguments: Sequence[str]) -> list[str]:
-    """Replace every @file by the flags in it, so that flags after it win.
-
-    A recipe holds flags as on a command line, with # comments and quotes; backslashes are kept. It may name
-    other recipes, relative to itself.
+    """Replace every @file by its flags: quotes, # comments, and @files relative to it.
 
     Raises:
-        ValueError: a recipe is missing, is no text, includes itself or has a quote that does not end; the
-            message names the file and the line.
+        ValueError: names file and line.
     """
     return [
         flag

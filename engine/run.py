@@ -1,5 +1,6 @@
 """What outlives a run: its checkpoints and its TensorBoard log."""
 
+import itertools
 import logging
 import shutil
 import tempfile
@@ -22,12 +23,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The checkpoints of one run.
+    """The checkpoints of one run, `{name}_best.pth` and `{name}_last.pth` in a folder of its own.
 
     Attributes:
-        checkpoint_dir, log_dir: of this run alone.
-        name: checkpoints are `{name}_best.pth` and `{name}_last.pth`.
-        sections: what every checkpoint holds besides the state: sections of plain values, by name.
+        sections: of plain values, by name, in every checkpoint.
         others: further entries of every checkpoint.
     """
 
@@ -39,71 +38,63 @@ class RunFiles:
 
     @property
     def best(self) -> Path:
-        """Path of the checkpoint with the highest validation PSNR."""
+        """The highest validation PSNR."""
         return self.checkpoint_dir / f"{self.name}_best.pth"
 
     @property
     def last(self) -> Path:
-        """Path of the newest checkpoint."""
+        """The newest."""
         return self.checkpoint_dir / f"{self.name}_last.pth"
 
     def numbered(self) -> list[Path]:
-        """The checkpoints that are kept by step, the lowest step first."""
+        """Those kept by step, the lowest first."""
         return sorted(self.checkpoint_dir.glob(f"{self.name}_step*.pth"))
 
     def save_best(self, content: dict[str, object]) -> None:
-        """Write the best checkpoint, atomically."""
+        """Write the best, atomically."""
         save_checkpoint(self.best, {**self.sections, **self.others, **content})
 
     def save_last(self, content: dict[str, object], step: int, keep: int) -> None:
-        """Write a numbered checkpoint, make `last` a name of it, and keep the `keep` newest.
-
-        Files of later steps are of a branch that was abandoned by going back: they go first.
-        """
+        """Write a numbered checkpoint, make `last` a name of it, and keep the `keep` newest."""
         path = self.checkpoint_dir / f"{self.name}_step{step:09d}.pth"
         save_checkpoint(path, {**self.sections, **self.others, **content})
         _link(self.last, path)
+        # Files of later steps are of a branch that was abandoned by going back.
         earlier = [other for other in self.numbered() if other.name <= path.name]
         for other in set(self.numbered()) - set(earlier[-keep:]):
             other.unlink()
 
 
 def _link(name: Path, target: Path) -> None:
-    """Make name a second name of target in one step: a hard link, or a copy where there are none."""
+    """Make name a second name of target in one step."""
     with tempfile.TemporaryDirectory(dir=name.parent, prefix=".link-") as folder:
         link = Path(folder) / name.name
         try:
             link.hardlink_to(target)
-        except OSError:
+        except OSError:  # a file system without hard links
             shutil.copyfile(target, link)
         link.replace(name)
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder that no other run has: `name`, or `name-2` and so on.
-
-    Raises:
-        OSError: it cannot be made there.
-    """
-    number = 1
-    while True:
+    """Make a folder that no other run has: `name`, or `name-2` and so on."""
+    for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
-            return folder
+            break
         except FileExistsError:
             if not folder.is_dir():
                 raise
-            number += 1
+    return folder
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this run alone, and remove what a killed run left half-written there.
+    """Hold a run's folder, and remove what a killed run left half-written.
 
     Raises:
         ValueError: another run holds it.
-        OSError: it cannot be written to.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -123,15 +114,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class RunLogger:
-    """The TensorBoard log of a run; writes nothing unless this is the main process.
-
-    A disk that is full ends the log with a warning, and not the run.
+    """The TensorBoard log of a run; where it cannot be written, it ends with a warning.
 
     Args:
-        log_dir: receives the events.
         is_main: whether this process writes.
-        step: the step the run begins at; what a killed run logged beyond it is hidden.
-        sections: settings, shown as text and in the table of runs.
+        step: where the run begins; what was logged beyond it is hidden.
+        sections: settings.
     """
 
     def __init__(
@@ -143,11 +131,12 @@ class RunLogger:
             for name, value in values.items()
         }
         self._writer: SummaryWriter | None = None
-        rows = [f"| {name} | {value} |" for name, value in self._settings.items()]
         if is_main:
             with self._warning_once():
                 self._writer = SummaryWriter(str(log_dir), purge_step=step + 1 if step else None)
-                self._writer.add_text("configuration", "\n".join(["| setting | value |", "|---|---|", *rows]))
+        rows = [f"| {name} | {value} |" for name, value in self._settings.items()]
+        table = "\n".join(["| setting | value |", "|---|---|", *rows])
+        self._write(SummaryWriter.add_text, "configuration", table)
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -155,63 +144,54 @@ class RunLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._warning_once():
-            if self._writer is not None:
-                self._writer.close()
+        self._write(SummaryWriter.close)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Name -> value."""
-        with self._warning_once():
-            for name, value in values.items():
-                if self._writer is not None:
-                    self._writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._write(SummaryWriter.add_scalar, name, value, step)
 
     def images(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Name -> (3, H, W) in [0, 1]."""
-        with self._warning_once():
-            for name, image in values.items():
-                if self._writer is not None:
-                    self._writer.add_image(name, image, step)
+        for name, image in values.items():
+            self._write(SummaryWriter.add_image, name, image, step)
 
     def bars(self, step: int, values: Mapping[str, tuple[list[float], list[float]]]) -> None:
         """Name -> (right edges, heights) of a histogram."""
-        with self._warning_once():
-            for name, (edges, heights) in values.items():
-                total = sum(heights)
-                if self._writer is not None:
-                    self._writer.add_histogram_raw(
-                        name, 0.0, edges[-1], total, total, total, edges, heights, global_step=step
-                    )
+        for name, (edges, heights) in values.items():
+            total = sum(heights)
+            numbers = (0.0, edges[-1], total, total, total, edges, heights)
+            self._write(SummaryWriter.add_histogram_raw, name, *numbers, step)
 
     def flush(self) -> None:
         """Let a viewer see what was written so far."""
-        with self._warning_once():
-            if self._writer is not None:
-                self._writer.flush()
+        self._write(SummaryWriter.flush)
 
     def finish(self, step: int, found: Mapping[str, float]) -> None:
-        """Enter the run, its settings and what came of it into the table of hyper-parameters."""
+        """Enter settings and results into the table of hyper-parameters."""
         settings = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in self._settings.items()
         }
+        self._write(SummaryWriter.add_hparams, settings, dict(found), None, ".", step)
+
+    def _write(self, method: Callable[..., object], *values: object) -> None:
         with self._warning_once():
             if self._writer is not None:
-                self._writer.add_hparams(settings, dict(found), run_name=".", global_step=step)
+                method(self._writer, *values)
 
     @contextmanager
     def _warning_once(self) -> Iterator[None]:
-        """Stop logging where the log cannot be written."""
         try:
             yield
-        except OSError as error:
+        except OSError as error:  # a full disk ends the log, and not the run
             self._writer = None
             logger.warning("the log is not written any more, training goes on: %s", error)
 
 
 @contextmanager
 def profiled(wanted: bool, log_dir: Path, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Trace steps 6 to 10, when memory is allocated already; gives what is to be called after each step."""
+    """Trace steps 6 to 10; gives what is to be called after each step."""
     if not wanted:
         yield lambda: None
         return

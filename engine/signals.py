@@ -14,11 +14,7 @@ STOPPING = tuple(
 
 
 class StopSignals:
-    """While entered, signals only note that they came; a second SIGINT stops at once.
-
-    Attributes:
-        received: the number of the first signal, or None.
-    """
+    """While entered, signals are only noted, the first as `received`; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -36,19 +32,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            return
-        self.received = number
-        logger.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+        if self.received is None:
+            self.received = number
+            logger.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
 
 
 def leave_stopping_to_the_parent(worker: int) -> None:
-    """For worker processes: signals reach the whole process group, and the main process decides.
-
-    Args:
-        worker: its number, as DataLoader's worker_init_fn gives it.
-    """
+    """DataLoader's worker_init_fn."""
+    # Signals reach the whole process group, and the main process decides.
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

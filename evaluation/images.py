@@ -5,54 +5,56 @@ Shapes: C channels (1 grey or 3 RGB), H x W pixels of the high resolution, h x w
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from degradation import Degradation
+from degradation import Bicubic
+from evaluation.config import EvaluationConfig
+from evaluation.metrics import SSIM_WINDOW, to_uint8
 from evaluation.pairs import find_low_resolution
-from imaging.files import decode_image, pixels_to_unit, unit_to_pixels
+from imaging.files import decode_image, list_images, pixels_to_unit
+
+SMALLEST_SIDE = 32  # what LPIPS, the spectrum and the pyramid of patches need
 
 
 class Picture(NamedTuple):
-    """One image to restore and the truth to compare with.
+    """One image to restore and the truth to compare with."""
 
-    Attributes:
-        name: of the file.
-        truth: (C, H, W) uint8; the sides are whole multiples of what the scale needs.
-        low_res: (C, h, w) uint8, H / h = W / w = scale.
-    """
-
-    name: str
-    truth: Tensor
-    low_res: Tensor
+    name: str  # of the file
+    truth: Tensor  # (C, H, W)
+    low_res: Tensor  # (C, h, w), H / h = W / w = scale
 
 
-@dataclass(frozen=True)
 class ImageSet:
-    """The images of one folder; `read` opens one of them.
+    """The images of a folder, subfolders left out, in the order of their names; `read` opens one of them.
 
-    Attributes:
-        folder: name of the folder.
-        paths: high-resolution files, in the order of their names.
-        scale: the enlargement. Each image is cropped (top-left) to a size that it divides.
-        degradation: makes the low resolution.
-        smallest: pixels a side that the metrics need.
-        low_res_paths: low-resolution files to use instead of making them, matched by name.
+    Args:
+        folder: high-resolution images, each cropped (top-left) to a size that the scale divides.
+        config: its scale and border say how the low resolution is made.
+        low_res_folder: low-resolution images to use instead of making them, matched by name.
+        limit: only the first so many.
+
+    Raises:
+        ValueError: a folder is missing or holds no image.
     """
 
-    folder: str
-    paths: tuple[Path, ...]
-    scale: Fraction
-    degradation: Degradation
-    smallest: int = 1
-    low_res_paths: tuple[Path, ...] | None = None
+    def __init__(
+        self,
+        folder: str | Path,
+        config: EvaluationConfig,
+        low_res_folder: str | Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit is {limit}; give a number of images, at least 1")
+        self.folder = printable(Path(folder).resolve().name)
+        self.paths = list_images(folder, recursive=False)[:limit]
+        self.low_res_paths = None if low_res_folder is None else list_images(low_res_folder, recursive=False)
+        self.scale = config.ratio
+        self.degradation = Bicubic(scale=config.scale, border=config.border)
+        self.smallest = max(SMALLEST_SIDE, 2 * config.protocol.crop + SSIM_WINDOW)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,26 +63,7 @@ class ImageSet:
         return (self.read(path) for path in self.paths)
 
     def read(self, path: Path) -> Picture:
-        """Read one of the images, and make or read its low resolution.
-
-        Raises:
-            ValueError: a file is unreadable or too small, has no partner, or one of another size.
-        """
-        truth = self._read_truth(path)
-        if self.low_res_paths is None:
-            low_res = self.degradation(truth)
-        else:
-            low_res = self._read_low_res(path, truth, self.low_res_paths)
-        return Picture(printable(path.name), truth, low_res)
-
-    def describe(self) -> str:
-        """Where the low resolution comes from."""
-        if self.low_res_paths is not None:
-            return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}"
-        return self.degradation.describe()
-
-    def _read_truth(self, path: Path) -> Tensor:
-        """Read an image and crop it, top-left, to a size that the scale divides."""
+        """One of the images; ValueError where a file is unreadable, too small or without its partner."""
         truth, multiple = _read_planes(path), self.scale.numerator
         height, width = (length - length % multiple for length in truth.shape[-2:])
         if min(height, width) < self.smallest:
@@ -88,10 +71,20 @@ class ImageSet:
                 f"{path} is {truth.shape[2]}x{truth.shape[1]}, {width}x{height} as a multiple of {multiple}; "
                 f"{self.smallest} pixels a side are needed: leave it out"
             )
-        return truth[:, :height, :width]
+        truth, scale = truth[:, :height, :width], float(self.scale)
+        if self.low_res_paths is None:
+            low_res = self.degradation(truth)
+        else:
+            low_res = self._read_low_res(find_low_resolution(path, self.low_res_paths, scale), path, truth)
+        return Picture(printable(path.name), truth, low_res)
 
-    def _read_low_res(self, path: Path, truth: Tensor, candidates: tuple[Path, ...]) -> Tensor:
-        low_path = find_low_resolution(path, candidates, float(self.scale))
+    def describe(self) -> str:
+        """Where the low resolution comes from."""
+        if self.low_res_paths is None:
+            return self.degradation.describe()
+        return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}"
+
+    def _read_low_res(self, low_path: Path, path: Path, truth: Tensor) -> Tensor:
         low_res = _read_planes(low_path)
         height, width = (int(length / self.scale) for length in truth.shape[-2:])
         if low_res.shape[-2:] != (height, width):
@@ -99,20 +92,15 @@ class ImageSet:
                 f"{low_path} is {low_res.shape[2]}x{low_res.shape[1]}, but {path} at scale "
                 f"{float(self.scale):g} needs {width}x{height}; give the folders that belong together"
             )
-        if len(truth) == 1 and bool((low_res != low_res[:1]).any()):
-            raise ValueError(
-                f"{low_path} has colours, but {path} is grey; give the files that belong together"
-            )
-        return low_res[:1] if len(truth) == 1 else low_res.expand(3, -1, -1)
+        grey = len(truth) == 1
+        if grey and bool((low_res != low_res[:1]).any()):
+            raise ValueError(f"{low_path} has colours, but {path} is grey; give files that belong together")
+        return low_res[:1] if grey else low_res.expand(3, -1, -1)
 
 
 def _read_planes(path: Path) -> Tensor:
     """(1 or 3, H, W) uint8; 16 bits are rounded to 8, alpha is dropped."""
-    pixels = decode_image(path).pixels
-    if pixels.dtype == np.uint16:
-        pixels = unit_to_pixels(pixels_to_unit(pixels))
-    narrow: npt.NDArray[np.uint8] = pixels.astype(np.uint8, copy=False)
-    return torch.from_numpy(np.array(narrow[None] if narrow.ndim == 2 else narrow.transpose(2, 0, 1)))
+    return to_uint8(pixels_to_unit(decode_image(path).pixels))
 
 
 def printable(name: str) -> str:

@@ -1,41 +1,29 @@
-"""Which low-resolution file belongs to which high-resolution one, by their names.
+"""Which low-resolution file belongs to which high-resolution one, by their names; case does not matter.
 
-A pair has one base name, or the low resolution adds an ending such as x4, _x4 or _LRx4 (0801.png and
-0801x4.png), and the high resolution may end in _HR. Case does not matter.
+Both have one base name, or the low resolution adds an ending such as x4, _x4 or _LRx4 (0801.png and
+0801x4.png), and the high resolution may end in _HR. The very same base name goes first.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
-def are_pair(high: str, low: str, scale: float) -> bool:
-    """Whether two base names (without folder and suffix) name one picture in both resolutions."""
-    high, low, tag = high.lower(), low.lower(), f"x{scale:g}"
-    stem = high.removesuffix("_hr")
-    endings = ("", tag, f"_{tag}", f"-{tag}", "_lr", f"_lr{tag}", f"_lr_{tag}", f"_{tag}_lr", f"{tag}_lr")
-    return low == high or low in {stem + ending for ending in endings}
-
-
 def find_low_resolution(path: Path, candidates: Sequence[Path], scale: float) -> Path:
-    """The low-resolution file of a high-resolution one; the very same base name goes first.
-
-    Raises:
-        ValueError: there is none, or more than one.
-    """
-    found = [candidate for candidate in candidates if are_pair(path.stem, candidate.stem, scale)]
-    return _only(
-        found, path, f"no low-resolution image for {path}; name it {path.stem}x{scale:g} or the like"
-    )
+    """The low-resolution file of a high-resolution one; ValueError where there is none, or more than one."""
+    found = [candidate for candidate in candidates if _are_pair(path.stem, candidate.stem, scale)]
+    return _only(found, path, f"no low-resolution image for {path}; name it {path.stem}x{scale:g}")
 
 
 def find_original(path: Path, candidates: Sequence[Path], scale: float) -> Path:
-    """The high-resolution file of a low-resolution one; the very same base name goes first.
-
-    Raises:
-        ValueError: there is none, or more than one.
-    """
-    found = [candidate for candidate in candidates if are_pair(candidate.stem, path.stem, scale)]
+    """The high-resolution file of a low-resolution one; ValueError where there is none, or more than one."""
+    found = [candidate for candidate in candidates if _are_pair(candidate.stem, path.stem, scale)]
     return _only(found, path, f"no original of {path}; give it the same name")
+
+
+def _are_pair(high: str, low: str, scale: float) -> bool:
+    high, low, tag = high.lower(), low.lower(), f"x{scale:g}"
+    endings = ("", tag, f"_{tag}", f"-{tag}", "_lr", f"_lr{tag}", f"_lr_{tag}", f"_{tag}_lr", f"{tag}_lr")
+    return low == high or low in {high.removesuffix("_hr") + ending for ending in endings}
 
 
 def _only(found: Sequence[Path], path: Path, nothing: str) -> Path:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from evaluation.table import BY_NAME, METRICS, Metric
 
@@ -15,41 +15,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Json: TypeAlias = "str | int | float | Sequence[Json] | Mapping[str, Json] | None"
+STYLES = (("o-", "tab:blue"), ("^--", "tab:orange"), ("v:", "tab:green"), ("d-.", "tab:red"))
 
 
 @dataclass(frozen=True)
 class Label:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        method: "bicubic", "model", a mode of restoring, or a name of the caller's own.
-        scheduler, steps: of the sampler; None where there is none.
-        samples: how many restorations of each image were averaged before anything was measured.
-    """
-
-    method: str
+    method: str  # "bicubic", "model", a mode of restoring, or a name of the caller's own
     scheduler: str | None = None
     steps: int | None = None
-    samples: int = 1
+    samples: int = 1  # restorations of each image that were averaged before anything was measured
 
-    def cells(self) -> dict[str, str | float | None]:
-        """Heading -> value."""
-        return vars(self)
+
+HEADINGS = tuple(vars(Label("")))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was found by one method, of an image or of a set; `scores["psnr"]` is None where undefined.
-
-    Attributes:
-        label: the method.
-        values: by the names of METRICS.
-        image: name of the file; None for a set.
-    """
+    """What one method scores."""
 
     label: Label
-    values: dict[str, float | None]
-    image: str | None = None
+    values: dict[str, float | None]  # by metric; None where undefined
+    image: str | None = None  # name of the file; None for a set
 
     def __getitem__(self, name: str) -> float | None:
         return self.values[name]
@@ -57,25 +45,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        protocol: all that the numbers depend on.
-        rows: of the set; bicubic first, then the methods in their order.
-        scores: of every image in every row, in the same order.
-        failures: why an image was left out, one line each.
-    """
-
-    protocol: dict[str, Json]
-    rows: list[Scores]
-    scores: list[Scores]
-    failures: list[str]
+    protocol: dict[str, Json]  # all that the numbers depend on
+    rows: list[Scores]  # of the set; bicubic first, then the methods in their order
+    scores: list[Scores]  # of every image in every row
+    failures: list[str]  # why an image was left out, one line each
 
     def to_json(self) -> str:
         """{"protocol": ..., "rows": [...]}: null is "not available", and infinity the string "inf"."""
         rows = [
-            row.label.cells() | {name: _finite(value) for name, value in row.values.items()}
-            for row in self.rows
+            {name: "inf" if value == math.inf else value for name, value in cells.items()}
+            for cells in (vars(row.label) | row.values for row in self.rows)
         ]
         return json.dumps({"protocol": self.protocol, "rows": rows}, indent=2, allow_nan=False) + "\n"
 
@@ -84,19 +65,18 @@ class Report:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         names = [metric.name for metric in METRICS if metric.of_image is not None]
-        writer.writerow(["image", *Label("").cells(), *names])
+        writer.writerow(["image", *HEADINGS, *names])
         for score in self.scores:
-            writer.writerow([score.image, *score.label.cells().values(), *(score[name] for name in names)])
+            writer.writerow([score.image, *vars(score.label).values(), *(score[name] for name in names)])
         return text.getvalue()
 
     def to_markdown(self) -> str:
         """A table to paste, and under it what the numbers mean. A column without a value is left out."""
         shown = [metric for metric in METRICS if any(row[metric.name] for row in self.rows)]
-        headings = [*Label("").cells(), *(metric.heading for metric in shown)]
-        alignment = ["---", "---", *("---:" for _ in headings[2:])]
-        lines = [headings, alignment]
+        headings = [*HEADINGS, *(metric.heading for metric in shown)]
+        lines = [headings, ["---"] * 2 + ["---:"] * len(headings[2:])]
         for row in self.rows:
-            label = ["" if value is None else str(value) for value in row.label.cells().values()]
+            label = ["" if value is None else str(value) for value in vars(row.label).values()]
             lines.append(label + [metric.print(row[metric.name]) for metric in shown])
         table = [f"| {' | '.join(line)} |" for line in lines]
         return "\n".join([f"**{self.title}**", "", *table, "", *self._notes(shown)]) + "\n"
@@ -108,48 +88,42 @@ class Report:
 
     def _notes(self, shown: Sequence[Metric]) -> list[str]:
         protocol = self.protocol
-        meanings = _as_dict(protocol["metrics"])
-        notes = [f"- left out: {failure}" for failure in self.failures]
-        notes += [f"- low resolution: {protocol['low_resolution']}"]
+        notes = [f"left out: {failure}" for failure in self.failures]
+        notes.append(f"low resolution: {protocol['low_resolution']}")
         for metric in METRICS:
-            meaning = str(meanings[metric.name])
+            meaning = str(_as_dict(protocol["metrics"])[metric.name])
             if metric in shown or meaning.startswith("unavailable"):
-                notes.append(f"- {metric.heading}: {meaning}")
+                notes.append(f"{metric.heading}: {meaning}")
         for name in ("model", "restoring"):
             facts = ", ".join(f"{key} {value}" for key, value in _as_dict(protocol[name]).items())
-            notes += [f"- {name}: {facts}"] if facts else []
-        return [*notes, f"- seed {protocol['seed']}; {protocol['device']}"]
+            notes += [f"{name}: {facts}"] if facts else []
+        return [f"- {note}" for note in (*notes, f"seed {protocol['seed']}; {protocol['device']}")]
 
 
 def _as_dict(value: Json) -> Mapping[str, Json]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _finite(value: float | None) -> float | str | None:
-    """JSON has no infinity."""
-    return "inf" if value == math.inf else value
-
-
 def perception_distortion_figure(report: Report) -> "Figure":
-    """Draw the rows in the plane of Blau & Michaeli 2018: how true against how real, over step counts.
+    """The rows in the plane of Blau & Michaeli 2018: PSNR against LPIPS where every row has it, else SWD.
 
-    Distortion is PSNR; perception is LPIPS where every row has it, else SWD. Rows of infinite PSNR have no
-    place in the plane and are left out.
+    Rows of infinite PSNR have no place in it and are left out.
     """
     from matplotlib.figure import Figure
 
     perception = BY_NAME["swd" if any(row["lpips"] is None for row in report.rows) else "lpips"]
     figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for curve in _curves(report.rows):
-        points = [(row["psnr"], row[perception.name]) for row in curve.rows]
-        axes.plot(*zip(*points, strict=True), curve.style, color=curve.colour, label=curve.label)
-        for index, (row, point) in enumerate(zip(curve.rows, points, strict=True)):
+    axes, styles = figure.add_subplot(), itertools.cycle(STYLES)
+    for name, rows in _curves(report.rows).items():
+        style, colour = ("s", "dimgrey") if rows[0].label.steps is None else next(styles)
+        points = [(row["psnr"], row[perception.name]) for row in rows]
+        axes.plot(*zip(*points, strict=True), style, color=colour, label=name)
+        for index, (row, point) in enumerate(zip(rows, points, strict=True)):
             steps = row.label.steps
             text = "" if steps is None else f"{steps} step{'s' if steps > 1 else ''}"
             place = (0, 8 if index % 2 else -16)  # neighbours of nearly the same value stay legible
             label = axes.annotate(text, point, place, textcoords="offset points", ha="center", fontsize=9)
-            label.set(color=curve.colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+            label.set(color=colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     channel = str(_as_dict(report.protocol["metrics"])["psnr"]).split()[0].rstrip(";")
     axes.set(title=report.title, xlabel=f"PSNR on {channel} in dB (more is closer to the truth)")
     axes.set_ylabel(f"{perception.heading} (less is more like real texture)")
@@ -159,29 +133,13 @@ def perception_distortion_figure(report: Report) -> "Figure":
     return figure
 
 
-class _Curve(NamedTuple):
-    """Points to join in the figure."""
-
-    label: str
-    style: str
-    colour: str
-    rows: list[Scores]
-
-
-def _curves(rows: Sequence[Scores]) -> list[_Curve]:
-    """One curve for each method and number of samples, by step count; none without a point."""
-    styles = itertools.cycle(
-        [("o-", "tab:blue"), ("^--", "tab:orange"), ("v:", "tab:green"), ("d-.", "tab:red")]
-    )
-    groups: dict[tuple[str, int], list[Scores]] = {}
-    for row in rows:
+def _curves(rows: Sequence[Scores]) -> dict[str, list[Scores]]:
+    """The rows to join, by step count: those of one method and number of samples."""
+    curves: dict[str, list[Scores]] = {}
+    for row in sorted(rows, key=lambda row: row.label.steps or 0):
         if row["psnr"] is not None and math.isfinite(row["psnr"]):
-            groups.setdefault((row.label.method, row.label.samples), []).append(row)
-    curves = []
-    for (method, samples), found in groups.items():
-        style, colour = ("s", "dimgrey") if found[0].label.steps is None else next(styles)
-        scheduler = found[0].label.scheduler
-        name = method if scheduler is None else f"{method}, {scheduler}"
-        name += f", mean of {samples}" if samples > 1 else ""
-        curves.append(_Curve(name, style, colour, sorted(found, key=lambda row: row.label.steps or 0)))
+            label = row.label
+            name = label.method if label.scheduler is None else f"{label.method}, {label.scheduler}"
+            name += f", mean of {label.samples}" if label.samples > 1 else ""
+            curves.setdefault(name, []).append(row)
     return curves

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -10,210 +11,139 @@ from torch import Tensor
 from bicubic import Border
 from evaluation import metrics
 from evaluation.lpips import Lpips
-from evaluation.wasserstein import FlatSetError, PatchPair, patch_distance
+from evaluation.wasserstein import PatchPair, patch_distance
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What scores depend on besides the images.
+    """What scores depend on besides the images."""
 
-    Attributes:
-        protocol: what PSNR and SSIM compare.
-        border: what bicubic saw beyond the edge when the low resolution was made.
-        lpips: the network; None where it is switched off or cannot be had.
-        lpips_note: which network, or why there is none.
-        seed: of the directions that SWD projects on.
-    """
-
-    protocol: metrics.Protocol
-    border: Border = "mirror"
+    protocol: metrics.Protocol  # what PSNR and SSIM compare
+    border: Border = "mirror"  # beyond the edge when the low resolution was made
     lpips: Lpips | None = None
-    lpips_note: str = "switched off"
-    seed: int = 0
+    lpips_note: str = "switched off"  # which network, or why there is none
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Restored images and what they are compared with.
+    """Restored images and what they are compared with; its methods give a score (B,), nan where undefined."""
 
-    Attributes:
-        restored, truth: (B, C, H, W) in [0, 1].
-        low_res: (B, C, h, w) in [0, 1].
-        conditions: of the whole evaluation.
-        deviation: (H, W), standard deviation over the samples of one image, if there were several.
-        seconds, peak_bytes: what restoring took, where it was measured.
-    """
-
-    restored: Tensor
-    truth: Tensor
-    low_res: Tensor
+    restored: Tensor  # (B, C, H, W) in [0, 1]
+    truth: Tensor  # (B, C, H, W) in [0, 1]
+    low_res: Tensor  # (B, C, h, w) in [0, 1]
     conditions: Conditions
-    deviation: Tensor | None = None
-    seconds: float | None = None
-    peak_bytes: int | None = None
+    deviation: Tensor | None = None  # (H, W), standard deviation over the samples of one image
+    seconds: float = math.nan
+    peak_bytes: float = math.nan
 
-    def each(self, value: float | None) -> Tensor:
-        """One value for every image, nan for None."""
-        return torch.full((len(self.truth),), math.nan if value is None else value, dtype=torch.float64)
+    def each(self, value: float) -> Tensor:
+        return torch.full((len(self.truth),), value, dtype=torch.float64)
+
+    def psnr(self) -> Tensor:
+        return metrics.psnr(self.restored, self.truth, self.conditions.protocol)
+
+    def ssim(self) -> Tensor:
+        return metrics.ssim(self.restored, self.truth, self.conditions.protocol)
+
+    def exact(self) -> Tensor:
+        return self.psnr().isinf().double()
+
+    def lr_psnr(self) -> Tensor:
+        return metrics.low_resolution_psnr(self.restored, self.low_res, self.conditions.border)
+
+    def lpips(self) -> Tensor:
+        lpips = self.conditions.lpips
+        return self.each(math.nan) if lpips is None else lpips(self.restored, self.truth)
+
+    def energy(self) -> Tensor:
+        return metrics.high_frequency_energy(self.restored, self.truth)
+
+    def pearson(self, ranks: bool = False) -> Tensor:
+        if self.deviation is None:
+            return self.each(math.nan)
+        images = self.restored, self.truth
+        return self.each(metrics.uncertainty_correlation(self.deviation, *images, ranks=ranks))
+
+    def spearman(self) -> Tensor:
+        return self.pearson(ranks=True)
+
+    def speed(self) -> Tensor:
+        return self.each(self.seconds / (self.truth.shape[-2] * self.truth.shape[-1] / 1e6))
+
+    def memory(self) -> Tensor:
+        return self.each(self.peak_bytes / 1e6)
 
 
-def mean(values: Tensor) -> float:
-    """Mean of the finite values; infinity where none is finite.
-
-    One image that is restored exactly has an infinite PSNR, and would hide what happens to all others.
-    """
+def mean(values: Tensor) -> Tensor:
+    """Mean of the finite values, infinity where none is: an exact image would hide all others."""
     finite = values[values.isfinite()]
-    return finite.mean().item() if len(finite) else math.inf
+    return (finite if len(finite) else values).mean()
 
 
-def total(values: Tensor) -> float:
-    """Sum of the values."""
-    return values.sum().item()
+def geometric_mean(ratios: Tensor) -> Tensor:
+    """exp(mean(log(ratio))): twice and half the energy average to 1."""
+    return ratios.log().mean().exp()
 
 
-def largest(values: Tensor) -> float:
-    """The largest of the values."""
-    return values.max().item()
+def swd(patches: Sequence[PatchPair], seed: int) -> float:
+    """Mean over the levels."""
+    return fmean(patch_distance(patches, seed))
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of METRICS.
+    """One row of METRICS: a score of images and its average over the set, or a score of the set's patches."""
 
-    Attributes:
-        name: in JSON, in CSV and, with "validation/" before it, in TensorBoard.
-        heading, form: in the printed table: of the column, and how a value is printed.
-        note: the conditions -> what the number means.
-        of_image: a Pair -> (B,), nan where the metric is not defined or not to be had.
-        average: the defined values of all images -> the value of the set.
-        of_set: instead of both: patches of all images, and a seed -> the value of the set.
-        in_training: whether validation during training measures it, too.
-    """
-
-    name: str
-    heading: str
-    form: str
-    note: Callable[[Conditions], str]
+    name: str  # in JSON, in CSV and, with "validation/" before it, in TensorBoard
+    heading: str  # of the column
+    form: str  # how a value is printed
+    note: str  # what the number means; {protocol} and {lpips} stand for their descriptions
     of_image: Callable[[Pair], Tensor] | None = None
-    average: Callable[[Tensor], float] = mean
-    of_set: Callable[[Sequence[PatchPair], int], float | None] | None = None
-    in_training: bool = False
+    average: Callable[[Tensor], Tensor] = mean  # over the images that have a value
+    of_set: Callable[[Sequence[PatchPair], int], float] | None = None  # patches and a seed -> the value
+    in_training: bool = False  # whether validation measures it, too
 
-    def summarise(self, values: Sequence[float]) -> float | None:
-        """The value of a set; None where no image has one."""
-        defined = [value for value in values if not math.isnan(value)]
-        return self.average(torch.tensor(defined, dtype=torch.float64)) if defined else None
+    def describe(self, conditions: Conditions) -> str:
+        """What the number means."""
+        return self.note.format(protocol=conditions.protocol.describe(), lpips=conditions.lpips_note)
+
+    def score(self, pair: Pair) -> float | None:
+        """The value of one image; None where it has none."""
+        return None if self.of_image is None else _defined(self.of_image(pair).item())
+
+    def summarise(
+        self, scores: Sequence[float | None], patches: Sequence[PatchPair], seed: int
+    ) -> float | None:
+        """The value of a set, from those of its images or from their patches; None where it has none."""
+        if self.of_set is not None:
+            return _defined(self.of_set(patches, seed))
+        defined = [score for score in scores if score is not None]
+        return self.average(torch.tensor(defined, dtype=torch.float64)).item() if defined else None
 
     def print(self, value: float | None) -> str:
         """A cell of the table; empty for None."""
         return "" if value is None else format(value, self.form)
 
 
-def _psnr(pair: Pair) -> Tensor:
-    return metrics.psnr(pair.restored, pair.truth, pair.conditions.protocol)
-
-
-def _lpips(pair: Pair) -> Tensor:
-    lpips = pair.conditions.lpips
-    return pair.each(None) if lpips is None else lpips(pair.restored, pair.truth)
-
-
-def _uncertainty(pair: Pair, ranks: bool) -> Tensor:
-    if pair.deviation is None:
-        return pair.each(None)
-    return pair.each(metrics.uncertainty_correlation(pair.deviation, pair.restored, pair.truth, ranks=ranks))
-
-
-def _swd(patches: Sequence[PatchPair], seed: int) -> float | None:
-    try:
-        return patch_distance(patches, seed=seed).average
-    except FlatSetError:
-        return None
-
-
-def _seconds_per_megapixel(pair: Pair) -> Tensor:
-    megapixels = pair.truth.shape[-2] * pair.truth.shape[-1] / 1e6
-    return pair.each(None if pair.seconds is None else pair.seconds / megapixels)
-
-
 METRICS = (
+    Metric("psnr", "PSNR", ".2f", "{protocol}; mean of the images not exact", Pair.psnr, in_training=True),
     Metric(
-        "psnr",
-        "PSNR",
-        ".2f",
-        lambda conditions: f"{conditions.protocol.describe()}; mean over the images not restored exactly",
-        _psnr,
-        in_training=True,
+        "ssim", "SSIM", ".4f", "of what PSNR compares; Gaussian 11x11 window", Pair.ssim, in_training=True
     ),
+    Metric("exact", "exact", ".0f", "images restored exactly: their PSNR is infinite", Pair.exact, torch.sum),
+    Metric("lr_psnr", "LR-PSNR", ".2f", "result shrunk again (uint8) against the input", Pair.lr_psnr),
+    Metric("lpips", "LPIPS", ".4f", "{lpips}", Pair.lpips),
+    Metric("hf_energy", "HF energy", ".3f", "detail's power; 1 is the truth's", Pair.energy, geometric_mean),
+    Metric("swd", "SWD", ".1f", "1000 x sliced Wasserstein distance of 7x7 patches, 3 levels", of_set=swd),
+    Metric("seconds_per_megapixel", "s/MP", ".3g", "seconds per megapixel of output", Pair.speed),
     Metric(
-        "ssim",
-        "SSIM",
-        ".4f",
-        lambda conditions: "of what PSNR compares; 11x11 Gaussian window, sigma 1.5, valid windows",
-        lambda pair: metrics.ssim(pair.restored, pair.truth, pair.conditions.protocol),
-        in_training=True,
+        "peak_memory_mb", "peak MB", ".0f", "most memory of CUDA tensors, 1e6 bytes", Pair.memory, torch.max
     ),
-    Metric(
-        "exact",
-        "exact",
-        ".0f",
-        lambda conditions: "images restored exactly: their PSNR is infinite and in no mean",
-        lambda pair: _psnr(pair).isinf().double(),
-        average=total,
-    ),
-    Metric(
-        "lr_psnr",
-        "LR-PSNR",
-        ".2f",
-        lambda conditions: "restored image shrunk again (uint8, same border) against the input, all channels",
-        lambda pair: metrics.low_resolution_psnr(pair.restored, pair.low_res, pair.conditions.border),
-    ),
-    Metric("lpips", "LPIPS", ".4f", lambda conditions: conditions.lpips_note, _lpips),
-    Metric(
-        "hf_energy",
-        "HF energy",
-        ".3f",
-        lambda conditions: "power at 0.35 to 0.9 of Nyquist over the truth's, geometric mean; 1 is right",
-        lambda pair: metrics.high_frequency_energy(pair.restored, pair.truth),
-        average=metrics.geometric_mean,
-    ),
-    Metric(
-        "swd",
-        "SWD",
-        ".1f",
-        lambda conditions: "sliced Wasserstein distance x 1000 of 7x7 patches, 3 levels; lower is better",
-        of_set=_swd,
-    ),
-    Metric(
-        "seconds_per_megapixel",
-        "s/MP",
-        ".3g",
-        lambda conditions: "seconds per megapixel of output, from the decoded input to the result",
-        _seconds_per_megapixel,
-    ),
-    Metric(
-        "peak_memory_mb",
-        "peak MB",
-        ".0f",
-        lambda conditions: (
-            "the most that PyTorch had allocated on a CUDA device while restoring, in 10^6 bytes"
-        ),
-        lambda pair: pair.each(None if pair.peak_bytes is None else pair.peak_bytes / 1e6),
-        average=largest,
-    ),
-    Metric(
-        "uncertainty_pearson",
-        "uncertainty r",
-        ".2f",
-        lambda conditions: "correlation over pixels of the samples' deviation with the error of their mean",
-        lambda pair: _uncertainty(pair, ranks=False),
-    ),
-    Metric(
-        "uncertainty_spearman",
-        "uncertainty rho",
-        ".2f",
-        lambda conditions: "the same of the ranks",
-        lambda pair: _uncertainty(pair, ranks=True),
-    ),
+    Metric("uncertainty_pearson", "uncertainty r", ".2f", "of the deviation with the error", Pair.pearson),
+    Metric("uncertainty_spearman", "uncertainty rho", ".2f", "the same of the ranks", Pair.spearman),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}

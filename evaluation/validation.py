@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffusion import DiffusionModel, Network
 from engine.checkpoint import LoadedModel
 from engine.processes import Processes
-from evaluation import metrics
+from evaluation.metrics import Protocol
 from evaluation.table import METRICS, Conditions, Pair
 from imaging.files import to_unit_range
 from restoration import RestoreConfig, Restorer
@@ -32,9 +32,8 @@ logger = logging.getLogger(__name__)
 class Validator:
     """Restores the dataset's images with a network, and measures; for DiffusionModel.train.
 
-    The scalars are the metrics of METRICS that say so, in the mode "fidelity", averaged over the images that
-    are not flat. Pictures are shown of this and of a sample of ten steps, the loss by timestep. The noise is
-    the same at every call. Every process restores a part of the images.
+    The scalars are in the mode "fidelity", averaged over the images that are not flat; pictures show it and a
+    sample of ten steps. The noise is the same at every call. Every process restores a part of the images.
 
     Args:
         diffusion: the process.
@@ -54,31 +53,22 @@ class Validator:
         self.processes = processes or Processes(diffusion.device)
         self.precision = precision
         self.degradation = dataset.degradation
-        self.conditions = Conditions(metrics.Protocol(crop=round(dataset.downscale_factor)))
-        crops = [dataset.crop(index) for index in range(len(dataset))]
+        self.conditions = Conditions(Protocol(crop=round(dataset.downscale_factor)))
+        crops = torch.stack([dataset.crop(index) for index in range(len(dataset))])
         self.batches = [
-            degrade(
-                torch.stack(crops[start : start + VALIDATION_BATCH]).to(self.processes.device),
-                dataset.degradation,
-                dataset.upscale_function,
-            )
-            for start in range(0, len(crops), VALIDATION_BATCH)
+            degrade(some.to(self.processes.device), dataset.degradation, dataset.upscale_function)
+            for some in crops.split(VALIDATION_BATCH)
         ]
-        self.bicubic_psnr = [self._psnr(batch, to_unit_range(batch.upscaled)) for batch in self.batches]
+        bicubic = [self._scores(batch, to_unit_range(batch.upscaled)) for batch in self.batches]
+        self.bicubic_psnr = [scores["psnr"] for scores in bicubic]
         self.counted = self._choose_counted()
 
     def _choose_counted(self) -> list[Tensor]:
-        """Which images of each batch count, (B,) bool: those that bicubic does not restore exactly.
-
-        A flat image has no residual to learn, and an infinite PSNR or nearly so, which would outweigh what
-        happens to all others and freeze the best checkpoint. Where all images are flat, all count.
-        """
+        """Which images of each batch count, (B,) bool: those that are not flat, or all where all are."""
+        # A flat image's PSNR, infinite or nearly so, would outweigh all others, and no other be the best.
         counted = [psnr < PERFECT_PSNR for psnr in self.bicubic_psnr]
-        flat = sum(int((~one).sum()) for one in counted)
-        total = sum(len(one) for one in counted)
-        if flat == 0:
-            return counted
-        if self.processes.is_main:
+        flat, total = int((~torch.cat(counted)).sum()), len(torch.cat(counted))
+        if flat and self.processes.is_main:
             logger.warning("%d of %d validation images are flat and do not count", flat, total)
         return counted if flat < total else [torch.ones_like(one) for one in counted]
 
@@ -100,31 +90,29 @@ class Validator:
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
             batch, counted = self.batches[index], self.counted[index]
-            restored = self._restore(model, batch, FAITHFUL)
-            gain = self._psnr(batch, restored) - self.bicubic_psnr[index]
-            values = [*self._scores(batch, restored), gain, torch.ones(len(counted))]
-            sums += torch.stack([value[counted].clamp(max=PERFECT_PSNR).double().sum() for value in values])
+            scores = self._scores(batch, self._restore(model, batch, FAITHFUL))
+            scores["psnr_over_bicubic"] = scores["psnr"] - self.bicubic_psnr[index]
+            values = [*(scores[name] for name in names), torch.ones(len(counted))]
+            sums += torch.stack([value[counted].double().sum() for value in values])
         if self.processes.world_size > 1:
             sums = self.processes.sum(sums.to(self.processes.device)).cpu()
         *totals, count = sums.tolist()
         return {name: value / count for name, value in zip(names, totals, strict=True)}
 
-    def _scores(self, batch: Sample, restored: Tensor) -> list[Tensor]:
-        """(B,) of every metric in SCALARS, on the CPU."""
+    def _scores(self, batch: Sample, restored: Tensor) -> dict[str, Tensor]:
+        """(B,) of every metric in SCALARS, on the CPU, at most PERFECT_PSNR."""
         truth, low_res = to_unit_range(batch.original).cpu(), to_unit_range(batch.low_res).cpu()
-        pair = Pair(restored, truth, low_res, self.conditions)
-        return [metric.of_image(pair) for metric in SCALARS if metric.of_image is not None]
-
-    def _psnr(self, batch: Sample, restored: Tensor) -> Tensor:
-        """(B,) in dB on the CPU, at most PERFECT_PSNR."""
-        truth = to_unit_range(batch.original).cpu()
-        return metrics.psnr(restored.cpu(), truth, self.conditions.protocol).clamp(max=PERFECT_PSNR)
+        pair = Pair(restored.cpu(), truth, low_res, self.conditions)
+        return {
+            metric.name: metric.of_image(pair).clamp(max=PERFECT_PSNR)
+            for metric in SCALARS
+            if metric.of_image is not None
+        }
 
     def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig) -> Tensor:
         """(B, C, H, W) in [0, 1] on the CPU."""
         loaded = LoadedModel(model, self.diffusion.process.to_dict(), self.degradation.to_dict(), 0)
-        restorer = Restorer(loaded, how, self.processes.device, self.precision)
-        restored = restorer(to_unit_range(batch.low_res))
+        restored = Restorer(loaded, how, self.processes.device, self.precision)(to_unit_range(batch.low_res))
         if not torch.isfinite(restored).all():
             raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
         return restored
@@ -149,14 +137,8 @@ def comparison_grid(samples: Sample, restored: Tensor) -> Tensor:
     """A (3, H', W') picture in [0, 1], a row per image: low (nearest) | bicubic | restored | original."""
     from torchvision.utils import make_grid
 
-    count, size = len(restored), samples.original.shape[-2:]
-    low = torch.nn.functional.interpolate(to_unit_range(samples.low_res[:count]), size=size, mode="nearest")
-    columns = [
-        low,
-        to_unit_range(samples.upscaled[:count]),
-        restored,
-        to_unit_range(samples.original[:count]),
-    ]
-    rows = torch.stack([column.cpu() for column in columns], dim=1).flatten(0, 1)
-    grid: Tensor = make_grid(rows, nrow=len(columns), padding=4)
+    low_res, upscaled, original, _ = (to_unit_range(image[: len(restored)]) for image in samples)
+    low = nn.functional.interpolate(low_res, size=original.shape[-2:], mode="nearest")
+    columns = [column.cpu() for column in (low, upscaled, restored, original)]
+    grid: Tensor = make_grid(torch.stack(columns, dim=1).flatten(0, 1), nrow=len(columns), padding=4)
     return grid

@@ -1,10 +1,8 @@
 """The network on images of any size: clean estimates in overlapping windows that are blended at every step.
 
-All windows see one noise field and are averaged before the next step begins, so no seam can grow. It is
-MultiDiffusion (Bar-Tal et al. 2023, Eq. 5), but what is averaged is the clean estimate and not the next noisy
-image: the same thing for a linear step, and the estimate is what solvers of a higher order remember.
+This is MultiDiffusion (Bar-Tal et al. 2023, Eq. 5) of clean estimates, which higher-order solvers remember.
 
-Shape legend: B images, b windows that go through the network together, C channels, H x W pixels of the high
+Shapes: B images, b windows that go through the network together, C channels, H x W pixels of the high
 resolution, h x w of the low one. Images are in [-1, 1].
 """
 
@@ -32,7 +30,7 @@ MARGIN = 16  # pixels at the inner edge of a window that see most of the padding
 
 
 class View(NamedTuple):
-    """One way to look at an image: turned by `turns` quarter circles, then mirrored if `mirrored`."""
+    """Turned by quarter circles, then perhaps mirrored."""
 
     turns: int
     mirrored: bool
@@ -54,24 +52,19 @@ ALL_VIEWS = tuple(View(turns, mirrored) for mirrored in (False, True) for turns 
 
 @dataclass
 class Windows:
-    """How images are cut into windows. Where memory runs out they get smaller, and stay so.
+    """How images are cut. Where memory runs out windows get smaller, and stay so.
 
     Attributes:
-        side: of a window in pixels of the result; 0 for one piece, None to decide by the size of the image.
-        overlap: pixels that neighbouring windows share.
+        side: in pixels of the result; 0 for one piece, None to decide by the size of the image.
+        overlap: pixels that neighbours share.
         batch_size: windows that go through the network together.
-        multiple: windows begin at multiples of this many pixels, and overlap by multiples of it.
+        multiple: of which beginnings and overlaps are multiples.
     """
 
     side: int | None
     overlap: int
     batch_size: int
     multiple: int
-
-    @property
-    def smallest(self) -> int:
-        """The least side of a window."""
-        return 2 * self.multiple
 
     def plan(self, height: int, width: int) -> list[Tile]:
         """The windows of an H x W image."""
@@ -86,41 +79,95 @@ class Windows:
         return plan_tiles(height, width, side, overlap, min(MARGIN, (overlap - 1) // 2))
 
     def rounded(self, side: int) -> int:
-        """The side that stands for this one: a multiple, and not below the smallest."""
-        return max(self.smallest, math.ceil(side / self.multiple) * self.multiple)
+        """The side of the windows where this one is asked for."""
+        return max(2, math.ceil(side / self.multiple)) * self.multiple
 
     def attempt(self, height: int, width: int, work: Callable[[list[Tile]], Result]) -> Result:
-        """Do something with the windows of an H x W image, in smaller ones where memory runs out."""
+        """Do the work on an H x W image, in smaller windows where memory runs out."""
         while True:
             tiles = self.plan(height, width)
             try:
                 return work(tiles)
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Behind the handler, which holds on to the tensors that filled the memory.
-            self.use_less_memory(tiles)
+            self.use_less_memory(max(max(tile.window.shape) for tile in tiles))
 
-    def use_less_memory(self, tiles: Sequence[Tile]) -> None:
-        """One window at a time from now on or, where it was one, windows of half the side.
+    def use_less_memory(self, side: int) -> None:
+        """One window at a time from now on or, where it was one, half this side.
 
         Raises:
-            torch.OutOfMemoryError: they are as small as they can be.
+            torch.OutOfMemoryError: windows are as small as they can be.
         """
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.batch_size > 1:
             self.batch_size = 1
             return
-        side = max(max(tile.window.shape) for tile in tiles)
-        if side <= self.smallest:
-            raise torch.OutOfMemoryError(f"out of memory even with windows of {self.smallest} pixels")
-        self.side = max(self.smallest, side // 2)
+        smallest = self.rounded(1)
+        if side <= smallest:
+            raise torch.OutOfMemoryError(f"out of memory even with windows of {smallest} pixels")
+        self.side = max(smallest, side // 2)
         logger.warning("out of memory: going on with windows of %d pixels", self.side)
 
 
+class Base:
+    """What sampled residuals are added to: the upscaled images, plus the predicted mean if there is one.
+
+    Args:
+        low_res: (B, C, h, w) on the generator's device.
+        windows: how to cut the images; the mean is the same in any.
+        views: what the mean and estimates are averaged over.
+    """
+
+    def __init__(
+        self,
+        generator: ResidualGenerator,
+        network: Network,
+        low_res: Tensor,
+        windows: Windows,
+        views: Sequence[View],
+    ) -> None:
+        self.generator, self.network, self.low_res = generator, network, low_res
+        self.windows, self.views = windows, views
+        self.scale = Scale(float(network.scale))
+        self.size = self.scale.high_size(*low_res.shape[-2:])
+        self._field = windows.attempt(*self.size, self._predict) if network.mean_reach else None
+
+    def read(self, window: Window, image: int | None = None) -> Tensor:
+        """(1 or B, C, height, width) of one image or all."""
+        return self.upscaled(window, image) if self._field is None else self._field.read(window, image)
+
+    def upscaled(self, window: Window, image: int | None = None) -> Tensor:
+        """As `read`, without a predicted mean."""
+        low_res = self.low_res if image is None else self.low_res[image : image + 1]
+        return self.scale.upscale(low_res, window).clamp(-1, 1)
+
+    def _predict(self, tiles: list[Tile]) -> Field:
+        field = Field((*self.low_res.shape[:2], *self.size), self.low_res.device)
+        # Each window sees as far beyond its edges as the predictor reaches, and begins where a window of the
+        # whole image would, so that padding and folding are the same.
+        multiple = self.network.window_multiple
+        halo = math.ceil(self.network.mean_reach / multiple) * multiple
+        for tile, image in itertools.product(tiles, range(len(self.low_res))):
+            seen = tile.window.grown(halo, *self.size)
+            mean = self._mean(self.upscaled(seen, image))
+            field.write(tile.window, tile.window.seen_from(seen.top, seen.left).cut(mean), image)
+        return field
+
+    def _mean(self, upscaled: Tensor) -> Tensor:
+        """(1, C, height, width) plus its predicted mean."""
+        total = torch.zeros_like(upscaled)
+        for view in self.views:
+            _, mean = self.generator.encode(self.network, Condition(view.apply(upscaled), self.low_res))
+            assert mean is not None
+            total += view.undo(mean.float())
+        return upscaled + self.network.residual_std * total / len(self.views)
+
+
 class Job(NamedTuple):
-    """A window of one of the images."""
+    """A window of one image."""
 
     image: int
     tile: Tile
@@ -133,97 +180,24 @@ class Prepared(NamedTuple):
     contexts: tuple[object, ...]  # one for each view
 
 
-class Base:
-    """What sampled residuals are added to: the upscaled images and, if the network predicts one, their mean.
-
-    The mean is that of the whole image, in whatever windows it is computed: each sees as far beyond its edges
-    as the predictor reaches.
-
-    Args:
-        generator: the process and the precision.
-        network: a trained network.
-        low_res: (B, C, h, w) on the generator's device.
-        windows: how to cut the images.
-        views: the predicted mean is averaged over them.
-    """
-
-    def __init__(
-        self,
-        generator: ResidualGenerator,
-        network: Network,
-        low_res: Tensor,
-        windows: Windows,
-        views: Sequence[View],
-    ) -> None:
-        self.generator, self.network, self.low_res, self.views = generator, network, low_res, views
-        self.scale = Scale(float(network.scale))
-        self.size = self.scale.high_size(*low_res.shape[-2:])
-        self._field: Field | None = None
-        if network.mean_reach:
-            self._field = windows.attempt(*self.size, self._predict)
-
-    def read(self, window: Window, image: int | None = None) -> Tensor:
-        """(1 or B, C, height, width) of one image or all."""
-        if self._field is not None:
-            return self._field.read(window, image)
-        low_res = self.low_res if image is None else self.low_res[image : image + 1]
-        return self.scale.upscale(low_res, window).clamp(-1, 1)
-
-    def _predict(self, tiles: list[Tile]) -> Field:
-        field = Field((*self.low_res.shape[:2], *self.size), self.low_res.device)
-        # Windows begin where those of the whole image would, so that padding and folding are the same.
-        multiple = self.network.window_multiple
-        halo = math.ceil(self.network.mean_reach / multiple) * multiple
-        for tile in tiles:
-            window = tile.window
-            seen = window.grown(halo, *self.size)
-            place = window.within(seen)
-            for image in range(len(self.low_res)):
-                mean = self._mean(self.scale.upscale(self.low_res[image : image + 1], seen).clamp(-1, 1))
-                field.write(window, mean[..., place.top : place.bottom, place.left : place.right], image)
-        return field
-
-    def _mean(self, upscaled: Tensor) -> Tensor:
-        """(1, C, height, width) -> the same with the predicted mean added."""
-        total = torch.zeros_like(upscaled)
-        for view in self.views:
-            _, mean = self.generator.encode(self.network, Condition(view.apply(upscaled), self.low_res))
-            assert mean is not None
-            total += view.undo(mean.float())
-        return upscaled + self.network.residual_std * total / len(self.views)
-
-
 class TiledDenoiser:
     """Estimates the clean residuals of images of one size.
 
     Args:
-        generator: the process and the precision.
-        network: a trained network.
-        base: of the images (B, C, H, W); image number n that is denoised is its image n modulo B.
-        windows: how to cut the images.
-        progress: called with the evaluations of the network done so far, in fractions.
+        base: of B images; the n-th that is denoised is its image n modulo B.
+        progress: called with the evaluations done so far, in fractions.
     """
 
-    def __init__(
-        self,
-        generator: ResidualGenerator,
-        network: Network,
-        base: Base,
-        windows: Windows,
-        progress: Callable[[float], None],
-    ) -> None:
-        self.generator = generator
-        self.network = network
-        self.base = base
-        self.scale, self.views = base.scale, base.views
-        self.windows = windows
-        self.progress = progress
+    def __init__(self, base: Base, progress: Callable[[float], None]) -> None:
+        self.base, self.progress = base, progress
         self.evaluations = 0
-        # (B, N, E) of the whole images for each view, which all windows share; or None.
-        self.tokens = [self._encode_tokens(view.apply(base.low_res)) for view in self.views]
+        with base.generator.autocast():
+            # (B, N, E) of the whole images for each view, which all windows share; or None.
+            self.tokens = [base.network.encode_tokens(view.apply(base.low_res)) for view in base.views]
         self.tiles: list[Tile] = []
         self.prepared: dict[int, Prepared] = {}  # by the batch's place in the list
 
+    # All windows see one noise field and are averaged before the next step begins, so no seam can grow.
     def __call__(self, noisy: Field, timestep: int) -> Field:
         """The clean estimates (n B, C, H, W), in smaller windows if memory runs out."""
         clean = Field(noisy.shape, noisy.device)
@@ -235,7 +209,7 @@ class TiledDenoiser:
             self.tiles = tiles
             self._denoise(noisy, clean, timestep)
 
-        self.windows.attempt(*self.base.size, work)
+        self.base.windows.attempt(*self.base.size, work)
         self.evaluations += 1
         return clean
 
@@ -243,7 +217,7 @@ class TiledDenoiser:
         """Add the weighted estimates of all windows to `clean`."""
         batches = self._batches(noisy.shape[0])
         # Encoding costs little next to the network; kept for a large image, it would fill the memory.
-        keep = noisy.shape[0] * math.prod(noisy.shape[-2:]) * len(self.views) <= WHOLE_PIXELS
+        keep = noisy.shape[0] * math.prod(noisy.shape[-2:]) * len(self.base.views) <= WHOLE_PIXELS
         for place, jobs in enumerate(batches):
             prepared = self.prepared.get(place) or self._prepare(jobs)
             if keep:
@@ -256,18 +230,19 @@ class TiledDenoiser:
             self.progress(self.evaluations + (place + 1) / len(batches))
 
     def _estimate(self, noisy: Tensor, timestep: int, prepared: Prepared) -> Tensor:
-        """The mean over the views of the network's estimates for windows (b, C, height, width)."""
+        """The mean over the views, (b, C, height, width)."""
+        generator, network, views = self.base.generator, self.base.network, self.base.views
         total = torch.zeros_like(noisy)
-        for view, context in zip(self.views, prepared.contexts, strict=True):
+        for view, context in zip(views, prepared.contexts, strict=True):
             seen, base = view.apply(noisy), view.apply(prepared.base)
-            total += view.undo(self.generator.estimate(self.network, seen, timestep, context, base))
-        return total / len(self.views)
+            total += view.undo(generator.estimate(network, seen, timestep, context, base))
+        return total / len(views)
 
     def _batches(self, images: int) -> list[list[Job]]:
         """The windows of all images, in batches of one shape."""
         jobs = [Job(image, tile) for tile in self.tiles for image in range(images)]
         jobs.sort(key=lambda job: job.tile.window.shape, reverse=True)
-        size = self.windows.batch_size
+        size = self.base.windows.batch_size
         batches = []
         for _, group in itertools.groupby(jobs, key=lambda job: job.tile.window.shape):
             same = list(group)
@@ -275,20 +250,11 @@ class TiledDenoiser:
         return batches
 
     def _prepare(self, jobs: Sequence[Job]) -> Prepared:
-        """Read the base of a batch of windows, and encode their condition."""
         images = [job.image % len(self.base.low_res) for job in jobs]
-        windows = [job.tile.window for job in jobs]
-        pairs = list(zip(windows, images, strict=True))
-        base = torch.cat([self.base.read(window, image) for window, image in pairs])  # (b, C, height, width)
-        upscaled = torch.stack([self.scale.upscale(self.base.low_res[image], one) for one, image in pairs])
+        places = [(job.tile.window, image) for job, image in zip(jobs, images, strict=True)]
+        upscaled = torch.cat([self.base.upscaled(*place) for place in places])  # (b, C, height, width)
         contexts = []
-        for view, tokens in zip(self.views, self.tokens, strict=True):
-            shared = None if tokens is None else tokens[images]
-            condition = Condition(view.apply(upscaled.clamp(-1, 1)), tokens=shared)
-            contexts.append(self.generator.encode(self.network, condition)[0])
-        return Prepared(base, tuple(contexts))
-
-    def _encode_tokens(self, low_res: Tensor) -> Tensor | None:
-        """Tokens (B, N, E) for cross-attention, or None where the network has none."""
-        with self.generator.autocast():
-            return self.network.encode_tokens(low_res)
+        for view, tokens in zip(self.base.views, self.tokens, strict=True):
+            condition = Condition(view.apply(upscaled), tokens=None if tokens is None else tokens[images])
+            contexts.append(self.base.generator.encode(self.base.network, condition)[0])
+        return Prepared(torch.cat([self.base.read(*place) for place in places]), tuple(contexts))

@@ -1,6 +1,6 @@
-"""What a caller hands over to be restored, of whatever kind, as what the network takes, and back.
+"""Whatever a caller hands over to be restored as what the network takes, and back.
 
-Shape legend: C channels, H x W pixels of the result, h x w of the input.
+Shapes: C channels, H x W pixels of the result, h x w of the input.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,18 +12,10 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from imaging.files import (
-    DecodedImage,
-    Pixels,
-    decode_image,
-    pixels_to_unit,
-    to_model_range,
-    unit_to_pixels,
-)
+from imaging.files import DecodedImage, Pixels, decode_image, pixels_to_unit, to_model_range, unit_to_pixels
 from imaging.metadata import Metadata
 from imaging.pictures import spread_colours
-from restoration.tiling import Field, row_bands
-from samplers import NOISE_ROWS
+from restoration.tiling import Field
 
 Restorable: TypeAlias = str | Path | Pixels | Tensor | Image.Image | DecodedImage
 
@@ -40,9 +32,9 @@ class Picture:
     Attributes:
         low_res: (3, h, w) in [-1, 1]; grey is repeated.
         alpha: (h, w), or None.
-        shape: (h, w), (h, w, 1) or (h, w, 3), as the caller's pixels without alpha; the result's is alike.
+        shape: (h, w), (h, w, 1) or (h, w, 3), of the pixels without alpha.
         dtype: of the result.
-        metadata: what its file says besides.
+        metadata: of its file.
     """
 
     low_res: Tensor
@@ -52,11 +44,11 @@ class Picture:
     metadata: Metadata = field(default_factory=Metadata)
 
     def to_pixels(self, restored: Field) -> Pixels:
-        """A field (1, 3, H, W) in [0, 1] as pixels; grey is the mean of the channels."""
-        height, width = restored.shape[-2:]
+        """(1, 3, H, W) in [0, 1] as pixels; grey is the mean of the channels."""
         colour = self.shape[2:] == (3,)
+        height, width = restored.shape[-2:]
         pixels = np.empty((height, width, 3) if colour else (height, width), self.dtype)
-        for band in row_bands(height, width, NOISE_ROWS):
+        for band in restored.bands():
             values = restored.read(band)[0]  # (3, rows, W)
             values = values if colour else values.mean(dim=0, keepdim=True)
             pixels[band.top : band.bottom] = unit_to_pixels(values, self.dtype)
@@ -64,10 +56,10 @@ class Picture:
 
 
 def to_picture(image: Restorable) -> Picture:
-    """Any image that can be restored as a Picture.
+    """Any image that can be restored.
 
     Raises:
-        ValueError: a file that cannot be read (UnreadableImageError), or another type, shape, dtype or range.
+        ValueError: an unreadable file (UnreadableImageError), or another type, shape, dtype or range.
     """
     if isinstance(image, str | Path):
         return _from_decoded(decode_image(image))
@@ -88,36 +80,29 @@ def to_input(unit: Tensor) -> Tensor:
     return to_model_range(unit.expand(*unit.shape[:-3], 3, -1, -1) if grey else unit)
 
 
-def grey_picture(alpha: Pixels) -> Picture:
-    """A mask (h, w) as a grey image."""
-    return Picture(to_input(pixels_to_unit(alpha)), None, alpha.shape, alpha.dtype)
-
-
 def to_deviation(variance: Field) -> npt.NDArray[np.float32]:
-    """A field (1, 3, H, W) of variances as deviations (H, W), root mean square over the channels."""
-    height, width = variance.shape[-2:]
-    deviation = np.empty((height, width), np.float32)
-    for band in row_bands(height, width, NOISE_ROWS):
+    """Variances (1, 3, H, W) as deviations (H, W), root mean square over the channels."""
+    deviation = np.empty(variance.shape[-2:], np.float32)
+    for band in variance.bands():
         deviation[band.top : band.bottom] = variance.read(band)[0].mean(dim=0).sqrt().cpu().numpy()
     return deviation
 
 
+def _from_decoded(image: DecodedImage) -> Picture:
+    pixels = image.pixels if image.alpha is None else spread_colours(image.pixels, image.alpha)
+    low_res = to_input(pixels_to_unit(pixels))
+    return Picture(low_res, image.alpha, pixels.shape, pixels.dtype, image.metadata)
+
+
 def _from_pixels(pixels: Pixels) -> Picture:
-    """(h, w), or (h, w, n) with n of 1, 3 or, with alpha behind the colours, 4."""
+    """(h, w) or (h, w, 1, 3 or, with alpha, 4)."""
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or not pixels.size:
         raise ValueError(f"an array of shape {pixels.shape}: {ACCEPTED}")
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"an array of {pixels.dtype}: {ACCEPTED}")
-    if pixels.shape[2:] == (4,):
-        return _from_decoded(DecodedImage(Path(), pixels[..., :3], pixels[..., 3]))
-    return _from_decoded(DecodedImage(Path(), pixels))
-
-
-def _from_decoded(image: DecodedImage) -> Picture:
-    """The colours hidden under transparency do not bleed into those that are seen."""
-    pixels = image.pixels if image.alpha is None else spread_colours(image.pixels, image.alpha)
-    low_res = to_input(pixels_to_unit(pixels))
-    return Picture(low_res, image.alpha, pixels.shape, pixels.dtype, image.metadata)
+    has_alpha = pixels.shape[2:] == (4,)
+    colours, alpha = (pixels[..., :3], pixels[..., 3]) if has_alpha else (pixels, None)
+    return _from_decoded(DecodedImage(Path(), colours, alpha))
 
 
 def _from_tensor(image: Tensor) -> Picture:
@@ -135,7 +120,7 @@ def _from_tensor(image: Tensor) -> Picture:
 
 
 def _from_pil(image: Image.Image) -> Picture:
-    """As a file that holds the image would be restored: upright, alpha and profile kept."""
+    """As a file of it: upright, with alpha and profile."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "F"):
         raise ValueError(f"a PIL image of mode {upright.mode}: {ACCEPTED}")
@@ -144,14 +129,9 @@ def _from_pil(image: Image.Image) -> Picture:
         mode = "L" if upright.mode in ("1", "L", "LA", "La") else "RGB"
         upright = upright.convert(mode + "A" if upright.has_transparency_data else mode)
     samples: Pixels = np.asarray(upright, np.uint16) if deep else np.asarray(upright, np.uint8)
-    has_alpha = samples.shape[2:] in ((2,), (4,))
-    pixels = samples[..., :-1] if has_alpha else samples
     exif = upright.getexif()
-    return _from_decoded(
-        DecodedImage(
-            Path(),
-            pixels[..., 0] if pixels.shape[2:] == (1,) else pixels,
-            samples[..., -1] if has_alpha else None,
-            Metadata(upright.info.get("icc_profile"), exif.tobytes() if exif else None),
-        )
-    )
+    metadata = Metadata(upright.info.get("icc_profile"), exif.tobytes() if exif else None)
+    if samples.shape[2:] not in ((2,), (4,)):
+        return _from_decoded(DecodedImage(Path(), samples, None, metadata))
+    colours = samples[..., 0] if samples.shape[2] == 2 else samples[..., :3]
+    return _from_decoded(DecodedImage(Path(), colours, samples[..., -1], metadata))

@@ -1,13 +1,14 @@
-"""The one way to restore: what the scripts, the validation during training and a Python user call.
+"""The one way to restore: options, results, and the network at work on whole images.
 
-Shape legend: B images, C channels, H x W pixels of the high resolution, h x w of the low one. Images are in
+Shapes: B images, C channels, H x W pixels of the high resolution, h x w of the low one. Images are in
 [-1, 1] inside and in [0, 1] once restored.
 """
 
+import logging
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
@@ -17,33 +18,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bicubic import Border
+from degradation import degradation_from_dict
 from diffusion import Network, ProcessConfig, ResidualGenerator
 from engine.checkpoint import LoadedModel, NetworkT, load_model, released_model
 from engine.device import autocast_dtype, select_device
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
 from imaging.metadata import Metadata
-from restoration.denoiser import ALL_VIEWS, UPRIGHT, Base, TiledDenoiser, Windows, logger
-from restoration.pictures import Restorable, grey_picture, to_deviation, to_input, to_picture
-from restoration.tiling import Field, Scale, Window, bytes_on_disk, row_bands
-from samplers import (
-    DEFAULT_SCHEDULER,
-    NOISE_ROWS,
-    SchedulerName,
-    Step,
-    draw_noise,
-    noise_stream,
-    sample,
-)
+from restoration.denoiser import ALL_VIEWS, UPRIGHT, Base, TiledDenoiser, Windows
+from restoration.pictures import Restorable, to_deviation, to_input, to_picture
+from restoration.tiling import Field, Scale, Shape, Window, bytes_on_disk, row_bands
+from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
 from unet import UNet
 
 Preset = Literal["fidelity", "balanced", "detail"]
-Progress = Callable[[float], None]
-Shape = tuple[int, int, int, int]
+Progress = Callable[[float], object]
+logger = logging.getLogger(__name__)
 
 
 class Budget(NamedTuple):
-    """What restoring an image may take: denoising steps, and samples to average."""
+    """Denoising steps, and samples to average."""
 
     steps: int
     num_images: int
@@ -62,7 +57,7 @@ CONSISTENCY_ROUNDS = 10
 
 @dataclass(frozen=True)
 class RestoreConfig(Options):
-    """How to restore; every option says of itself what it does."""
+    """How to restore."""
 
     mode: Preset | None = option(
         None,
@@ -86,7 +81,7 @@ class RestoreConfig(Options):
 
     @property
     def budget(self) -> Budget:
-        """Steps and samples: the mode's unless they were given."""
+        """The mode's unless they were given."""
         preset = PRESETS[self.mode or ("fidelity" if self.num_images is None else "detail")]
         steps = preset.steps if self.steps is None else self.steps
         return Budget(steps, self.num_images or preset.num_images)
@@ -94,14 +89,13 @@ class RestoreConfig(Options):
 
 @dataclass(frozen=True)
 class Restoration:
-    """A restored picture and what its file carries besides.
+    """A restored picture.
 
     Attributes:
         pixels: (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16, as the input.
         alpha: (H, W) of the same dtype, or None.
-        deviation: (H, W) float32, standard deviation over the samples in [0, 1], root mean square over the
-            channels; None unless asked for.
-        metadata: as in imaging.files.DecodedImage.
+        deviation: (H, W) float32 in [0, 1], over the samples, root mean square over the channels; or None.
+        metadata: of the input's file.
     """
 
     pixels: Pixels
@@ -110,7 +104,7 @@ class Restoration:
     metadata: Metadata = field(default_factory=Metadata)
 
     def save(self, path: str | Path) -> None:
-        """Write the picture, replacing an older file in one step; errors as imaging.files.write_image."""
+        """As imaging.files.write_image does."""
         pixels = self.pixels[..., 0] if self.pixels.shape[2:] == (1,) else self.pixels
         write_image(path, pixels, self.alpha, metadata=self.metadata)
 
@@ -126,31 +120,27 @@ def restore(
     """Restore one picture.
 
     Args:
-        image: a file, array, tensor or PIL image; see Restorer.restore.
-        model: a checkpoint or exported model, or its path; None is the x4 model that comes with the project.
-        config: how; RestoreConfig() if left out.
-        device, precision: see engine.device.select_device and autocast_dtype.
+        image: see Restorer.restore.
+        model: loaded, or the path of its file; None is the x4 model that comes with the project.
+        device, precision: see engine.device.
 
     Raises:
-        ValueError: the image, the checkpoint (CheckpointError), the device or the configuration is wrong.
+        ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
     """
     chosen = select_device(device)
     dtype = autocast_dtype(chosen, precision)
-    loaded = (
-        model
-        if isinstance(model, LoadedModel)
-        else load_model(released_model() if model is None else model, UNet)
-    )
-    return Restorer(loaded, config or RestoreConfig(), chosen, dtype).restore(image)
+    config = config or RestoreConfig()
+    if isinstance(model, LoadedModel):
+        return Restorer(model, config, chosen, dtype).restore(image)
+    loaded = load_model(released_model() if model is None else model, UNet)
+    return Restorer(loaded, config, chosen, dtype).restore(image)
 
 
 class Restorer:
     """Restores images with one network and one configuration.
 
     Args:
-        model: a loaded checkpoint or exported model; its network is moved to the device.
-        config: how to restore.
-        device: where to compute.
+        model: its network is moved to the device.
         precision: dtype to autocast the network to, None for float32.
 
     Attributes:
@@ -158,8 +148,8 @@ class Restorer:
         step_count, steps: of the sampler; none where the network's mean is the result.
 
     Raises:
-        ValueError: the network was never trained or is not for RGB images, or the configuration asks for what
-            its process does not have (OptionError).
+        ValueError: an untrained network or one not for RGB, or options that the model cannot follow
+            (OptionError).
     """
 
     def __init__(
@@ -170,12 +160,12 @@ class Restorer:
         precision: torch.dtype | None = None,
     ) -> None:
         self.network = cast(Network, model.network.to(device))
-        self.config = config
-        self.device = device
+        self.config, self.device = config, device
         process = ProcessConfig.from_dict(model.process)
         self.generator = ResidualGenerator.of(process, device, precision, config.scheduler)
         self.step_count = self._step_count()
         self.steps = self.generator.plan(self.step_count, config.eta)
+        self.border = _border(model.degradation) if config.consistency else None
         self.residual_std, factor = float(self.network.residual_std), float(self.network.scale)
         if self.residual_std <= 0 or factor <= 0:
             raise ValueError("this network was never trained: it knows no scale; give a trained checkpoint")
@@ -184,27 +174,24 @@ class Restorer:
         self.scale = Scale(factor)
         multiple = self.network.window_multiple
         self.windows = Windows(config.tile, config.overlap, config.batch_size, multiple)
-        if config.tile and self.windows.rounded(config.tile) != config.tile:
+        if config.tile and (side := self.windows.rounded(config.tile)) != config.tile:
             logger.warning(
-                "tile %d: windows of this network have a multiple of %d pixels, going on with %d",
-                config.tile,
-                multiple,
-                self.windows.rounded(config.tile),
+                "tile %d: this network needs a multiple of %d pixels, going on with %d",
+                *(config.tile, multiple, side),
             )
 
     def _step_count(self) -> int:
-        """The steps of the configuration; one where the network predicts no mean and nobody asked for 0."""
-        steps = self.config.budget.steps
-        if steps == 0 and not self.network.mean_reach:
-            if self.config.steps == 0:
-                raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
-            return 1
-        return steps
+        """One where the network predicts no mean and nobody asked for 0."""
+        if self.config.budget.steps or self.network.mean_reach:
+            return self.config.budget.steps
+        if self.config.steps == 0:
+            raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
+        return 1
 
     def restore(
         self, image: Restorable, *, deviation: bool = False, progress: Progress | None = None
     ) -> Restoration:
-        """Restore one picture: grey stays grey, 16 bits stay 16, alpha is restored beside the colour.
+        """Restore one picture: grey stays grey, 16 bits stay 16, alpha is restored too.
 
         Args:
             image: the path of a file; a decoded file; a PIL image; pixels (h, w) or (h, w, 1, 3 or 4) of
@@ -213,7 +200,7 @@ class Restorer:
             progress: called with the finished part of the work, rising to 1.
 
         Raises:
-            ValueError: the image cannot be read or is none of these, or a deviation of one sample is asked.
+            ValueError: the image is unreadable or none of these, or a deviation of one sample is asked.
             OSError: the folder of temporary files has no room for a large image.
         """
         if deviation and self.config.budget.num_images < 2:
@@ -228,17 +215,13 @@ class Restorer:
         )
 
     def __call__(self, low_res: Tensor) -> Tensor:
-        """What `restore` does, before it rounds.
+        """What `restore` does, before it rounds; all images of a batch have the same noise.
 
         Args:
-            low_res: (C, h, w) or (B, C, h, w) in [0, 1], C 1 or 3. All images of a batch use the same noise,
-                and so what one becomes does not depend on the others.
+            low_res: (C, h, w) or (B, C, h, w) in [0, 1], C 1 or 3; ValueError otherwise.
 
         Returns:
             (C, H, W) or (B, C, H, W) float32 in [0, 1], on the CPU.
-
-        Raises:
-            ValueError: another shape.
         """
         if low_res.ndim not in (3, 4) or low_res.shape[-3] not in (1, 3) or not low_res.numel():
             raise ValueError(
@@ -252,10 +235,11 @@ class Restorer:
         return restored if low_res.ndim == 4 else restored[0]
 
     def _restore_alpha(self, alpha: Pixels) -> Pixels:
-        """(h, w) to (H, W): the posterior mean, because a mask has edges and no texture to invent."""
+        """(h, w) to (H, W)."""
         if alpha.min() == alpha.max():
             return np.full(self.scale.high_size(*alpha.shape), alpha.flat[0], alpha.dtype)
-        mask = grey_picture(alpha)
+        mask = to_picture(alpha)
+        # The posterior mean: a mask has edges and no texture to invent.
         steps = self.generator.plan(0 if self.network.mean_reach else 1)
         with torch.inference_mode():
             mean, _ = self._average(mask.low_res[None].to(self.device), steps, 1, False, _silent)
@@ -263,135 +247,115 @@ class Restorer:
 
     @torch.inference_mode()
     def _restore(self, low_res: Tensor, deviation: bool, progress: Progress) -> tuple[Field, Field | None]:
-        """(B, C, h, w) in [-1, 1] to the mean (B, C, H, W) of the samples in [0, 1], and their variance."""
+        """(B, C, h, w) in [-1, 1] to mean and variance (B, C, H, W) of the samples in [0, 1]."""
         low_res = low_res.to(self.device)
-        num_images = self.config.budget.num_images
-        mean, variance = self._average(low_res, self.steps, num_images, deviation, progress)
-        if self.config.consistency:
-            project(mean, to_unit_range(low_res), self.scale)
+        count = self.config.budget.num_images
+        mean, variance = self._average(
+            low_res, self.steps, count, deviation, lambda samples: progress(samples / count)
+        )
+        if self.border is not None:
+            project(mean, to_unit_range(low_res), self.scale, self.border)
         progress(1.0)
         return mean, variance
 
     def _average(
-        self, low_res: Tensor, steps: Sequence[Step], num_images: int, deviation: bool, progress: Progress
+        self, low_res: Tensor, steps: Sequence[Step], count: int, deviation: bool, progress: Progress
     ) -> tuple[Field, Field | None]:
-        """Mean and, if asked for, variance of the samples, (B, C, H, W) each."""
-        images, channels = low_res.shape[:2]
-        shape = (images, channels, *self.scale.high_size(*low_res.shape[-2:]))
+        """Mean and, if wanted, variance of `count` samples (Welford 1962)."""
+        shape = (*low_res.shape[:2], *self.scale.high_size(*low_res.shape[-2:]))
         remembered = max((len(step.clean_weights) + 1 for step in steps), default=0)
         check_room(shape, fields=remembered + 1 + deviation + (self.network.mean_reach > 0))
         views = ALL_VIEWS if self.config.self_ensemble else UPRIGHT
         base = Base(self.generator, self.network, low_res, self.windows, views)
         mean = Field(shape, self.device)
-        squares = Field(shape, self.device) if deviation else None
-        done = 0
-        if not steps:
-            self._add(mean, squares, 0, base, None, 0)
-            done = num_images
-        while done < num_images:
-            whole = len(self.windows.plan(*shape[-2:])) == 1
-            together = min(num_images - done, max(1, self.windows.batch_size // images)) if whole else 1
-            numbers = range(done, done + together)
-            reached = _part(progress, done / num_images, together / num_images / len(steps))
-            residuals = self._sample(base, steps, numbers, reached)
-            for place, number in enumerate(numbers):
-                self._add(mean, squares, number, base, residuals, place * images)
-            done += together
-        if squares is not None:
-            for band in _bands(shape):
-                squares.write(band, squares.read(band) / (num_images - 1))
-        return mean, squares
+        variance = Field(shape, self.device) if deviation else None
+        for number, (residuals, first) in enumerate(self._samples(base, steps, count, progress)):
+            for band in mean.bands():
+                restored = base.read(band)  # (B, C, rows, W)
+                if residuals is not None:
+                    own = residuals.read(band)[first : first + len(restored)]
+                    restored = restored + self.residual_std * own
+                restored = to_unit_range(restored.clamp(-1, 1))
+                before = mean.read(band)
+                after = before + (restored - before) / (number + 1)
+                mean.write(band, after)
+                if variance is not None:
+                    variance.add(band, (restored - before) * (restored - after) / (count - 1))
+        return mean, variance
 
-    def _sample(
-        self, base: Base, steps: Sequence[Step], numbers: range, reached: Callable[[float], None]
-    ) -> Field:
-        """Clean residuals (n B, C, H, W) of unit variance: the samples of those numbers, made together."""
+    def _samples(
+        self, base: Base, steps: Sequence[Step], count: int, progress: Progress
+    ) -> Iterator[tuple[Field | None, int]]:
+        """Residuals of each sample, and where its images begin in them; (None, 0) without steps."""
+        if not steps:
+            yield None, 0
+            return
+        images, done = len(base.low_res), 0
+        while done < count:
+            whole = len(self.windows.plan(*base.size)) == 1
+            together = min(count - done, max(1, self.windows.batch_size // images)) if whole else 1
+            residuals = self._sample(base, steps, range(done, done + together), progress)
+            yield from ((residuals, place * images) for place in range(together))
+            done += together
+
+    def _sample(self, base: Base, steps: Sequence[Step], numbers: range, progress: Progress) -> Field:
+        """Unit-variance residuals (n B, C, H, W): the samples of those numbers, made together."""
         images, channels = base.low_res.shape[:2]
-        denoiser = TiledDenoiser(self.generator, self.network, base, self.windows, reached)
         streams = [noise_stream(self.config.seed, number) for number in numbers for _ in range(images)]
-        shape = (len(numbers) * images, channels, *base.size)
-        noisy = Field(shape, self.device)
+        noisy = Field((len(streams), channels, *base.size), self.device)
+
+        def reached(evaluations: float) -> None:
+            progress(numbers.start + len(numbers) * evaluations / len(steps))
 
         def noise(band: Window) -> Tensor:  # (n B, C, rows, W); bands must be asked for from the top
-            return draw_noise(streams, shape[1], *band.shape).to(self.device)
+            return draw_noise(streams, channels, *band.shape).to(self.device)
 
         def advance(step: Step, noisy: Field, cleans: Sequence[Field]) -> Field:
-            for band in _bands(shape):
+            for band in noisy.bands():
                 fresh = noise(band) if step.noise_weight else None
                 estimates = [clean.read(band) for clean in cleans]
                 noisy.write(band, step.advance(noisy.read(band), estimates, fresh))
             return noisy
 
-        for band in _bands(shape):
+        for band in noisy.bands():
             noisy.write(band, self.generator.sampler.initial_scale * noise(band))
-        return deque(sample(steps, noisy, denoiser, advance), maxlen=1).pop()
-
-    def _add(
-        self,
-        mean: Field,
-        squares: Field | None,
-        number: int,
-        base: Base,
-        residuals: Field | None,
-        first: int,
-    ) -> None:
-        """Add a sample, residuals from `first` on, to the running mean and sum of squares (Welford 1962)."""
-        for band in _bands(mean.shape):
-            restored = base.read(band)  # (B, C, rows, W)
-            if residuals is not None:
-                restored = restored + self.residual_std * residuals.read(band)[first : first + len(restored)]
-            restored = to_unit_range(restored.clamp(-1, 1))
-            before = mean.read(band)
-            after = before + (restored - before) / (number + 1)
-            mean.write(band, after)
-            if squares is not None:
-                squares.add(band, (restored - before) * (restored - after))
+        return deque(sample(steps, noisy, TiledDenoiser(base, reached), advance), maxlen=1).pop()
 
 
-def project(restored: Field, target: Tensor, scale: Scale) -> None:
-    """Make restored images shrink to their inputs: back-projection (Irani & Peleg 1991) and clamping in turn.
+def project(restored: Field, target: Tensor, scale: Scale, border: Border) -> None:
+    """Make images shrink to their inputs, in place: back-projection (Irani & Peleg 1991) and clamping.
 
     Args:
-        restored: (B, C, H, W) in [0, 1], changed in place.
+        restored: (B, C, H, W) in [0, 1].
         target: (B, C, h, w) in [0, 1].
-        scale: H / h.
+        border: of the bicubic that made them.
     """
-    height, width = restored.shape[-2:]
     for _ in range(CONSISTENCY_ROUNDS):
-        error = torch.empty_like(target)
-        for low in row_bands(target.shape[-2], target.shape[-1], NOISE_ROWS):
-            high = scale.high_window(low, height, width)
-            shrunk = scale.downscale(restored.read(high), high, low)
-            error[..., low.top : low.bottom, :] = target[..., low.top : low.bottom, :] - shrunk
-        for band in _bands(restored.shape):
+        error = target.clone()
+        for low in row_bands(*target.shape[-2:]):
+            high = scale.high_window(low, *restored.shape[-2:])
+            low.cut(error).sub_(scale.downscale(restored.read(high), high, low, border))
+        for band in restored.bands():
             corrected = restored.read(band) + scale.upscale(error, band)
             restored.write(band, corrected.clamp(0, 1))
 
 
 def check_room(shape: Shape, fields: int) -> None:
-    """Refuse an image whose `fields` arrays (B, C, H, W) have no room in the folder of temporary files.
-
-    Raises:
-        OSError: says how much room is needed, and where.
-    """
+    """OSError where so many arrays (B, C, H, W) have no room in the folder of temporary files."""
     needed, folder = fields * bytes_on_disk(shape), tempfile.gettempdir()
-    if not needed:
-        return
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed and needed > (free := shutil.disk_usage(folder).free):
         raise OSError(
             f"{shape[3]} x {shape[2]} pixels need {needed / 1e6:.0f} MB in {folder} while they are restored, "
             f"and {free / 1e6:.0f} MB are free: set TMPDIR to a folder with more room"
         )
 
 
-def _bands(shape: Shape) -> Iterator[Window]:
-    return row_bands(shape[-2], shape[-1], NOISE_ROWS)
-
-
-def _part(progress: Progress, start: float, step: float) -> Callable[[float], None]:
-    """Evaluations of the network as progress that begins at `start`."""
-    return lambda evaluations: progress(start + step * evaluations)
+def _border(degradation: Mapping[str, object]) -> Border:
+    """What bicubic saw beyond the edge when it shrank the images; OptionError for another degradation."""
+    kind = degradation.get("kind", "bicubic")
+    if kind != "bicubic":
+        raise OptionError("consistency", True, f"this model undoes {kind}, not bicubic; leave it out")
+    return degradation_from_dict(degradation).border
 
 
 def _silent(_: float) -> None:

@@ -281,6 +281,8 @@ def test_awkward_arrays():
     expected = upscale_image(array, 2)
     assert np.array_equal(upscale_image(array[::-1, ::-1], 2), expected[::-1, ::-1])
     assert np.array_equal(upscale_image(array.astype(">u2"), 2), expected)
+    planes = torch.from_numpy(array.transpose(2, 0, 1).copy())  # torch.uint16
+    assert np.array_equal(upscale_image(planes, 2).numpy(), expected.transpose(2, 0, 1))
     pixels = (array >> 8).astype(np.uint8)
     pixels.flags.writeable = False
     upscale_image(pixels, 2)

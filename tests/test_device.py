@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.device import autocast_dtype, compile_network, select_device
+from engine.device import autocast_dtype, compile_network, is_out_of_memory, select_device
 from tests.networks import tiny_unet
 from unet import Condition
 from util import ResidualBlock
@@ -59,6 +59,7 @@ def assert_equal_gradients(eager, compiled, call):
         assert difference < 1e-4, f"gradient of {name}"
 
 
+@pytest.mark.slow
 def test_the_traced_network_has_the_gradients_of_the_eager_one():
     """What torch.compile makes of the graph, forward and backward, before it writes C++ for it."""
     eager = tiny_unet(conditioning="both", dim_mults=(1,), blocks_per_level=1)
@@ -102,3 +103,18 @@ def test_a_missing_compiler_is_said_and_not_fatal():
     )
     assert result.stdout.strip() == "False torch.Size([1, 2])"
     assert "going on without it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB, max allowed: 18 GB)"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_on_every_device(error, expected):
+    assert is_out_of_memory(error) == expected

@@ -337,6 +337,7 @@ def restored_psnr(path, mode, photo_folder, steps):
     return float(metrics.psnr(images, truth, metrics.Protocol(crop=2)).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["noise", "clean"])
 def test_every_mode_restores_as_well_as_v_prediction(trained, photo_folder, tmp_path, mode):
     """The naive sampler of noise prediction ends near 8 dB here, whatever the network."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from engine.options import OptionError, Options, add_flags, choices_of, from_args, option, with_flag
+from engine.options import OptionError, Options, add_flags, from_args, option, with_flag
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,3 @@ def test_a_record_without_a_field_has_its_default_and_an_unknown_field_is_refuse
     assert Example.from_dict({"count": 9}) == Example(count=9)
     with pytest.raises(ValueError, match="colour"):
         Example.from_dict({"colour": "red"})
-
-
-def test_choices_are_those_of_the_annotation():
-    assert choices_of(Example, "kind") == ("x", "y")
-    assert choices_of(Example, "count") == ()

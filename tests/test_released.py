@@ -10,7 +10,9 @@ import infer
 from bicubic import downscale_image, upscale_image
 from engine.checkpoint import CheckpointError, load_model, released_model
 from evaluation import metrics
-from evaluation.evaluation import EvaluationConfig, TrainedModel, evaluate, read_image_set
+from evaluation.config import EvaluationConfig
+from evaluation.evaluation import TrainedModel, evaluate
+from evaluation.images import ImageSet
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, write_image
 from restoration import RestoreConfig, restore
@@ -52,9 +54,9 @@ def test_an_image_nobody_trained_on_gets_better(scale):
 def rows_of(folder, scale, steps, limit=None, **settings):
     """Bicubic's row and the released model's."""
     config = EvaluationConfig(scale, **({"lpips": False} | settings))
-    model = TrainedModel.load(released_model(scale))
+    model = TrainedModel(released_model(scale))
     methods = [model.method(RestoreConfig(steps=count), scale) for count in steps]
-    return evaluate(read_image_set(folder, config, limit=limit), config, methods).rows
+    return evaluate(ImageSet(folder, config, limit=limit), config, methods).rows
 
 
 @pytest.mark.slow
@@ -111,7 +113,7 @@ def test_infer_needs_nothing_but_a_photo(tmp_path, capsys):
     assert "x3" in capsys.readouterr().err
     model = str(released_model(2))
     assert infer.main([*flags, "--weights_path", model, "--scale", "4", "--overwrite"]) == 2
-    assert "--scale 4" in capsys.readouterr().err
+    assert "--scale is 4" in capsys.readouterr().err
 
 
 def test_the_results_in_the_readme_are_those_of_the_weights():

@@ -5,6 +5,8 @@ and conditioning all have an effect on the result.
 """
 
 import copy
+import errno
+import io
 import math
 import subprocess
 import sys
@@ -15,14 +17,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from bicubic import exact_scale, resize, upscale_image
+from degradation import Bicubic
 from diffusion import ResidualGenerator
 from engine.checkpoint import LoadedModel
 from engine.options import OptionError
 from evaluation.metrics import low_resolution_psnr
 from examples.dead_leaves import dead_leaves
-from imaging.files import pixels_to_unit, to_model_range, write_image
+from imaging.files import decode_image, pixels_to_unit, to_model_range, write_image
 from imaging.metadata import Metadata
 from restoration import PRESETS, RestoreConfig, Restorer, restore
 from restoration.denoiser import ALL_VIEWS, Base, TiledDenoiser, Windows
@@ -61,12 +65,13 @@ def psnr(a, b):
 
 @unhurried
 @given(
-    height=st.integers(1, 400),
-    width=st.integers(1, 400),
-    tile=st.integers(4, 200),
-    overlap=st.integers(2, 100),
+    height=st.integers(1, 150),
+    width=st.integers(1, 150),
+    tile=st.integers(4, 100),
+    overlap=st.integers(2, 50),
     margin=st.integers(0, 20),
 )
+@pytest.mark.slow
 def test_tile_weights_sum_to_1_at_every_pixel(height, width, tile, overlap, margin):
     overlap = min(overlap, tile // 2)
     margin = min(margin, (overlap - 1) // 2)
@@ -145,6 +150,7 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.slow
 def test_windows_give_what_one_piece_gives_and_no_seams(name, picture):
     loaded = random_model(**CONFIGURATIONS[name])
     if name == "convolutions only":
@@ -170,6 +176,7 @@ def test_windows_give_what_one_piece_gives_and_no_seams(name, picture):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.slow
 def test_windows_work_with_every_scheduler(scheduler, model, picture):
     whole = run(picture, model, tile=0, steps=3, scheduler=scheduler).pixels
     tiled = run(picture, model, tile=192, overlap=64, steps=3, scheduler=scheduler).pixels
@@ -212,10 +219,12 @@ OUT_OF_MEMORY = [
     RuntimeError("MPS backend out of memory (MPS allocated: 17.5 GB)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
     MemoryError("Unable to allocate 3.00 GiB"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:16])
+@pytest.mark.slow
 def test_the_work_goes_on_in_smaller_windows_when_memory_runs_out(error, model, picture, caplog, monkeypatch):
     restorer = Restorer(model, RestoreConfig(tile=0, steps=3, batch_size=2, num_images=2), CPU)
     largest, shapes = 200, []
@@ -265,19 +274,19 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from tests.networks import random_model
 from tests.test_restoration import run
-run(np.zeros(({side}, {side}, 3), np.uint8) + 100, random_model(patch_size=4, dim_mults=(1, 2)), steps=1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+model = random_model(patch_size=4, dim_mults=(1, 2))
+for side in (256, 512):
+    run(np.zeros((side, side, 3), np.uint8) + 100, model, steps=1)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_hardly_grows_with_the_image():
-    def peak(side):
-        script = MEASURE.format(root=str(Path(__file__).parent.parent), side=side)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        return int(done.stdout.split()[-1]) / 1024
-
-    small, large = peak(256), peak(640)  # 1 and 6.6 megapixels of result
-    one_field = 2560**2 * 3 * 4 / 2**20  # MiB; a sampler has three
+    script = MEASURE.format(root=str(Path(__file__).parent.parent))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    small, large = (int(line) / 1024 for line in done.stdout.split())  # 1 and 4.2 megapixels of result
+    one_field = 2048**2 * 3 * 4 / 2**20  # MiB; a sampler has three
     assert large - small < 0.75 * one_field
 
 
@@ -336,8 +345,7 @@ def test_self_ensemble_turns_with_the_image(model, picture):
         noisy = Field((1, 3, 160, 160), CPU)
         noisy.write(whole, noise)
         base = Base(restorer.generator, restorer.network, low_res, restorer.windows, ALL_VIEWS)
-        denoiser = TiledDenoiser(restorer.generator, restorer.network, base, restorer.windows, lambda _: None)
-        return denoiser(noisy, 600).read(whole)
+        return TiledDenoiser(base, lambda _: None)(noisy, 600).read(whole)
 
     def turn(image):
         return image.rot90(1, (2, 3)).flip(3)
@@ -371,6 +379,25 @@ def test_consistency_makes_the_downscaled_result_equal_the_input(factor, picture
         scores.append(float(low_resolution_psnr(restored, low_res)))
     assert scores[1] > 53.7
     assert scores[1] > scores[0] + 10
+
+
+@pytest.mark.parametrize(("recorded", "other"), [("mirror", "replicate"), ("replicate", "mirror")])
+def test_consistency_shrinks_with_the_recorded_border(recorded, other, model, picture):
+    loaded = model._replace(degradation=Bicubic(border=recorded).to_dict())
+    low_res = pixels_to_unit(picture)
+    restored = Restorer(loaded, RestoreConfig(steps=1, consistency=True), CPU)(low_res)
+    errors = [
+        (resize(restored, scale=1 / 4, border=border) - low_res).abs().max() for border in (recorded, other)
+    ]
+    assert errors[0] < 1 / 255 < errors[1]
+
+
+def test_consistency_with_another_degradation_than_bicubic_is_refused(model):
+    other = model._replace(degradation={"kind": "photo", "scale": 4.0})
+    Restorer(other, RestoreConfig(), CPU)
+    with pytest.raises(OptionError, match="photo") as caught:
+        Restorer(other, RestoreConfig(consistency=True), CPU)
+    assert caught.value.field == "consistency"
 
 
 def test_presets_are_overridden_by_what_is_given():
@@ -511,3 +538,109 @@ def test_steps_of_zero_need_a_predictor(model, predicting):
         Restorer(model, RestoreConfig(steps=0), CPU)
     assert caught.value.field == "steps"
     assert Restorer(predicting, RestoreConfig(steps=0), CPU).steps == ()
+
+
+# ------------------------------------------------------------------------------------------- kinds of images
+
+
+def test_every_kind_of_image_is_restored_alike(model, picture, tmp_path):
+    image = picture[:20, :24]
+    expected = run(image, model).pixels
+    write_image(tmp_path / "a.png", image)
+    planes = torch.from_numpy(image).permute(2, 0, 1)
+    for one in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        decode_image(tmp_path / "a.png"),
+        Image.fromarray(image),
+        planes,
+        planes / 255,
+        np.dstack([image, np.full((20, 24), 255, np.uint8)]),
+    ):
+        assert np.array_equal(run(one, model).pixels, expected), type(one)
+
+
+def test_alpha_comes_back_beside_the_colours(model, picture):
+    image, alpha = picture[:20, :24], np.zeros((20, 24), np.uint8)
+    alpha[4:16, 4:20] = 255
+    both = np.dstack([image, alpha])
+    planes = torch.from_numpy(both).permute(2, 0, 1)
+    results = [run(one, model) for one in (both, Image.fromarray(both), planes, planes / 255)]
+    for result in results:
+        assert result.pixels.shape == (80, 96, 3)
+        assert result.alpha.dtype == result.pixels.dtype == np.uint8
+        assert np.array_equal(result.alpha, results[0].alpha)
+    grey = Image.fromarray(both).convert("LA")
+    assert run(grey, model).pixels.shape == run(grey, model).alpha.shape == (80, 96)
+
+
+def test_grey_keeps_its_shape_and_can_be_saved(model, picture, tmp_path):
+    grey = picture[:20, :24, 0]
+    flat = run(grey, model)
+    assert flat.pixels.shape == (80, 96)
+    deep = run(grey[..., None], model)
+    assert np.array_equal(deep.pixels, flat.pixels[..., None])
+    deep.save(tmp_path / "grey.png")
+    assert np.array_equal(decode_image(tmp_path / "grey.png").pixels, flat.pixels)
+    assert np.array_equal(run(Image.fromarray(grey), model).pixels, flat.pixels)
+    assert np.array_equal(run(torch.from_numpy(grey.copy())[None], model).pixels, flat.pixels)
+
+
+def test_a_pil_image_is_turned_upright_and_keeps_its_profile(model, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(picture[:20, :24]).save(buffer, "PNG", exif=exif, icc_profile=b"profile")
+    result = run(Image.open(buffer), model)
+    assert result.pixels.shape == (96, 80, 3)
+    assert result.metadata.icc_profile == b"profile"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8, 2), np.uint8),
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        np.zeros((8, 8, 3)),
+        np.zeros((8, 8, 3), np.int64),
+        torch.zeros(8, 8, 3),
+        torch.zeros(1, 3, 8, 8),
+        torch.full((3, 8, 8), 1.5),
+        torch.full((3, 8, 8), math.nan),
+        torch.zeros(3, 8, 8, dtype=torch.int64),
+        Image.new("F", (8, 8)),
+        b"bytes",
+        None,
+        7,
+    ],
+    ids=lambda image: f"{type(image).__name__} {getattr(image, 'shape', '')}",
+)
+def test_what_is_no_image_is_refused_with_what_is_one(image, model):
+    with pytest.raises(ValueError, match="PIL"):
+        run(image, model)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_hidden_colours_do_not_show_at_the_edge_of_what_is_seen(dtype):
+    """A white disc on transparent black, put on white, is white."""
+    network = random_model(gain=0.02)  # nearly bicubic
+    y, x = np.mgrid[:40, :40]
+    largest = np.iinfo(dtype).max
+    alpha = ((x - 20) ** 2 + (y - 20) ** 2 < 144).astype(dtype) * largest
+    result = run(np.dstack([alpha] * 4), network)
+    opacity = result.alpha[..., None] / largest
+    over_white = opacity * result.pixels + (1 - opacity) * largest
+    assert over_white.min() / largest > 0.98
+
+
+def test_missing_room_for_a_field_is_said_before_it_is_written(monkeypatch):
+    def full(file, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr("restoration.tiling.IN_MEMORY_BYTES", 10**6)
+    with pytest.raises(OSError, match="12 MB") as caught:
+        Field((1, 3, 1000, 1000), CPU)
+    assert caught.value.errno is None  # not the disk of the results

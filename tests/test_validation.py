@@ -30,6 +30,7 @@ def with_flat(photo_folder, folder, level=77):
     return ImageDataset([folder / "flat.png", *sorted(photo_folder.iterdir())], 32, SCALE, train=False)
 
 
+@pytest.mark.slow
 def test_scalars_are_what_the_metrics_say_of_one_step(dataset):
     unet, diffusion = tiny_unet(), DiffusionModel()
     found = Validator(diffusion, dataset)(unet)

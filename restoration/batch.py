@@ -1,0 +1,103 @@
+"""One image file to restore, with all that is written for it."""
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from bicubic import upscale_image
+from imaging.atomic import write_atomically
+from imaging.files import DecodedImage, Pixels, check_format, decode_image, read_rgb, write_image
+from imaging.metadata import Metadata
+from imaging.pictures import comparison_picture
+from restoration.restorer import Progress, Restoration, Restorer
+
+
+@dataclass(frozen=True)
+class Task:
+    """The files of one image."""
+
+    source: Path
+    target: Path
+    comparison: Path | None = None  # for a picture of input, bicubic, result and original
+    truth: Path | None = None  # the original, to be read
+    uncertainty: Path | None = None  # for the standard deviation; .png and .npy are added
+
+    @property
+    def maps(self) -> list[Path]:
+        """Picture and array of the standard deviation, if wanted."""
+        path = self.uncertainty  # with_suffix would cut a name at a dot of its own
+        return [] if path is None else [path.with_name(path.name + ending) for ending in (".png", ".npy")]
+
+    @property
+    def targets(self) -> list[Path]:
+        """Every file that is written, the result last."""
+        return [*([] if self.comparison is None else [self.comparison]), *self.maps, self.target]
+
+
+def restore_file(
+    task: Task,
+    restorer: Restorer,
+    progress: Progress,
+    *,
+    strip: bool = False,
+    background: tuple[int, ...] | None = None,
+) -> str:
+    """Restore one file and write what belongs to it; returns a remark for the user, or "".
+
+    Args:
+        progress: called with the finished part of the work.
+        strip: leave out the metadata.
+        background: red, green and blue in [0, 255] to put a transparent image on.
+
+    Raises:
+        ValueError: a file that cannot be read, or a format that cannot hold the result: before the work.
+        OSError: a result could not be written.
+    """
+    source = decode_image(task.source)
+    if strip:
+        source = replace(source, metadata=Metadata())
+    if background is not None and source.alpha is not None:
+        source = on_background(source, background)
+    height, width = restorer.scale.high_size(*source.pixels.shape[:2])
+    has_alpha, dtype = source.alpha is not None, source.pixels.dtype
+    check_format(task.target, height, width, dtype, has_alpha=has_alpha, metadata=source.metadata)
+    truth = None if task.truth is None else read_rgb(task.truth)
+    restoration = restorer.restore(source, deviation=task.uncertainty is not None, progress=progress)
+    write_results(task, source, restoration, float(restorer.scale), truth)
+    return f"first of {source.frames} frames" if source.frames > 1 else ""
+
+
+def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
+    """The image over red, green and blue in [0, 255], without alpha; grey stays grey over a grey."""
+    assert image.alpha is not None
+    largest = int(np.iinfo(image.pixels.dtype).max)
+    height, width = image.alpha.shape
+    grey = image.pixels.ndim == 2 and len(set(colour)) == 1
+    alpha = image.alpha.reshape(height, width, 1) / largest
+    behind = np.array(colour[:1] if grey else colour) * (largest / 255)
+    mixed = alpha * image.pixels.reshape(height, width, -1) + (1 - alpha) * behind + 0.5  # rounds half up
+    pixels: Pixels = mixed.astype(np.uint8) if largest == 255 else mixed.astype(np.uint16)
+    return replace(image, pixels=pixels[..., 0] if grey else pixels, alpha=None)
+
+
+def write_results(
+    task: Task, source: DecodedImage, restoration: Restoration, scale: float, truth: Pixels | None
+) -> None:
+    """Write the side results, then the restored image: where that exists, all of them do."""
+    for target in task.targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if task.comparison is not None:
+        bicubic = cast(Pixels, upscale_image(source.pixels, scale))
+        write_image(task.comparison, comparison_picture(source.pixels, bicubic, restoration.pixels, truth))
+    deviation = restoration.deviation
+    if deviation is not None:
+        picture, array = task.maps
+        encoded = io.BytesIO()
+        np.save(encoded, deviation)
+        write_atomically(array, lambda temporary: temporary.write_bytes(encoded.getbuffer()))
+        white = max(float(deviation.max()), 1e-9)  # the largest
+        write_image(picture, np.round(deviation / white * 255).astype(np.uint8))
+    restoration.save(task.target)
