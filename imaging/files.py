@@ -20,20 +20,17 @@ import pyvips
 import torch
 from PIL import Image
 from PIL.ImageFile import ImageFile
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 
 from imaging.atomic import write_atomically
 from imaging.metadata import (
     DAMAGE_ERRORS,
-    STRIP_LENGTHS,
-    STRIP_OFFSETS,
     Header,
     Metadata,
     png_with_metadata,
     read_header,
     save_options,
-    tiff_tags,
+    tiff_with_metadata,
 )
 
 logger = logging.getLogger(__name__)
@@ -94,7 +91,7 @@ def to_unit_range(model: Tensor) -> Tensor:
 
 def pixels_to_unit(pixels: Pixels) -> Tensor:
     """Convert (H, W) or (H, W, C), uint8 or uint16, to float32 (C, H, W) in [0, 1]."""
-    _check_integer_pixels(pixels)
+    _check_dtype(pixels.dtype)
     if pixels.ndim not in {2, 3}:
         raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, C)")
     unit = np.atleast_3d(pixels).transpose(2, 0, 1).astype(np.float32, order="C")
@@ -103,15 +100,14 @@ def pixels_to_unit(pixels: Pixels) -> Tensor:
 
 
 def unit_to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Pixels:
-    """Convert (1, H, W) or (3, H, W) in [0, 1] to (H, W) or (H, W, 3) of uint8 or uint16, clamped and rounded.
+    """Convert (1, H, W) or (3, H, W) in [0, 1] to (H, W) or (H, W, 3), clamped and rounded.
 
     Raises:
         ValueError: another shape or dtype, or NaN.
     """
     if image.ndim != 3 or image.shape[0] not in {1, 3}:
         raise ValueError(f"an image of shape {tuple(image.shape)}: expected (1, H, W) or (3, H, W)")
-    if np.dtype(dtype) not in _DTYPES.values():
-        raise ValueError(f"pixels of {np.dtype(dtype)}: expected uint8 or uint16")
+    _check_dtype(np.dtype(dtype))
     # float64: at 65535 a float32 has too few bits left to round half up.
     unit = image.detach().cpu().to(torch.float64).clamp(0, 1)
     if bool(unit.isnan().any()):
@@ -128,11 +124,9 @@ def as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
     return np.stack([pixels] * 3, axis=-1) if pixels.ndim == 2 else pixels.astype(np.uint8, copy=False)
 
 
-def _check_integer_pixels(pixels: Pixels) -> None:
-    if pixels.dtype not in _DTYPES.values():
-        raise ValueError(
-            f"pixels of {pixels.dtype}: expected uint8 or uint16; unit_to_pixels converts floats"
-        )
+def _check_dtype(dtype: np.dtype[Any]) -> None:
+    if dtype not in _DTYPES.values():
+        raise ValueError(f"pixels of {dtype}: expected uint8 or uint16; unit_to_pixels converts floats")
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -150,13 +144,15 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
         raise ValueError(f"{folder}: {what}; give the folder that holds the images")
     passed_over: Counter[str] = Counter()
     found = []
-    for path in _files_below(folder, recursive, passed_over):
+    refused: list[OSError] = []
+    for path in _files_below(folder, recursive, refused):
         suffix = path.suffix.lower()
         if suffix in IMAGE_SUFFIXES and path.is_file():
             found.append(path)
         elif suffix in IMAGE_SUFFIXES or suffix in _REMEDIES:
             reason = _REMEDIES.get(suffix, "a link to nothing, or no ordinary file")
             passed_over[f"{suffix} ({reason})"] += 1
+    passed_over.update(f"folder that may not be read ({error.filename})" for error in refused)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
     if kinds:
         logger.warning("%s: passed over: %s", folder, kinds)
@@ -169,14 +165,11 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
     return sorted(found)
 
 
-def _files_below(folder: Path, recursive: bool, passed_over: Counter[str]) -> Iterator[Path]:
+def _files_below(folder: Path, recursive: bool, refused: list[OSError]) -> Iterator[Path]:
     """Files that are not hidden; each folder once, as links may lead in circles."""
     entered: set[str] = set()
 
-    def refuse(error: OSError) -> None:
-        passed_over[f"folder that may not be read ({error.filename})"] += 1
-
-    for name, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+    for name, folders, files in os.walk(folder, onerror=refused.append, followlinks=True):
         real = os.path.realpath(name)
         if real in entered:
             folders.clear()
@@ -196,20 +189,19 @@ def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImag
             memory, or samples that are not 8- or 16-bit integers.
     """
     path = Path(path)
-    with _opened(path) as (image, header, length):
-        metadata = header.upright(path) if with_metadata else Metadata()
+    with _opened(path) as (image, header):
+        metadata = header.with_exif(path) if with_metadata else Metadata()
         if isinstance(image, ImageFile):
             mode = "L" if image.mode in {"1", "L", "LA"} else "RGB"
             mode += "A" if image.has_transparency_data else ""
             samples: Pixels = np.array(image.convert(mode)).reshape(image.height, image.width, len(mode))
             frames = getattr(image, "n_frames", 1)
         else:
-            if not header.is_whole(length):
+            if not header.is_whole:
                 raise UnreadableImageError("damaged or cut short (its end is missing)")
             samples = _decode_with_libvips(image, header)
-            frames = image.get("n-pages") if image.get_typeof("n-pages") else 1
-            if b"acTL" in header.chunks:
-                frames = int.from_bytes(header.chunks[b"acTL"][8:12], "big")
+            pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
+            frames = int.from_bytes(header.chunks.get(b"acTL", b"")[8:12], "big") or pages
             if image.interpretation == "cmyk":
                 metadata = replace(metadata, icc_profile=None)
         turned: npt.NDArray[Any] = samples.swapaxes(0, 1) if header.orientation >= 5 else samples
@@ -228,17 +220,16 @@ def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """The upright (height, width), from the header alone; errors as decode_image."""
-    with _opened(Path(path)) as (image, header, _):
+    with _opened(Path(path)) as (image, header):
         return (image.width, image.height) if header.orientation >= 5 else (image.height, image.width)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[pyvips.Image | ImageFile, Header, int]]:
-    """An opened file, its header and length; errors until the end name ``path`` and say why."""
+def _opened(path: Path) -> Iterator[tuple[pyvips.Image | ImageFile, Header]]:
+    """An opened file and its header; errors until the end name ``path`` and say why."""
     try:
         with path.open("rb") as file:
-            image, header = _open(path, file)
-            yield image, header, os.fstat(file.fileno()).st_size
+            yield _open(path, file)
     except (pyvips.Error, MemoryError, *DAMAGE_ERRORS) as error:
         text, suffix = " ".join(str(error).split()), path.suffix.lower()
         reason = f"damaged or cut short ({text})"
@@ -304,9 +295,8 @@ def _decode_with_libvips(image: pyvips.Image, header: Header) -> Pixels:
         fetched = region.fetch(0, top, image.width, len(rows))
         rows[:] = np.frombuffer(fetched, samples.dtype).reshape(rows.shape)
     colours = 3 if image.bands >= 3 else 1
-    has_alpha = (
-        image.hasalpha() and image.bands > colours and header.tiff.get(338) not in {0, (0,)}
-    )  # extra samples: unspecified
+    # the last condition: a TIFF's extra sample is not "unspecified"
+    has_alpha = image.hasalpha() and image.bands > colours and header.tiff.get(338) not in {0, (0,)}
     return samples[..., : colours + has_alpha]
 
 
@@ -385,7 +375,7 @@ def write_image(
 
 def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
     """Check and join to (H, W, 1 to 4)."""
-    _check_integer_pixels(pixels)
+    _check_dtype(pixels.dtype)
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3), alpha in alpha=")
     samples = np.ascontiguousarray(np.atleast_3d(pixels))
@@ -399,37 +389,18 @@ def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
 
 
 def _encode(path: Path, name: str, samples: Pixels, metadata: Metadata, quality: int) -> bytes:
+    buffer = io.BytesIO()
     try:
-        if name == "TIFF":
-            return _encode_tiff(samples, metadata)
-        if samples.dtype == np.uint16:
+        if name == "TIFF" or samples.dtype == np.uint16:
             image = pyvips.Image.new_from_array(samples, interpretation="auto")
+            if name == "TIFF":
+                encoded = image.tiffsave_buffer(compression="deflate", predictor="horizontal", keep="none")
+                return tiff_with_metadata(encoded, metadata)
             return png_with_metadata(image.pngsave_buffer(filter="all", keep="none"), metadata)
         options = {"quality": quality, "subsampling": 0, "lossless": quality == 100}
         options["exact"] = True  # WebP keeps colours under full transparency
-        buffer = io.BytesIO()
         image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
         image.save(buffer, name, **options, **save_options(metadata))
         return buffer.getvalue()
     except (pyvips.Error, zlib.error, *DAMAGE_ERRORS) as error:
         raise ValueError(f"{path}: cannot be encoded as {name} ({error})") from error
-
-
-def _encode_tiff(samples: Pixels, metadata: Metadata) -> bytes:
-    # libvips writes no EXIF into a TIFF: Pillow writes its directory again, in front of the same strips.
-    image = pyvips.Image.new_from_array(samples, interpretation="auto")
-    encoded: bytes = image.tiffsave_buffer(compression="deflate", predictor="horizontal", keep="none")
-    stream = io.BytesIO(encoded)
-    directory = ImageFileDirectory_v2(encoded[:8])
-    stream.seek(directory.next)
-    directory.load(stream)
-    directory.update(dict(directory))  # what is not parsed would not be written
-    for tag in (282, 283, 296):  # a resolution that nobody knows
-        del directory[tag]
-    directory.update(tiff_tags(metadata))
-    end_of_strips = directory[STRIP_OFFSETS][-1] + directory[STRIP_LENGTHS][-1]
-    # counted from the directory's end, which save() adds
-    directory[STRIP_OFFSETS] = tuple(offset - 8 for offset in directory[STRIP_OFFSETS])
-    buffer = io.BytesIO()
-    directory.save(buffer)
-    return buffer.getvalue() + encoded[8:end_of_strips]

@@ -23,7 +23,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 _ORIENTATION, _EXIF_DIRECTORY, _GPS_DIRECTORY = 0x0112, 0x8769, 0x8825
-STRIP_OFFSETS, STRIP_LENGTHS, _TILE_OFFSETS, _TILE_LENGTHS = 273, 279, 324, 325
+_STRIP_OFFSETS, _STRIP_LENGTHS, _TILE_OFFSETS, _TILE_LENGTHS = 273, 279, 324, 325
+_RESOLUTION = (282, 283, 296)  # horizontal, vertical, unit
 # TIFF keeps the layout of the samples and the description of the picture in one directory. This is the
 # description: text, resolution, date, author, XMP, rights, and the Exif and GPS directories.
 _DESCRIPTIVE_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 700, 33432, _EXIF_DIRECTORY, _GPS_DIRECTORY}
@@ -57,10 +58,11 @@ class Metadata:
 
     def resized(self, height: int, width: int, path: Path) -> "Metadata":
         """The same with this size in EXIF and XMP; warnings name ``path``."""
-        xmp, exif = self.xmp, Image.Exif()
+        xmp = _set_in_xmp(
+            _set_in_xmp(self.xmp, b"exif:PixelXDimension", width), b"exif:PixelYDimension", height
+        )
         sizes = {0x0100: width, 0x0101: height, 0xA002: width, 0xA003: height}  # in the two directories
-        for name, size in ((b"PixelXDimension", width), (b"PixelYDimension", height)):
-            xmp = xmp and re.sub(rb"(exif:" + name + rb"(?:=[\"']|>))\d+", rb"\g<1>%d" % size, xmp)
+        exif = Image.Exif()
         try:
             exif.load(self.exif or b"")
             for directory in (exif, exif.get_ifd(_EXIF_DIRECTORY)):
@@ -71,53 +73,40 @@ class Metadata:
             return replace(self, xmp=xmp, exif=None)
 
 
+def _set_in_xmp(xmp: bytes | None, name: bytes, value: int) -> bytes | None:
+    return xmp and re.sub(rb"(" + name + rb"(?:=[\"']|>))\d+", rb"\g<1>%d" % value, xmp)
+
+
 @dataclass(frozen=True)
 class Header:
-    """What a file says around its pixels, as it is stored."""
+    """What a file says around its pixels."""
 
-    loader: str  # libvips', or Pillow's name of the format
-    stored: Metadata  # but for EXIF
-    exif: Image.Exif  # empty if damaged
-    is_damaged: bool
+    length: int  # of the file in bytes
+    orientation: int  # 1 to 8, by EXIF or else XMP; 1 where both are silent or wrong
+    metadata: Metadata  # of the upright picture, but for EXIF
+    exif: Image.Exif | None  # None if damaged
     tiff: dict[int, Any]  # a TIFF's tags
     chunks: dict[bytes, bytes]  # a PNG's by kind, without pixels
 
     @property
-    def orientation(self) -> int:
-        """1 to 8, by EXIF or else XMP; 1 where both are silent or wrong."""
-        if self.loader.startswith("heif"):
-            return 1  # turned while it is decoded
-        found = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", self.stored.xmp or b"")
-        orientation = self.exif.get(_ORIENTATION) or (int(found[1]) if found else 1)
-        return orientation if orientation in range(1, 9) else 1
-
-    def is_whole(self, length: int) -> bool:
-        """Whether a PNG or TIFF of ``length`` bytes has its end, which decoding may not need."""
+    def is_whole(self) -> bool:
+        """Whether a PNG or TIFF has its end, which decoding may not need."""
         if self.chunks:
             return self.chunks.get(b"IEND") == _PNG_END
-        offsets = self.tiff.get(STRIP_OFFSETS, self.tiff.get(_TILE_OFFSETS, 0))
-        lengths = self.tiff.get(STRIP_LENGTHS, self.tiff.get(_TILE_LENGTHS, 0))  # they may be left out
-        return bool((np.add(offsets, lengths) <= length).all())
+        offsets = self.tiff.get(_STRIP_OFFSETS, self.tiff.get(_TILE_OFFSETS, 0))
+        lengths = self.tiff.get(_STRIP_LENGTHS, self.tiff.get(_TILE_LENGTHS, 0))  # they may be left out
+        return bool((np.add(offsets, lengths) <= self.length).all())
 
-    def upright(self, path: Path) -> Metadata:
-        """The metadata of the picture turned upright; warnings name ``path``."""
-        xmp = re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", self.stored.xmp or b"") or None
-        copied = Image.Exif()  # with all that the first one refers to
+    def with_exif(self, path: Path) -> Metadata:
+        """All that can be handed on of the file at ``path``; the rest is a warning."""
         try:
-            if self.is_damaged:
+            if self.exif is None:
                 raise ValueError("damaged")
-            for tag in set(self.exif) - {_ORIENTATION}:
-                if tag in _DESCRIPTIVE_TAGS or not self.loader.startswith("tiff"):
-                    copied[tag] = _value(self.exif, tag)
-            return replace(self.stored, xmp=xmp, exif=copied.tobytes() if len(copied) else None)
+            return replace(self.metadata, exif=self.exif.tobytes() if len(self.exif) else None)
         except DAMAGE_ERRORS as error:
             what = "EXIF, profile or texts" if self.chunks else "EXIF"
             logger.warning("%s: %s that cannot be handed on (%s): left out", path, what, error)
-            return replace(self.stored, xmp=xmp)
-
-
-def _value(exif: Image.Exif, tag: int) -> object:
-    return exif.get_ifd(tag) if tag in {_EXIF_DIRECTORY, _GPS_DIRECTORY} else exif[tag]
+            return self.metadata
 
 
 def read_header(image: pyvips.Image | ImageFile, file: BinaryIO) -> Header:
@@ -125,27 +114,42 @@ def read_header(image: pyvips.Image | ImageFile, file: BinaryIO) -> Header:
     loader = str(image.format if isinstance(image, ImageFile) else image.get("vips-loader"))
     chunks = _png_chunks(file, {b"IDAT", b"fdAT"}) if loader.startswith("png") else []
     info: dict[Any, Any] = {}
-    exif, tiff, is_damaged = Image.Exif(), {}, True
+    exif: Image.Exif | None = None
+    tiff, orientation = {}, None
     with suppress(*DAMAGE_ERRORS):
         if chunks:  # those that describe the picture may follow its pixels
             described = b"".join(chunk for kind, chunk in chunks if kind not in _PNG_PIXELS)
             image = PngImagePlugin.PngImageFile(io.BytesIO(_PNG_OF_ONE_PIXEL + described + _PNG_END))
         info = image.info if isinstance(image, ImageFile) else _vips_info(image)
-        if isinstance(image, ImageFile):
-            exif = Image.Image.getexif(image)  # a PNG's own would look for more behind the pixels
-        elif loader.startswith("tiff"):
+        # a PNG's own getexif would look for more behind the pixels
+        found = Image.Image.getexif(image) if isinstance(image, ImageFile) else Image.Exif()
+        if loader.startswith("tiff"):
             file.seek(0)
-            exif.load_from_fp(file)
-            tiff = dict(exif)
-        else:
-            exif.load(info.get("exif", b""))
-        is_damaged = False
+            found.load_from_fp(file)
+            tiff = dict(found)
+        elif not isinstance(image, ImageFile):
+            found.load(info.get("exif", b""))
+        orientation = found.pop(_ORIENTATION, None)
+        if tiff:
+            _keep_description(found)
+        exif = found
     text = {str(key): str(value) for key, value in info.items() if chunks and isinstance(value, str)}
     icc_profile, xmp, dpi = (None if key in text else info.get(key) for key in ("icc_profile", "xmp", "dpi"))
-    xmp = text.pop(_XMP_KEY, "").encode() or xmp
+    xmp = text.pop(_XMP_KEY, "").encode() or xmp or None
     text.pop(_TEXT_EXIF_KEY, None)  # Pillow reads it as EXIF
-    stored = Metadata(icc_profile or None, None, xmp or None, dpi, text, _colour(dict(chunks)))
-    return Header(loader, stored, Image.Exif() if is_damaged else exif, is_damaged, tiff, dict(chunks))
+    in_xmp = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp or b"")
+    orientation = orientation or (int(in_xmp[1]) if in_xmp else 1)
+    if orientation not in range(1, 9) or loader.startswith("heif"):  # which is turned while it is decoded
+        orientation = 1
+    xmp = _set_in_xmp(xmp, b"tiff:Orientation", 1)
+    metadata = Metadata(icc_profile or None, None, xmp, dpi, text, _colour(dict(chunks)))
+    return Header(os.fstat(file.fileno()).st_size, orientation, metadata, exif, tiff, dict(chunks))
+
+
+def _keep_description(exif: Image.Exif) -> None:
+    """Remove what lays out the samples of a TIFF."""
+    for tag in set(exif) - _DESCRIPTIVE_TAGS:
+        del exif[tag]
 
 
 def _vips_info(image: pyvips.Image) -> dict[Any, Any]:
@@ -195,16 +199,6 @@ def save_options(metadata: Metadata) -> dict[str, object]:
     return {"pnginfo": png, **{name: value for name, value in options.items() if value}}
 
 
-def tiff_tags(metadata: Metadata) -> dict[int, Any]:
-    """What a TIFF's directory takes."""
-    exif = Image.Exif()
-    exif.load(metadata.exif or b"")
-    tags = {tag: _value(exif, tag) for tag in _DESCRIPTIVE_TAGS & set(exif)}
-    tags |= dict(zip((282, 283, 296), (*metadata.dpi, 2), strict=True)) if metadata.dpi else {}
-    others = {700: metadata.xmp, 34675: metadata.icc_profile}
-    return tags | {tag: value for tag, value in others.items() if value}
-
-
 def png_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
     """An encoded PNG with the metadata that Pillow writes around another."""
     described = io.BytesIO()
@@ -212,3 +206,20 @@ def png_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
     added = _png_chunks(described, {b"IHDR", b"IDAT", b"IEND"})
     first, *rest = _png_chunks(io.BytesIO(encoded), {b"pHYs"})
     return encoded[:8] + b"".join(chunk for _, chunk in [first, *added, *rest])
+
+
+def tiff_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
+    """A TIFF in strips with a directory by Pillow, as libvips writes no EXIF, in front of the same strips."""
+    layout, directory = Image.Exif(), Image.Exif()
+    layout.load(encoded)
+    directory.load(metadata.exif or b"")
+    directory.endian = layout.endian
+    _keep_description(directory)
+    offsets, lengths = (np.atleast_1d(layout[tag]) for tag in (_STRIP_OFFSETS, _STRIP_LENGTHS))
+    # what libvips says about a resolution that nobody knows is left out
+    tags = {tag: value for tag, value in layout.items() if tag not in _RESOLUTION}
+    tags[_STRIP_OFFSETS] = tuple((offsets - 8).tolist())  # counted from the directory's end
+    tags |= dict(zip(_RESOLUTION, (*metadata.dpi, 2), strict=True)) if metadata.dpi else {}
+    others = {700: metadata.xmp, 34675: metadata.icc_profile}
+    directory.update(tags | {tag: value for tag, value in others.items() if value})
+    return directory.tobytes().removeprefix(b"Exif\0\0") + encoded[8 : offsets[-1] + lengths[-1]]
