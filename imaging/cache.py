@@ -61,9 +61,7 @@ class CachedReader:
         if not refused and used + pixels.nbytes <= self.limit_bytes:
             self._state[0] += pixels.nbytes
             try:
-                write_atomically(
-                    kept, lambda partial: _save_array(partial, pixels)
-                )  # nobody maps half a file
+                write_atomically(kept, lambda partial: _save_array(partial, pixels))  # never half a file
             except OSError as error:
                 self._state[0] -= pixels.nbytes
                 self._give_up(error)

@@ -168,7 +168,6 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
 def _files_below(folder: Path, recursive: bool, refused: list[OSError]) -> Iterator[Path]:
     """Files that are not hidden; each folder once, as links may lead in circles."""
     entered: set[str] = set()
-
     for name, folders, files in os.walk(folder, onerror=refused.append, followlinks=True):
         real = os.path.realpath(name)
         if real in entered:
