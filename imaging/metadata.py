@@ -58,9 +58,8 @@ class Metadata:
 
     def resized(self, height: int, width: int, path: Path) -> "Metadata":
         """The same with this size in EXIF and XMP; warnings name ``path``."""
-        xmp = _set_in_xmp(
-            _set_in_xmp(self.xmp, b"exif:PixelXDimension", width), b"exif:PixelYDimension", height
-        )
+        xmp = _set_in_xmp(self.xmp, b"exif:PixelXDimension", width)
+        xmp = _set_in_xmp(xmp, b"exif:PixelYDimension", height)
         sizes = {0x0100: width, 0x0101: height, 0xA002: width, 0xA003: height}  # in the two directories
         exif = Image.Exif()
         try:
