@@ -30,6 +30,7 @@ _Block: TypeAlias = tuple[slice, Tensor]  # the inputs of some outputs; their we
 # length of a line, not the square. Fewer output pixels per block waste time on calls, more on zeros of the
 # band. torch's antialiased bicubic of a padded image needs a rational scale, and twice the time.
 _BLOCK = 32
+WITHOUT_FLOAT64 = {"mps"}  # devices whose images are resized on the CPU
 _LARGEST = {torch.uint8: 255, torch.uint16: 65535}
 
 
@@ -60,7 +61,7 @@ def resize(
     """
     _check(image, border, rounding)
     largest = _LARGEST.get(image.dtype)
-    source = image.cpu() if image.device.type == "mps" else image  # MPS has no float64
+    source = image.cpu() if image.device.type in WITHOUT_FLOAT64 else image
     # float64 keeps autocast and TF32 out. Channels-last would slow both products down.
     work = source.to(torch.float64, memory_format=torch.contiguous_format)
     first, second = _passes(_output_sizes(work.shape[-2:], scale, size), border, work)

@@ -1,15 +1,14 @@
-"""Residual diffusion: the process, the model of it that is trained, and the generator that samples it.
+"""Residual diffusion: the process, training a model of it, and sampling.
 
     clean = (high_res - upscaled) / residual_std - mean        mean: the network's own prediction, or 0
     noisy = signal_scale clean + noise_scale noise
     clean = c_skip noisy + c_out output                        what its output stands for
 
-A process is the pair (signal_scale, noise_scale) of its schedule; what the network predicts is the pair
-(c_skip, c_out) and the weight of its squared error. Both are tables below: a new schedule or prediction is
-one line.
+A schedule is (signal_scale, noise_scale), a prediction (c_skip, c_out, weight of the squared error): each is
+a line in the tables below.
 
-Shape legend: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, T timesteps.
-`t` is int64 (B,) in [0, T); t = T - 1 is the noisiest. Images are in [-1, 1], clean has unit variance.
+Shapes: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, T timesteps. `t` is
+int64 (B,) in [0, T), T - 1 the noisiest. Images are in [-1, 1], clean has unit variance.
 """
 
 import math
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bicubic import exact_scale, upscale_image
-from degradation import Degradation
+from degradation import Bicubic, Degradation
 from engine.checkpoint import Checkpoint, CheckpointError, load_model, load_weights, read_for_resume
 from engine.options import Options, Plain, option
 from engine.run import RunFiles
@@ -31,7 +30,7 @@ from imaging.files import to_unit_range
 from samplers import DEFAULT_SCHEDULER, Sampler, SchedulerName, Step, draw_noise, noise_stream, sample
 from training import LoopOptions, TrainingConfig, TrainState, new_state, restore_state, train
 from unet import Condition
-from util import CropDataset, ImageDataset, degrade
+from util import CropDataset, Crops, ImageDataset
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
 
@@ -48,7 +47,7 @@ def variance_preserving(alpha_bar: Tensor) -> Scales:
 
 
 def cosine_alpha_bar(timesteps: int, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
-    """(T,) float64, the cosine schedule (Nichol & Dhariwal 2021, Eq. 17), each beta at most max_beta."""
+    """(T,) float64 (Nichol & Dhariwal 2021, Eq. 17), betas up to max_beta."""
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     f = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=max_beta)
@@ -63,7 +62,7 @@ def linear_alpha_bar(timesteps: int) -> Tensor:
 
 
 def sigmoid_alpha_bar(timesteps: int, start: float = -3.0, end: float = 3.0) -> Tensor:
-    """(T,) float64, the sigmoid schedule (Jabri et al. 2022, Algorithm 2), temperature 1, betas to 0.999."""
+    """(T,) float64 (Jabri et al. 2022, Algorithm 2), temperature 1, betas up to 0.999."""
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     f = torch.sigmoid(-(start + u * (end - start)))
     normalised = (f - f[-1]) / (f[0] - f[-1])
@@ -72,7 +71,7 @@ def sigmoid_alpha_bar(timesteps: int, start: float = -3.0, end: float = 3.0) -> 
 
 
 def zero_terminal_alpha_bar(timesteps: int) -> Tensor:
-    """(T,) float64, the linear schedule moved to end in exactly 0 (Lin et al. 2024, Algorithm 1)."""
+    """(T,) float64, the linear schedule moved to end in 0 (Lin et al. 2024, Algorithm 1)."""
     if timesteps < 2:
         raise ValueError(f"timesteps is {timesteps}: the schedule zero_terminal_snr needs at least 2")
     root = linear_alpha_bar(timesteps).sqrt()
@@ -80,13 +79,13 @@ def zero_terminal_alpha_bar(timesteps: int) -> Tensor:
 
 
 def flow_scales(timesteps: int) -> Scales:
-    """1 - u and u, u = (t + 1) / T: a straight line to noise (Lipman et al. 2023; Liu et al. 2023)."""
+    """1 - u and u = (t + 1) / T: a straight line (Lipman et al. 2023; Liu et al. 2023)."""
     u = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
     return 1 - u, u
 
 
 def resshift_scales(timesteps: int, kappa: float = 2.0, power: float = 0.3) -> Scales:
-    """1 - eta and kappa sqrt(eta): ResShift (Yue et al. 2023, Eq. 2 and 10) in terms of the residual.
+    """1 - eta and kappa sqrt(eta): ResShift (Yue et al. 2023, Eq. 2 and 10) of the residual.
 
     sqrt(eta) grows geometrically from min(0.04 / kappa, sqrt(0.001)) to sqrt(0.999), fastest at first.
     """
@@ -119,16 +118,14 @@ def _v_prediction(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor
 def _noise(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of noise prediction (Ho et al. 2020, Eq. 14) on a network that outputs v.
 
-    The noise is then noise_scale noisy + signal_scale v, and its squared error signal_scale^2 that of v. A
-    network that had to copy the noise would leave an error that the division by signal_scale, 5e-5 at the
-    noisiest, blows up beyond any image.
+    The error of the noise, noise_scale noisy + signal_scale v, is signal_scale that of v. An output of noise
+    would have its error divided by signal_scale, 5e-5 at the noisiest.
     """
     c_skip, c_out, _ = _v_prediction(signal, noise)
     return c_skip, c_out, signal.square() / (signal.square() + noise.square())
 
 
 def _clean(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The clean residual itself."""
     return torch.zeros_like(signal), torch.ones_like(signal), torch.ones_like(signal)
 
 
@@ -154,20 +151,20 @@ TIMESTEP_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class ProcessConfig(Options):
-    """The diffusion process a network was trained for; a checkpoint carries it."""
+    """The process a network was trained for."""
 
     timesteps: int = option(1000, "noise levels of the diffusion process", low=1, high=100_000)
     mode: str = option("v_prediction", "what the network predicts", flag="diffusion_mode", choices=MODES)
     schedule: str = option("cosine", "how noise grows", choices=SCHEDULES)
 
     def scales(self) -> Scales:
-        """signal_scale and noise_scale, each (T,) float64 on the CPU."""
+        """Each (T,) float64 on the CPU."""
         return SCHEDULES[self.schedule](self.timesteps)
 
 
 @dataclass(frozen=True)
 class LossConfig(Options):
-    """What is trained most; of no meaning once a network is trained."""
+    """What is trained most."""
 
     min_snr_gamma: float | None = option(
         None, "weigh losses by min(SNR, gamma) (Hang et al. 2023, Eq. 8); 5 is usual", above=0
@@ -178,11 +175,9 @@ class LossConfig(Options):
 
 
 class Network(Protocol):
-    """What training and sampling need of a network; unet.UNet is one.
+    """What training and sampling need; unet.UNet is one.
 
-    Attributes:
-        residual_std: (), standard deviation of the residuals in [-2, 2] it was trained on; 0 when new.
-        scale: (), the enlargement; 0 when new.
+    `residual_std`, of residuals in [-2, 2], and `scale`, the enlargement, are () and 0 when new.
     """
 
     residual_std: Tensor
@@ -190,30 +185,30 @@ class Network(Protocol):
 
     @property
     def config(self) -> Options:
-        """Everything needed to rebuild it, see engine.checkpoint."""
+        """What rebuilds it."""
         ...
 
     @property
     def image_channels(self) -> int:
-        """Channels of the images."""
+        """Of the images."""
         ...
 
     @property
     def window_multiple(self) -> int:
-        """Pixels at whose multiples windows of a large image begin."""
+        """Windows of an image begin at multiples of these pixels."""
         ...
 
     @property
     def mean_reach(self) -> int:
-        """Pixels from the edge of a window where its mean is the whole image's; 0: it predicts none."""
+        """Pixels from a window's edge where its mean is the image's; 0: it has none."""
         ...
 
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:
-        """(B, C, h, w) -> tokens (B, N, E) that all windows of an image share, or None."""
+        """(B, C, h, w) -> (B, N, E), shared by all windows of an image, or None."""
         ...
 
     def encode_context(self, condition: Condition) -> tuple[object, Tensor | None]:
-        """What `forward` takes, encoded once per image, and the mean (B, C, H, W) it predicts, or None."""
+        """Once per image: what `__call__` takes, and the mean (B, C, H, W) or None."""
         ...
 
     def __call__(self, noisy: Tensor, t: Tensor, context: object) -> Tensor:
@@ -222,21 +217,7 @@ class Network(Protocol):
 
 
 class DiffusionModel:
-    """The forward process, the loss, and training.
-
-    Args:
-        timesteps: T.
-        device: where the tables live.
-        mode: what the network predicts, see MODES.
-        schedule: see SCHEDULES.
-        min_snr_gamma, timestep_density: see LossConfig.
-
-    Attributes:
-        signal_scale, noise_scale: (T,) float32.
-
-    Raises:
-        OptionError: a value that is not among these.
-    """
+    """The forward process, the loss, and training; OptionError for unknown values."""
 
     def __init__(
         self,
@@ -271,7 +252,7 @@ class DiffusionModel:
         return cls(device=device, **process.to_dict(), **(objective or LossConfig()).to_dict())  # type: ignore[arg-type]
 
     def q_sample(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Diffuse (B, C, H, W) to timestep t in one go (Ho et al. 2020, Eq. 4)."""
+        """Diffuse (B, C, H, W) to timestep t (Ho et al. 2020, Eq. 4)."""
         return _at(self.signal_scale, t) * clean + _at(self.noise_scale, t) * noise
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,20 +260,17 @@ class DiffusionModel:
         return _at(self.c_skip, t), _at(self.c_out, t)
 
     def clean_estimate(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """The clean residual (B, C, H, W) that the network's output stands for."""
+        """What the output (B, C, H, W) stands for."""
         c_skip, c_out = self.coefficients(t)
         return c_skip * noisy + c_out * output
 
     def target(self, clean: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """What the output is compared with, (B, C, H, W): the inverse of `clean_estimate`."""
+        """The inverse of `clean_estimate`."""
         c_skip, c_out = self.coefficients(t)
         return (clean - c_skip * noisy) / c_out
 
     def draw_timesteps(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """(count,) timesteps, spread evenly over their density from one random start.
-
-        Each has that density, and their mean varies far less (Kingma et al. 2021, appendix I.1).
-        """
+        """(count,), spread evenly over their density (Kingma et al. 2021, appendix I.1)."""
         start = torch.rand(1, generator=generator, device=self.device)
         shares = (start + torch.arange(count, device=self.device) / count) % 1
         fractions = TIMESTEP_DENSITIES[self.objective.timestep_density](shares)
@@ -308,19 +286,14 @@ class DiffusionModel:
         mean: Tensor | None = None,
         t: Tensor | None = None,
     ) -> Tensor:
-        """The squared error of the prediction at one timestep per sample, and the mean's absolute error.
+        """(B,) float32: squared error of the prediction, and absolute error of the mean.
 
         Args:
             denoiser: (noisy, t, context) -> (B, C, H, W).
             clean: (B, C, H, W), unit variance.
-            context: handed to the denoiser.
             generator: of timesteps and noise, on the device.
-            mean: (B, C, H, W), the network's prediction of clean: the diffusion then models what it leaves
-                (Whang et al. 2022, section 3), without a gradient through the difference.
-            t: (B,) timesteps; None draws them.
-
-        Returns:
-            (B,) losses in float32.
+            mean: (B, C, H, W); the diffusion models what it leaves (Whang et al. 2022, section 3), without
+            gradient. t: (B,); None draws them.
         """
         if t is None:
             t = self.draw_timesteps(len(clean), generator)
@@ -334,13 +307,15 @@ class DiffusionModel:
 
     def restoration_loss(
         self, degradation: Degradation
-    ) -> Callable[[nn.Module, Tensor, torch.Generator], Tensor]:
-        """The loss of uint8 crops (B, C, H, W): degrade them on their device, then denoise the residual."""
+    ) -> Callable[[nn.Module, Tensor | Crops, torch.Generator], Tensor]:
+        """The loss of what CropDataset sends; crops alone, (B, C, H, W) uint8, are shrunk on their device."""
 
-        def loss(model: nn.Module, crops: Tensor, generator: torch.Generator) -> Tensor:
+        def loss(model: nn.Module, crops: Tensor | Crops, generator: torch.Generator) -> Tensor:
             network = network_of(model)
-            with torch.autocast(crops.device.type, enabled=False):
-                sample = degrade(crops, degradation)
+            with torch.autocast(self.device.type, enabled=False):
+                if not isinstance(crops, Crops):
+                    crops = Crops(cast(Bicubic, degradation)(crops), crops)
+                sample = crops.sample(degradation.scale)
                 clean = sample.residual / network.residual_std
             context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res))
             return self.loss(model, clean, context, generator, mean=mean)
@@ -362,12 +337,10 @@ class DiffusionModel:
     ) -> tuple[RunFiles, int | None]:
         """Train a Network on this model's device to restore what the dataset degrades.
 
-        Checkpoints are `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`; they also hold
-        the further `sections` of options and the names of the `held_out` validation images. `options` are
-        training.LoopOptions; evaluation.validation.Validator makes a `validate`.
+        Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `sections` and the
+        names `held_out`. `validate` of the options is an evaluation.validation.Validator.
 
-        Returns:
-            The run's files, and None or the signal that ended it early.
+        Returns the run's files, and None or the signal that ended it.
 
         Raises:
             ValueError: an upscale function that a checkpoint cannot record.
@@ -387,11 +360,7 @@ class DiffusionModel:
         return run, train(state, loss, CropDataset(dataset), config, run, **options)
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
-        """Copy the averaged weights of a checkpoint or an exported model into a network.
-
-        Raises:
-            CheckpointError: the file is damaged, does not fit the network, or is of another process.
-        """
+        """The averaged weights; CheckpointError: damaged, unfit, or of another process."""
         loaded = load_model(path, type(model))
         self._check_process(loaded.process, path)
         load_weights(model, loaded.network.state_dict(), path)
@@ -399,11 +368,7 @@ class DiffusionModel:
             print(f"{path}: {self.mode}, {loaded.step} steps")  # noqa: T201  # what verbose asks for
 
     def load_checkpoint_for_resume(self, state: TrainState, checkpoint: str | Path | Checkpoint) -> None:
-        """Continue the training that a checkpoint holds: weights, average, optimiser, step.
-
-        Raises:
-            CheckpointError: as load_model_weights, or the optimiser is another one.
-        """
+        """CheckpointError: as load_model_weights, or of another optimiser."""
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = read_for_resume(checkpoint, self.device)
         self._check_process(checkpoint.content.get("process"), checkpoint.path)
@@ -422,7 +387,6 @@ def _at(table: Tensor, t: Tensor) -> Tensor:
 
 
 def _check_recordable(dataset: ImageDataset) -> None:
-    """Refuse what no checkpoint could tell whoever restores with it."""
     if dataset.upscale_function is not upscale_image:
         raise ValueError(
             f"a checkpoint cannot record the upscale function {dataset.upscale_function!r}, and restoring "
@@ -431,7 +395,6 @@ def _check_recordable(dataset: ImageDataset) -> None:
 
 
 def _set_buffers(state: TrainState, dataset: ImageDataset) -> None:
-    """Give a new network what it is trained for: the enlargement and the residuals' deviation."""
     network = network_of(state.model)
     residual_std = float(network.residual_std) or measure_residual_std(dataset)
     scale = float(network.scale) or dataset.degradation.scale
@@ -443,18 +406,13 @@ def _set_buffers(state: TrainState, dataset: ImageDataset) -> None:
 class ResidualGenerator:
     """Restores images by sampling their residuals, in any number of steps from 1 to T.
 
-    Every clean estimate is clipped so that upscaled + residual stays an image: a projection onto a convex set
-    that holds the truth, so it never makes the estimate worse.
+    Clean estimates are clipped so that upscaled + residual is an image: a projection, which brings them
+    closer to the truth.
 
     Args:
-        img_channels: channels of the images.
-        img_size: length of the longer side of a result for networks that do not know their scale.
-        device: where to compute.
-        num_train_timesteps: T of the training.
-        predict_mode: mode of the training.
-        precision: dtype to autocast the network to, None for float32.
-        scheduler: see samplers.Sampler.
-        schedule: noise schedule of the training.
+        img_size: longer side of a result, for networks without a scale.
+        num_train_timesteps, predict_mode, schedule: of the training.
+        precision: dtype to autocast to, None for float32.
     """
 
     def __init__(
@@ -483,7 +441,6 @@ class ResidualGenerator:
         precision: torch.dtype | None = None,
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
     ) -> "ResidualGenerator":
-        """The generator for a process, as a checkpoint describes it."""
         return cls(
             device=device,
             num_train_timesteps=process.timesteps,
@@ -506,19 +463,17 @@ class ResidualGenerator:
         """Restore images.
 
         Args:
-            model: a trained network, for instance unet.UNet.
             low_resolution_image: (B, C, h, w) in [-1, 1].
-            num_images: restorations of each image, with different noise.
-            num_inference_steps: more give a sample; 1 is the posterior mean; 0 the mean that a network with a
-                predictor predicts without noise.
-            seed: of the noise; the noise of an image depends on nothing else. None draws one.
-            eta: fresh noise per step, for the scheduler "ddim": 0 for none, 1 for the variance of DDPM.
+            num_images: of each image, with different noise.
+            num_inference_steps: more give a sample; 1 the posterior mean; 0 the mean of a predictor.
+            seed: of the noise; None draws one.
+            eta: of "ddim": 0 none, 1 as DDPM.
 
         Returns:
-            (B * num_images, C, H, W) in [0, 1], the restorations of one image next to each other.
+            (B * num_images, C, H, W) in [0, 1], those of one image next to each other.
 
         Raises:
-            ValueError: a wrong shape or range, an untrained network, or a step count outside [1, T].
+            ValueError: a wrong shape, range or step count, or an untrained network.
         """
         low_res, upscaled = self._inputs(model, low_resolution_image)
         residuals = self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
@@ -534,31 +489,26 @@ class ResidualGenerator:
         seed: int | None = None,
         eta: float = 0.0,
     ) -> Tensor:
-        """As generate_images, but what is to be added to the upscaled image: in [-2, 2]."""
+        """As generate_images, but what is added to the upscaled image, in [-2, 2]."""
         low_res, upscaled = self._inputs(model, low_resolution_image)
         return self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
 
-    def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
+    def plan(self, steps: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
         """The steps of the sampler, none for 0; ValueError for a number it or the process cannot take."""
-        return self.sampler.steps(steps, eta) if steps else ()
+        return self.sampler.steps(steps, eta, detail) if steps else ()
 
     def encode(self, model: Network, condition: Condition) -> tuple[object, Tensor | None]:
-        """The condition as `estimate` takes it, and the mean that the network predicts from it, or None."""
+        """The condition for `estimate`, and the predicted mean or None."""
         with self.autocast():
             return model.encode_context(condition)
 
     def estimate(self, model: Network, noisy: Tensor, timestep: int, context: object, base: Tensor) -> Tensor:
-        """One evaluation of the network: the clean residual of unit variance it sees in a noisy one.
+        """The network's clean residual (B, C, H, W) of unit variance.
 
         Args:
-            model: a trained network.
-            noisy: (B, C, H, W), as the process makes it of unit variance.
-            timestep: of the noisy image, in [0, T).
-            context: what `encode` made of the condition.
-            base: (B, C, H, W), what the residual is added to: upscaled + residual_std * mean.
-
-        Returns:
-            (B, C, H, W), clipped so that base + residual lies in [-1, 1].
+            noisy: (B, C, H, W).
+            context: see `encode`.
+            base: (B, C, H, W), upscaled + residual_std * mean; base + residual is clipped to [-1, 1].
         """
         t = torch.full((len(noisy),), timestep, device=noisy.device)
         with self.autocast():
@@ -568,15 +518,15 @@ class ResidualGenerator:
         return clean.clamp((-1 - base) / model.residual_std, (1 - base) / model.residual_std)
 
     def autocast(self) -> torch.autocast:
-        """The precision that the network computes in."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     def _inputs(self, model: Network, low_res: Tensor) -> tuple[Tensor, Tensor]:
-        """Check the input, move it to the device and upscale it."""
         if low_res.ndim != 4 or low_res.shape[1] != self.img_channels:
             raise ValueError(
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
             )
+        if float(model.residual_std) <= 0:
+            raise ValueError("this network has no residual_std: load trained weights into it first")
         if low_res.min() < -1.001 or low_res.max() > 1.001:
             raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
         low_res = low_res.to(self.device, torch.float32)
@@ -593,7 +543,7 @@ class ResidualGenerator:
         seed: int | None,
         eta: float,
     ) -> Tensor:
-        """(B * num_images, C, H, W) residuals in [-2, 2], those of one image next to each other."""
+        """(B * num_images, C, H, W) in [-2, 2]."""
         seed = torch.seed() % 2**62 if seed is None else seed
         plan = self.plan(steps, eta)
         residuals = [
@@ -611,9 +561,7 @@ class ResidualGenerator:
         plan: Sequence[Step],
         streams: Sequence[torch.Generator],
     ) -> Tensor:
-        """One sample of each image, its noise from its own stream: residuals (B, C, H, W) in [-2, 2]."""
-        if float(model.residual_std) <= 0:
-            raise ValueError("this network has no residual_std: load trained weights into it first")
+        """One sample of each image: (B, C, H, W) in [-2, 2]."""
         context, mean = self.encode(model, Condition(upscaled, low_res))
         base = upscaled if mean is None else upscaled + model.residual_std * mean.float()
         if not plan:
@@ -636,11 +584,7 @@ class ResidualGenerator:
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
-    """Root mean square of the residuals in [-2, 2] of up to `samples` training crops.
-
-    Raises:
-        ValueError: every residual is zero, as for a folder of blank images.
-    """
+    """Root mean square in [-2, 2] of up to `samples` crops; ValueError if 0."""
     crops = [dataset[index].residual.double() for index in range(min(samples, len(dataset)))]
     mean_square = float(torch.stack(crops).square().mean())
     if mean_square == 0:
@@ -649,6 +593,6 @@ def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
 
 
 def network_of(model: nn.Module) -> Network:
-    """The network inside a wrapper of DistributedDataParallel or torch.compile, or the network itself."""
+    """Without a wrapper."""
     inner = getattr(model, "module", getattr(model, "_orig_mod", model))
     return cast(Network, inner)

@@ -3,42 +3,46 @@
 python evaluate.py --data Set5 --scale 4
 python evaluate.py --data Set5 --scale 4 --weights_path best.pth --steps 1 4 10 --json set5.json --plot x.png
 python evaluate.py --data photos --scale 4 --weights_path best.pth --mode fidelity detail --tile 512
+torchrun --nproc_per_node 4 evaluate.py --data photos --scale 4 --weights_path best.pth
 """
 
 import argparse
 import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias, get_args
 
 import torch
 
-from engine.device import Precision, autocast_dtype, select_device
+from engine.device import Precision, autocast_dtype
 from engine.options import OptionError, add_flags, from_args, with_flag
+from engine.processes import Processes, started_processes
 from evaluation.config import EvaluationConfig
 from evaluation.evaluation import Method, TrainedModel, evaluate
 from evaluation.images import ImageSet
 from evaluation.report import Json, Report, perception_distortion_figure
 from imaging.atomic import write_atomically, write_text_atomically
 from restoration import PRESETS, RestoreConfig
+from restoration.rescaled import find_weights
 
 DEFAULT_STEPS = (1, 4, 10, 50)
-ROWS = ("mode", "steps", "num_images")  # the options of RestoreConfig that make rows
+ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
 
 
 Writer: TypeAlias = Callable[[Report, Path], None]
 
 
 def text_writer(make: Callable[[Report], str]) -> Writer:
-    """Writes what `make` says of a report."""
     return lambda report, path: write_text_atomically(path, make(report))
 
 
 def write_plot(report: Report, path: Path) -> None:
-    """Write the figure as PNG."""
+    """As PNG."""
     figure = perception_distortion_figure(report)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
@@ -52,7 +56,6 @@ OUTPUTS: dict[str, tuple[str, Writer]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag of the script."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
     shown = "(default: %(default)s)"
     data = parser.add_argument_group("data and metrics")
@@ -63,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(data, EvaluationConfig, skip=["scale", "lpips"])
     data.add_argument("--no_lpips", action="store_true", help="leave out LPIPS")
     model = parser.add_argument_group("model")
-    model.add_argument("--weights_path", help="a .pth or .safetensors file; without it, bicubic alone")
+    weights = "photo or clean, the project's own, or a .pth or .safetensors file; without it, bicubic alone"
+    model.add_argument("--weights", "--weights_path", dest="weights_path", help=weights)
     model.add_argument("--device", default="auto", help=f"auto, cuda, mps or cpu {shown}")
     precision = f"auto is bf16 where the hardware has it {shown}"
     model.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
@@ -77,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("restoring", "as infer.py does; each mode and each number has a row")
     group.add_argument("--mode", nargs="+", choices=list(PRESETS), default=[], help="modes of infer.py")
-    steps = f"sampling steps (default, without --mode: {' '.join(map(str, DEFAULT_STEPS))})"
+    detail = "numbers from 0 to 1: texture to invent, each with every number of steps"
+    group.add_argument("--detail", type=float, nargs="+", default=[], help=detail)
+    steps = f"sampling steps (default, without --mode and --detail: {' '.join(map(str, DEFAULT_STEPS))})"
     group.add_argument("--steps", type=int, nargs="+", help=steps)
     samples = "samples to average, instead of the mode's; one sample has no uncertainty"
     group.add_argument("--num_images", type=int, nargs="+", help=samples)
@@ -88,23 +94,27 @@ def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
-    """One configuration for each row of the model: modes first, then step counts."""
+    """One configuration for each row of the model: modes first, then detail and step counts."""
     numbers = args.num_images
     if args.num_samples is not None:
         if numbers is not None:
             raise ValueError("--num_samples N stands for --num_images 1 N: give one of the two")
         numbers = sorted({1, args.num_samples})
-    steps = list(DEFAULT_STEPS) if args.steps is None and not args.mode else args.steps or []
-    for flag, values in (("mode", args.mode), ("steps", steps), ("num_images", numbers or [])):
+    steps = args.steps or ([] if args.mode or args.detail else list(DEFAULT_STEPS))
+    given = {"mode": args.mode, "detail": args.detail, "steps": steps, "num_images": numbers or []}
+    for flag, values in given.items():
         if len(set(values)) < len(values):
             raise ValueError(f"--{flag} is {' '.join(map(str, values))}: give each once")
-    common = from_args(RestoreConfig, args, **dict.fromkeys(ROWS))
-    modes = [replace(common, mode=mode, num_images=n) for mode in args.mode for n in numbers or [None]]
-    return modes + [replace(common, steps=count, num_images=n) for count in steps for n in numbers or [1]]
+    common = from_args(RestoreConfig, args, mode=None, detail=None, steps=None, num_images=1)
+    rows = [replace(common, mode=mode) for mode in args.mode]
+    if args.detail or steps:
+        pairs = itertools.product(args.detail or [None], steps or [None])
+        rows += [replace(common, detail=detail, steps=count) for detail, count in pairs]
+    return [replace(row, num_images=n) for row in rows for n in numbers or [1]]
 
 
 def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
-    """The files that were asked for; ValueError for what cannot be written, before the long computation."""
+    """ValueError for what cannot be written, before the long computation."""
     outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
     if "plot" in outputs and outputs["plot"].suffix.lower() != ".png":
         raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
@@ -119,8 +129,8 @@ def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
     return outputs
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, write the files, and print the table; returns the exit status."""
+def run(args: argparse.Namespace, processes: Processes) -> int:
+    """Measure with all processes, then write the files and print the table; returns the exit status."""
     for name in ("data", "low_res", "weights_path", "lpips_weights", *OUTPUTS):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty; give a path")
@@ -128,16 +138,22 @@ def run(args: argparse.Namespace) -> int:
     config = from_args(EvaluationConfig, args, scale=args.scale, lpips=not args.no_lpips)
     how = restore_configs(args)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
-    device = select_device(args.device)
+    device = processes.device
     images = ImageSet(args.data, config, args.low_res, args.limit)
     methods: list[Method] = []
     facts: dict[str, Json] = {}
     if args.weights_path is not None:
-        model = TrainedModel(args.weights_path, device, autocast_dtype(device, args.precision))
+        model = TrainedModel(
+            find_weights(args.weights_path, config.scale)[0], device, autocast_dtype(device, args.precision)
+        )
         methods = [model.method(one, config.scale) for one in how]
         common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
         facts = {"model": model.describe(), "restoring": common}
-    report = evaluate(images, config, methods, device=device, facts=facts, progress=True)
+    report = evaluate(
+        images, config, methods, device=device, facts=facts, progress=processes.is_main, processes=processes
+    )
+    if not processes.is_main:
+        return 1 if report.failures else 0
     errors = []
     for name, path in outputs.items():  # before printing, which fails if nobody reads
         try:
@@ -154,13 +170,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Returns the exit status."""
     args = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print a file's name
     try:
-        return run(args)
+        with started_processes(args.device, timedelta(days=7)) as processes:
+            return run(args, processes)
     except (ValueError, OSError) as error:
         flags = [EvaluationConfig, RestoreConfig]
         message = with_flag(error, flags) if isinstance(error, OptionError) else str(error)

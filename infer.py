@@ -3,6 +3,7 @@
 python infer.py photo.png
 python infer.py --weights_path model.pth --input photos --output out --mode fidelity
 python infer.py --weights_path model.pth --export model.safetensors
+torchrun --nproc_per_node 4 infer.py photos
 """
 
 import argparse
@@ -18,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -28,14 +30,16 @@ if __name__ == "__main__":
 from PIL import ImageColor
 from tqdm import tqdm
 
-from engine.checkpoint import export_safetensors, load_model, released_model
-from engine.device import autocast_dtype, compile_network, is_out_of_memory, select_device
+from engine.checkpoint import LoadedModel, export_safetensors, load_model, released_model
+from engine.device import autocast_dtype, compile_network, is_out_of_memory
 from engine.options import OptionError, add_flags, from_args, with_flag
+from engine.processes import Processes, started_processes
 from engine.signals import STOPPING
 from evaluation.pairs import find_original
 from imaging.files import WRITABLE_SUFFIXES, list_images
-from restoration import RestoreConfig, Restorer
+from restoration import RestoreConfig, Restorer, blend
 from restoration.batch import Task, restore_file
+from restoration.rescaled import AnyScale, find_weights, restorer_to
 from restoration.restorer import Progress
 from unet import UNet
 
@@ -71,9 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_file_flags(add: Callable[..., object]) -> None:
     add("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
     add("--input", nargs="+", default=[], metavar="INPUT", help="the same")
-    weights = "checkpoint (.pth) or model (.safetensors) (default: the project's own)"
-    add("--weights_path", help=weights)
-    add("--scale", type=float, help="which of the project's own models: 4 or 2 (default: 4)")
+    weights = (
+        "photo or clean, the project's own for photos and for what bicubic shrank; or FILE, a checkpoint "
+        "(.pth) or model (.safetensors) (default: photo if there is one for the scale, else clean)"
+    )
+    add("--weights", "--weights_path", dest="weights_path", metavar="photo|clean|FILE", help=weights)
+    strength = "from 0, as the clean weights restore, to 1, as those of --weights do: blends the two"
+    add("--strength", type=float, help=strength)
+    add("--scale", type=float, help="the enlargement, above 1 and at most 16 (default: the model's)")
     output = "folder, or for one image the name of the result (default: ./restored)"
     add("--output", default="./restored", help=output)
     formats = sorted(suffix[1:] for suffix in WRITABLE_SUFFIXES)
@@ -235,14 +244,17 @@ def check_targets(tasks: Sequence[Task], overwrite: bool) -> None:
 # --------------------------------------------------------------------------------------------------- the work
 
 
-def restore_all(tasks: Sequence[Task], restorer: Restorer, args: argparse.Namespace) -> int:
-    """Returns the exit status: 0, 1 where some failed, 2 where all did."""
+def restore_all(
+    tasks: Sequence[Task], restorer: Restorer | AnyScale, args: argparse.Namespace, processes: Processes
+) -> int:
+    """Restore this process's part; returns the status of all: 0, 1 where some failed, 2 where all did."""
     background = None if args.background is None else ImageColor.getrgb(args.background)[:3]
     failures: list[str] = []
     done = 0
-    for number, task in enumerate(tasks, start=1):
+    for number in range(processes.rank, len(tasks), processes.world_size):
+        task = tasks[number]
         try:
-            with shown(f"[{number}/{len(tasks)}] {task.source.name}") as progress:
+            with shown(f"[{number + 1}/{len(tasks)}] {task.source.name}", processes.is_main) as progress:
                 remark = restore_file(task, restorer, progress, strip=args.strip, background=background)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
@@ -254,8 +266,13 @@ def restore_all(tasks: Sequence[Task], restorer: Restorer, args: argparse.Namesp
             continue
         done += 1
         say(f"{task.target}" + (f" ({remark})" if remark else ""))
-    for failure in failures:
-        warn(f"error: {failure}")
+    parts = processes.gather((done, failures))
+    done = sum(part for part, _ in parts)
+    if not processes.is_main:
+        return 0 if done == len(tasks) else 1 if done else 2
+    for _, one in parts:
+        for failure in one:
+            warn(f"error: {failure}")
     if done < len(tasks):
         warn(f"{len(tasks) - done} of {len(tasks)} images not restored")
     return 0 if done == len(tasks) else 1 if done else 2
@@ -272,8 +289,11 @@ def _failure(task: Task, error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def shown(name: str) -> Iterator[Progress]:
-    """Progress of one image: a bar on a terminal, and in a log a line now and then."""
+def shown(name: str, is_main: bool) -> Iterator[Progress]:
+    """Progress of one image: a bar on a terminal, and in a log a line now and then; of one process alone."""
+    if not is_main:
+        yield lambda part: None
+        return
     if sys.stderr.isatty():
         with tqdm(total=100, desc=name, bar_format=BAR) as bar:
             yield lambda part: bar.update(round(100 * part) - bar.n)
@@ -289,34 +309,53 @@ def shown(name: str) -> Iterator[Progress]:
     yield log
 
 
-def run(args: argparse.Namespace) -> int:
+def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel[UNet]]:
+    """The models that the flags name; said, by the main process, where they name none by its file."""
+    paths = find_weights(args.weights_path, args.scale)
+    models = [load_model(path, UNet) for path in paths]
+    said = ", ".join(map(str, paths))
+    if args.strength is not None:
+        clean = released_model(float(models[0].network.scale))
+        if paths[0] == clean:
+            raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
+        models[0] = blend(load_model(clean, UNet), models[0], args.strength)
+        said = f"{args.strength:g} of the way from {clean} to {said}"
+    if is_main and said != args.weights_path:
+        warn(f"weights: {said}")
+    return models
+
+
+def run(args: argparse.Namespace, processes: Processes) -> int:
     """Load, restore, report; returns the exit status."""
     check_flags(args)
     config = make_config(args)
-    weights = args.weights_path or released_model(4 if args.scale is None else args.scale)
-    model = load_model(weights, UNet)
+    models = open_models(args, processes.is_main)
     if args.export is not None:
+        if len(models) > 1:
+            raise ValueError(f"--export: --scale {args.scale:g} takes several models; give one of theirs")
         target = Path(args.export)
         if target.exists() and not args.overwrite:
             raise ValueError(f"--export {target}: exists already; use --overwrite or another name")
-        export_safetensors(model, target)
+        export_safetensors(models[0], target)
         say(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
         if not args.inputs and not args.input:
             return 0
-    device = select_device(args.device)
-    restorer = Restorer(model, config, device, autocast_dtype(device, args.dtype))
-    scale = float(restorer.scale)
-    if args.scale not in (None, scale):
-        raise ValueError(f"--scale is {args.scale:g}, but {weights} enlarges by {scale:g}: leave it out")
-    tasks = plan_tasks(args, scale)
+    device = processes.device
+    dtype = autocast_dtype(device, args.dtype)
+    restorer = restorer_to(args.scale, [Restorer(one, config, device, dtype) for one in models])
+    tasks = plan_tasks(args, float(restorer.scale))
     if args.skip_existing:
         missing = [task for task in tasks if not task.target.exists()]
-        warn(f"{len(tasks) - len(missing)} of {len(tasks)} images have a result already")
+        missing = processes.gather(missing)[0]  # of the one moment that all share
+        if processes.is_main:
+            warn(f"{len(tasks) - len(missing)} of {len(tasks)} images have a result already")
         tasks = missing
     check_targets(tasks, args.overwrite or args.skip_existing)
+    processes.gather(None)  # none begins to write before all have checked
     if args.compile:
-        compile_network(model.network, device)
-    return restore_all(tasks, restorer, args)
+        for one in models:
+            compile_network(one.network, device)
+    return restore_all(tasks, restorer, args, processes)
 
 
 # ------------------------------------------------------------------------------------------ words and signals
@@ -374,8 +413,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
     args = build_parser().parse_args(argv)
     try:
-        with stopping_at_signals():
-            return run(args)
+        with stopping_at_signals(), started_processes(args.device, timedelta(days=7)) as processes:
+            return run(args, processes)
     except OptionError as error:
         warn(f"error: {with_flag(error, [RestoreConfig])}")
     except (ValueError, OSError) as error:

@@ -1,12 +1,9 @@
-"""Samplers: the schedulers of diffusers, exact for every number of steps, as linear steps of one loop.
+"""Samplers, exact for every number of steps: linear steps of one loop.
 
     noisy_{k+1} = noisy_weight noisy_k + sum_j clean_weights[j] clean_{k-j} + noise_weight noise
 
-The weights are read off diffusers with unit vectors; sampling then needs it no more, and can take an image in
-pieces. A process is any (signal_scale, noise_scale): a pair with signal^2 + noise^2 = 1, as diffusers has,
-times a factor for each timestep.
-
-Shapes: B images, C channels, H x W pixels, T timesteps, n steps.
+A process is any (signal_scale, noise_scale): a pair with signal^2 + noise^2 = 1 times a factor for each
+timestep. Shapes: B images, C channels, H x W pixels, T timesteps, n steps.
 """
 
 import hashlib
@@ -14,16 +11,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.options import OptionError
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
 
 SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "heun"]
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
@@ -37,9 +31,9 @@ State = TypeVar("State")  # an image being denoised: a Tensor, or a restoration.
 
 
 class Step(NamedTuple):
-    """One evaluation of the network, at `timestep` in [0, T), and the weights of what follows from it.
+    """One evaluation of the network, at `timestep` in [0, T), and the weights of what follows.
 
-    At most HISTORY are of clean estimates, the newest first; the noise is fresh and standard normal.
+    Clean estimates, the newest first, are at most HISTORY; the noise is standard normal.
     """
 
     timestep: int
@@ -48,7 +42,7 @@ class Step(NamedTuple):
     noise_weight: float = 0.0
 
     def advance(self, noisy: Tensor, cleans: Sequence[Tensor], noise: Tensor | None = None) -> Tensor:
-        """The next noisy image, a new tensor; after the last step it is the clean one. All have one shape.
+        """The next noisy image; after the last step, the clean one. All have one shape.
 
         `cleans` begin with the newest and may outnumber the weights.
         """
@@ -64,12 +58,10 @@ class Step(NamedTuple):
 
 
 class Sampler:
-    """The steps of one scheduler for one process.
+    """One scheduler for one process.
 
-    Args:
-        name: "ddim" (Song et al. 2021a), "ddpm" (Ho et al. 2020), "dpm++" (DPM-Solver++ 2M, Lu et al. 2022),
-            "unipc" (Zhao et al. 2023, order 2, B2) or "heun" (Karras et al. 2022, algorithm 1).
-        signal_scale, noise_scale: (T,) float64; ValueError unless their ratio falls.
+    "ddim" (Song et al. 2021a), "ddpm" (Ho et al. 2020), "dpm++" (Lu et al. 2022), "unipc" (Zhao et al. 2023)
+    or "heun" (Karras et al. 2022). Scales are (T,) float64; ValueError unless their ratio falls.
     """
 
     def __init__(self, name: SchedulerName, signal_scale: Tensor, noise_scale: Tensor) -> None:
@@ -87,19 +79,19 @@ class Sampler:
 
     @property
     def initial_scale(self) -> float:
-        """What standard normal noise is multiplied by to start."""
+        """What standard normal noise starts multiplied by."""
         return self._factors[-1]
 
-    def steps(self, count: int, eta: float = 0.0) -> tuple[Step, ...]:
-        """The evaluations of `count` steps: as many, but 2 count - 2 for "heun" from 2 on.
+    def steps(self, count: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
+        """The evaluations: `count` from 1 to T, but 2 count - 2 for "heun" from 2 on.
 
         Args:
-            count: 1 to T; one step gives the posterior mean at T - 1.
-            eta: 0 to 1, for "ddim" only: the part of the posterior's variance drawn afresh (Song et al.
-                2021a, Eq. 16). "ddpm" has 1, the others 0.
+            eta: 0 to 1, for "ddim": the part of the posterior's variance drawn afresh (Song et al. 2021a, Eq.
+                16). "ddpm" has 1.
+            detail: 0 to 1, scales the largest noise level after T - 1 (`sigma_range`): less of it leaves more
+                of the first, faithful estimate. 1 for "ddim" and "ddpm", which have no such range.
 
-        Raises:
-            OptionError: out of range.
+        OptionError: out of range.
         """
         total = len(self._alpha_bar)
         if not 1 <= count <= total:
@@ -108,7 +100,12 @@ class Sampler:
             raise OptionError("eta", eta, "give a number from 0 to 1")
         if eta and self.name != "ddim":
             raise OptionError("eta", eta, f"the scheduler {self.name} has none; use ddim or eta 0")
-        steps = _steps(self.name, self._alpha_bar, count, 1.0 if self.name == "ddpm" else float(eta))
+        if not 0 <= detail <= 1:
+            raise OptionError("detail", detail, "give a number from 0 to 1")
+        if detail < 1 and count > 1 and self.name in ("ddim", "ddpm"):
+            raise OptionError("detail", detail, f"{self.name} starts from pure noise; use unipc or detail 1")
+        eta = 1.0 if self.name == "ddpm" else float(eta)
+        steps = _steps(self.name, self._alpha_bar, count, eta, float(detail))
         return _rescaled(steps, self._factors)
 
 
@@ -118,10 +115,10 @@ def sample(
     denoise: Callable[[State, int], State],
     advance: Callable[[Step, State, Sequence[State]], State],
 ) -> Iterator[State]:
-    """The sampling loop: yields the noisy image after each step; the last is the result.
+    """The sampling loop: yields the noisy image after each step, at last the result.
 
     Args:
-        steps, noisy: Sampler.steps, and standard normal noise times Sampler.initial_scale.
+        noisy: standard normal, times Sampler.initial_scale.
         denoise: (noisy, timestep) -> clean estimate.
         advance: (step, noisy, clean estimates from the newest) -> next noisy image.
     """
@@ -135,7 +132,7 @@ def sample(
 
 
 def _rescaled(steps: Sequence[Step], factors: Sequence[float]) -> tuple[Step, ...]:
-    """Steps for a process that is `factors[t]` times the variance-preserving one; clean images have 1."""
+    """For a process of `factors[t]` times the variance-preserving one; clean images have 1."""
     following = [*(factors[step.timestep] for step in steps[1:]), 1.0]
     return tuple(
         Step(t, noisy * after / factors[t], tuple(after * weight for weight in cleans), after * noise)
@@ -144,17 +141,18 @@ def _rescaled(steps: Sequence[Step], factors: Sequence[float]) -> tuple[Step, ..
 
 
 def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
-    """round(T, T - T / n, T - 2 T / n, ...) - 1: starts at T - 1, the noisiest (Lin et al. 2024, Table 2)."""
+    """round(T, T - T / n, T - 2 T / n, ...) - 1 (Lin et al. 2024, Table 2)."""
     left = np.arange(num_inference_steps, 0, -1, dtype=np.int64) * num_train_timesteps
     rounded = (2 * left + num_inference_steps) // (2 * num_inference_steps)  # exact, halves up
     return [int(timestep) - 1 for timestep in rounded]
 
 
-def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> list[int]:
+def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int, detail: float = 1.0) -> list[int]:
     """T - 1, then timesteps evenly spaced in log-SNR (Lu et al. 2022, section 4) over `sigma_range`."""
     known = np.array(alpha_bar)
     log_sigma = 0.5 * np.log((1 - known) / known)  # rises with the timestep
     highest, lowest = sigma_range(num_inference_steps)
+    highest = max(detail * highest, lowest)
     levels = np.linspace(math.log(highest), math.log(lowest), num_inference_steps - 1)
     wanted = np.round(np.interp(levels, log_sigma, np.arange(len(known)))).astype(int)
     timesteps = [len(known) - 1]
@@ -165,119 +163,112 @@ def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int) -> l
 
 
 def sigma_range(num_inference_steps: int) -> tuple[float, float]:
-    """The largest and smallest noise_scale / signal_scale after T - 1: 14 and 0.05 for 10 steps."""
-    # What lies beyond is crossed in one step and costs variance, (s / 14)^2 and (0.05 / s)^2 of data of
-    # deviation s; what lies between needs short steps. Up to 10 steps the largest level grows with their
-    # number: best up to 6 in a search over Gaussians of deviation 0.2 to 2, and photos gain texture from more
-    # (recipes/ABLATIONS.md); the smallest, of an x4 residual less than a grey level, stays. From 10 to 100
+    """The largest and smallest noise_scale / signal_scale after T - 1: 3.6 and 0.05 for 6 steps."""
+    # What lies beyond is crossed in one step and costs variance; what lies between needs short steps. Up to
+    # 10 steps the largest level grows with their number; with 6 it has the best LPIPS on held-out photos
+    # (recipes/ABLATIONS.md). The smallest, of an x4 residual less than a grey level, stays. From 10 to 100
     # only the smallest falls: a larger largest lets in more of the network's error at the noisiest levels.
     # Above 100 both widen, so that nothing is lost in the limit.
     width = min(num_inference_steps, 10) * max(1.0, num_inference_steps / 100)
-    return 0.14 * width**2, 0.5 / max(10, num_inference_steps)
+    return 0.1 * width**2, 0.5 / max(10, num_inference_steps)
 
 
 @lru_cache(maxsize=64)  # a folder of images asks for the same steps again and again
-def _steps(name: SchedulerName, alpha_bar: tuple[float, ...], count: int, eta: float) -> tuple[Step, ...]:
+def _steps(
+    name: SchedulerName, alpha_bar: tuple[float, ...], count: int, eta: float, detail: float
+) -> tuple[Step, ...]:
     """Sampler.steps of the variance-preserving process."""
     if name in ("ddim", "ddpm"):
         return _ddim_steps(alpha_bar, trailing_timesteps(len(alpha_bar), count), eta)
-    timesteps = log_snr_timesteps(alpha_bar, count)
+    timesteps = log_snr_timesteps(alpha_bar, count, detail)
     if name == "heun":
         return _heun_steps(alpha_bar, timesteps)
-    kind = "DPMSolverMultistepScheduler" if name == "dpm++" else "UniPCMultistepScheduler"
-    scheduler = _respaced(kind, alpha_bar, timesteps, solver_order=2, prediction_type="sample")
-    noise, *cleans = torch.eye(1 + count, dtype=torch.float64)[:, None, None, None]  # images of one row
-    states = [noise]
-    for own, clean in zip(scheduler.timesteps, cleans, strict=True):
-        states.append(scheduler.step(clean, own, states[-1]).prev_sample.double())
-    return _local_form(timesteps, states)
+    return _multistep(alpha_bar, timesteps, corrected=name == "unipc")
 
 
-def _respaced(
-    kind: str, alpha_bar: Sequence[float], timesteps: Sequence[int], **options: int | str | bool
-) -> "SchedulerMixin":
-    """A scheduler of diffusers that knows these timesteps alone, and visits them all."""
-    # That makes any list exact (Nichol & Dhariwal 2021, section 4). `DDIMScheduler.step` takes the previous
-    # timestep to be t - T // n, which is another one wherever n does not divide T.
-    from diffusers import schedulers  # takes seconds: only what samples an image pays for it
-
-    kept = torch.tensor([alpha_bar[timestep] for timestep in reversed(timesteps)], dtype=torch.float64)
-    before = torch.cat([kept.new_ones(1), kept[:-1]])
-    scheduler = getattr(schedulers, kind)(
-        num_train_timesteps=len(timesteps),
-        trained_betas=(1 - kept / before).tolist(),
-        timestep_spacing="trailing",
-        **options,
-    )
-    scheduler.alphas_cumprod = kept  # the same numbers, without the rounding of betas to float32
-    scheduler.set_timesteps(len(timesteps))
-    return scheduler
+def _levels(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[tuple[float, float]]:
+    """signal_scale and noise_scale at each timestep, and 1 and 0 after the last."""
+    return [(math.sqrt(alpha_bar[t]), math.sqrt(1 - alpha_bar[t])) for t in timesteps] + [(1.0, 0.0)]
 
 
 def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float) -> tuple[Step, ...]:
-    """DDIM on any falling list of timesteps; eta = 1 is DDPM (Song et al. 2021a, section 4.1)."""
-    scheduler = _respaced("DDIMScheduler", alpha_bar, timesteps, prediction_type="sample", clip_sample=False)
-    noisy, clean, noise = torch.eye(3, dtype=torch.float64)
+    """DDIM on any falling list of timesteps (Song et al. 2021a, Eq. 12 and 16); eta = 1 is DDPM."""
     steps = []
-    for timestep, own in zip(timesteps, scheduler.timesteps, strict=True):
-        following = scheduler.step(clean, own, noisy, eta=eta, variance_noise=noise).prev_sample
-        noisy_weight, clean_weight, noise_weight = following.tolist()
-        steps.append(Step(timestep, noisy_weight, (clean_weight,), noise_weight))
+    for timestep, (signal, noise) in zip(timesteps, _levels(alpha_bar, timesteps)[1:], strict=True):
+        before = alpha_bar[timestep]
+        fresh = eta * noise * math.sqrt((1 - before / signal**2) / (1 - before))
+        noisy = math.sqrt(max(0.0, noise**2 - fresh**2) / (1 - before))
+        steps.append(Step(timestep, noisy, (signal - noisy * math.sqrt(before),), fresh))
     return tuple(steps)
 
 
+def _multistep(alpha_bar: Sequence[float], timesteps: Sequence[int], *, corrected: bool) -> tuple[Step, ...]:
+    """DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2), or corrected, which makes it UniPC.
+
+    UniPC of order 2 with B2 (Zhao et al. 2023, Algorithm 1) predicts as DPM-Solver++ does, and corrects that
+    once the clean estimate there is known: here, as a part of the next step.
+    """
+    levels = _levels(alpha_bar, timesteps)
+    log_snr = [math.log(signal / noise) if noise else math.inf for signal, noise in levels]
+    newest, older, oldest = np.eye(HISTORY)  # weights of the clean estimates
+    correction = np.zeros(HISTORY)
+    steps: list[Step] = []
+    for index, timestep in enumerate(timesteps):
+        (_, before), (signal, noise) = levels[index : index + 2]
+        h = log_snr[index + 1] - log_snr[index]
+        phi = math.expm1(-h)
+        weights, slope_weights = newest, (0.5, 0.0)  # of the first order, as are the first and the last step
+        if 0 < index < len(timesteps) - 1:
+            ratio = (log_snr[index] - log_snr[index - 1]) / h
+            weights = newest + 0.5 / ratio * (newest - older)
+            slope_weights = _corrector(h, phi, ratio)
+        weights = noise / before * correction - signal * phi * weights
+        steps.append(Step(timestep, noise / before, tuple(np.trim_zeros(weights, "b").tolist())))
+        if corrected:  # seen from the next step, where what was the newest is older
+            across, back = slope_weights
+            correction = -signal * phi * (across * (newest - older) + back * (older - oldest))
+    return tuple(steps)
+
+
+def _corrector(h: float, phi: float, ratio: float) -> tuple[float, float]:
+    """UniPC's corrector of order 2: what it adds for the slope of the last step and for the one before.
+
+    `h` is how log(signal / noise) grew, `phi` exp(-h) - 1, `ratio` the growth in the step before over h.
+    """
+    first = -1 / h - 1 / phi  # b_1 and b_2 of Zhao et al. 2023, with B(h) = phi
+    second = -2 * first / h - 1 / phi
+    back = (first - second) / (1 + ratio)
+    return first - back, (back - 0.5) / ratio
+
+
 def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> tuple[Step, ...]:
-    """Heun's method, behind one DDIM step (Euler's) from T - 1."""
+    """Heun's method (Karras et al. 2022, algorithm 1), behind one DDIM step (Euler's) from T - 1."""
     # The trapezoidal rule weighs both ends of a step in sigma alike, but the cosine schedule begins at sigma
     # 20000: a step from there to 10 would magnify the second slope's error by 1000.
-    first = _ddim_steps(alpha_bar, timesteps, 0.0)[:1]
-    if len(timesteps) == 1:
-        return first
-    scheduler = _respaced("HeunDiscreteScheduler", alpha_bar, timesteps[1:], prediction_type="epsilon")
-    sigmas = scheduler.sigmas.double()
-    scales = (1 + sigmas**2).sqrt()  # diffusers' Heun steps noisy / signal_scale by the noise estimate
-    noise, *cleans = torch.eye(len(sigmas), dtype=torch.float64)[:, None, None, None]
-    states = [noise]
-    for index, (own, clean) in enumerate(zip(scheduler.timesteps, cleans, strict=True)):
-        scaled = states[-1] * scales[index]
-        slope = (scaled - clean) / sigmas[index]
-        states.append(scheduler.step(slope, own, scaled).prev_sample / scales[index + 1])
-    evaluated = [timesteps[1], *(timestep for timestep in timesteps[2:] for _ in range(2))]
-    return first + _local_form(evaluated, states)
-
-
-def _local_form(timesteps: Sequence[int], states: Sequence[Tensor]) -> tuple[Step, ...]:
-    """Express each state by the one before it and the newest clean estimates, those of n timesteps.
-
-    The n + 1 states (1, 1, 1, 1 + n) are made of the first noise and of each clean estimate.
-    """
-    steps = []
-    for index, timestep in enumerate(timesteps):
-        noisy, following = states[index].flatten(), states[index + 1].flatten()
-        noisy_weight = float(following[0] / noisy[0])
-        rest = following - noisy_weight * noisy
-        oldest = max(0, index + 1 - HISTORY)
-        assert rest[: 1 + oldest].abs().max() < 1e-4, "a scheduler looked further back than HISTORY"
-        clean_weights = rest[1 + oldest : 2 + index].flip(0).tolist()
-        while len(clean_weights) > 1 and abs(clean_weights[-1]) < 1e-7:
-            clean_weights.pop()  # a step of lower order
-        steps.append(Step(timestep, noisy_weight, tuple(clean_weights)))
+    euler, levels = _ddim_steps(alpha_bar, timesteps, 0.0), _levels(alpha_bar, timesteps)
+    steps = [euler[0]]
+    for index in range(1, len(timesteps)):
+        steps.append(euler[index])
+        if index + 1 < len(timesteps):
+            sigma, following = (noise / signal for signal, noise in levels[index : index + 2])
+            change = levels[index + 1][0] * (sigma / following - 1) / 2
+            steps.append(Step(timesteps[index + 1], 1.0, (change, -change)))
     return tuple(steps)
 
 
 def noise_seed(seed: int, step: int, micro_batch: int) -> int:
-    """A 63-bit seed for one forward pass, the same on every machine."""
+    """63 bits for one forward pass, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def noise_stream(seed: int, number: int) -> torch.Generator:
-    """The noise of one sample of an image: a function of the seed and the sample's number."""
+    """The noise of one sample of an image."""
     return torch.Generator().manual_seed(noise_seed(seed, number, 0))
 
 
 def draw_noise(streams: Sequence[torch.Generator], channels: int, height: int, width: int) -> Tensor:
-    """Standard normal noise (B, C, H, W) on the CPU, each image's from its own stream."""
+    """Standard normal (B, C, H, W) on the CPU, each image's from its own stream."""
     # NOISE_ROWS at a time: whoever holds only some rows of an image draws the same numbers.
     heights = [min(NOISE_ROWS, height - top) for top in range(0, height, NOISE_ROWS)]
     bands = [[torch.randn(channels, rows, width, generator=one) for one in streams] for rows in heights]

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 
-from degradation import Bicubic, Degradation
+from degradation import Degradation, Photo, degradation_from_dict
 from diffusion import DiffusionModel, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, LoadedModel, load_model, load_weights, read_for_resume
 from engine.device import autocast_dtype, compile_network, is_out_of_memory
@@ -81,7 +81,7 @@ class RunOptions(Options):
 
 
 class Settings(NamedTuple):
-    """Every option of a run, by section, as its checkpoints record them."""
+    """Every option of a run, by section, as in checkpoints."""
 
     data: DataOptions
     degradation: Degradation
@@ -95,17 +95,21 @@ class Settings(NamedTuple):
 SECTIONS: dict[str, type[Options]] = dict(
     zip(
         Settings._fields,
-        (DataOptions, Bicubic, UNetConfig, ProcessConfig, LossConfig, TrainingConfig, RunOptions),
+        (DataOptions, Photo, UNetConfig, ProcessConfig, LossConfig, TrainingConfig, RunOptions),
         strict=True,
     )
 )
 # What the script does otherwise than the classes, and flags that would have no meaning.
-DEFAULTS = {"training": {"accumulation_steps": 64}, "network": {"predictor_blocks": 12}}
+DEFAULTS: dict[str, dict[str, object]] = {
+    "degradation": {"kind": "bicubic"},
+    "training": {"accumulation_steps": 64},
+    "network": {"predictor_blocks": 12},
+}
 WITHOUT_FLAG = {"network": ("in_channels", "out_channels")}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag of the script; recipes (@file) are expanded before, see engine.recipes."""
+    """Recipes (@file) are expanded before: engine.recipes."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None,
         epilog="@FILE stands for the flags in it; flags after it win.",
@@ -118,10 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
-    """The options of the run, and the checkpoint it resumes from, which they then come from unless given.
+    """The options of the run, from the checkpoint it resumes where not given, and that checkpoint.
 
-    Raises:
-        ValueError: a flag has a wrong value or contradicts the checkpoint; the message names flag and value.
+    ValueError names the flag of a wrong value, or of one that contradicts the checkpoint.
     """
     arguments = expand_recipes(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
@@ -129,6 +132,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     if args.weights_path is None:
         _make_absolute(args)
         sections = {name: from_args(kind, args) for name, kind in SECTIONS.items()}
+        sections["degradation"] = degradation_from_dict(sections["degradation"].to_dict())
         return Settings(**sections), None  # type: ignore[arg-type]  # each of its own class
     checkpoint = read_for_resume(_named("weights_path", args.weights_path))
     if not set(SECTIONS) <= set(checkpoint.content):
@@ -138,10 +142,12 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     args = parser.parse_args(arguments)
     _make_absolute(args)
     given = vars(args)
-    resumed = {
-        name: kind.from_dict(_resumed(kind, checkpoint.content[name], given, checkpoint.path))
+    values = {
+        name: _resumed(kind, checkpoint.content[name], given, checkpoint.path)
         for name, kind in SECTIONS.items()
     }
+    resumed = {name: kind.from_dict(values[name]) for name, kind in SECTIONS.items()}
+    resumed["degradation"] = degradation_from_dict(values["degradation"])
     if "epochs" in given and "max_steps" not in given:
         resumed["training"] = replace(cast(TrainingConfig, resumed["training"]), max_steps=None)
     resumed["run"] = replace(cast(RunOptions, resumed["run"]), init_weights=None)
@@ -149,7 +155,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
 
 
 def _make_absolute(args: argparse.Namespace) -> None:
-    """Folders that a resumed run finds from anywhere."""
+    """For a run resumed from another folder."""
     for name in ("image_folder", "val_folder", "log_dir", "checkpoint_dir", "init_weights"):
         value = getattr(args, name, None)
         if value is not None:
@@ -157,7 +163,6 @@ def _make_absolute(args: argparse.Namespace) -> None:
 
 
 def _named(flag: str, value: str) -> str:
-    """A path that is not empty."""
     if not value:
         raise ValueError(f"--{flag} is empty: give a path or leave the flag out")
     return value
@@ -166,7 +171,7 @@ def _named(flag: str, value: str) -> str:
 def _resumed(
     kind: type[Options], recorded: Mapping[str, Plain], given: Mapping[str, object], path: Path
 ) -> dict[str, object]:
-    """The recorded options with the given ones; those that are fixed may only be repeated."""
+    """The recorded options with the given ones; fixed ones may only be repeated."""
     values: dict[str, object] = dict(recorded)
     defaults = kind().to_dict()
     for name, spec in specs(kind).items():
@@ -190,9 +195,7 @@ def _plain(value: object) -> object:
 def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation images, which have no file in common.
 
-    Args:
-        settings: of the run.
-        held_out: names, below the image folder, of what a resumed run validates on; None chooses them.
+    `held_out` names, below the image folder, what a resumed run validates on; None chooses.
     """
     data, seed = settings.data, settings.training.seed
     reader = CachedReader(round(data.cache_gb * 2**30))
@@ -226,7 +229,6 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
 
 
 def _without(paths: Sequence[Path], others: Sequence[Path]) -> list[Path]:
-    """The paths that name none of the other files."""
     apart = {path.resolve() for path in others}
     kept = [path for path in paths if path.resolve() not in apart]
     if len(kept) < len(paths):
@@ -235,7 +237,7 @@ def _without(paths: Sequence[Path], others: Sequence[Path]) -> list[Path]:
 
 
 def choose_held_out(names: Sequence[str], fraction: float, seed: int) -> list[str]:
-    """The files to validate on, at least one: those whose names have the lowest hashes."""
+    """At least one, those whose names have the lowest hashes."""
     count = min(MOST_VALIDATION_IMAGES, max(1, round(fraction * len(names))))
     return sorted(
         names, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
@@ -243,11 +245,7 @@ def choose_held_out(names: Sequence[str], fraction: float, seed: int) -> list[st
 
 
 def make_model(settings: Settings, device: torch.device) -> UNet:
-    """The network on its device, with the weights it starts from if there are any.
-
-    Raises:
-        ValueError: those weights are of another enlargement, process or network.
-    """
+    """The network on its device; ValueError for initial weights of another scale, process or network."""
     torch.manual_seed(settings.training.seed)
     model, run = UNet.from_config(settings.network), settings.run
     if run.init_weights is not None:
@@ -260,7 +258,7 @@ def make_model(settings: Settings, device: torch.device) -> UNet:
 
 
 def _check_start(loaded: LoadedModel[UNet], settings: Settings, path: str) -> None:
-    """Refuse weights that mean something else in this run; say where they have learnt from other images."""
+    """Refuse weights that mean something else here."""
     scale, own_scale = float(loaded.network.scale), settings.degradation.scale
     if abs(scale - own_scale) > 1e-4:
         raise ValueError(
@@ -274,7 +272,7 @@ def _check_start(loaded: LoadedModel[UNet], settings: Settings, path: str) -> No
 
 
 def describe_model(model: UNet, settings: Settings, device: torch.device) -> str:
-    """torchinfo's table of the network for one training crop."""
+    """torchinfo's table, for one crop."""
     from torchinfo import summary
 
     size = settings.data.img_size
@@ -295,7 +293,7 @@ def describe_model(model: UNet, settings: Settings, device: torch.device) -> str
 
 
 def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path, Path]:
-    """Checkpoint and log folder: those of the resumed run, or new ones named after mode and time."""
+    """For checkpoints and log: the resumed run's, or new ones named after mode and time."""
     run = settings.run
     if checkpoint is not None:
         folder = checkpoint.path.resolve().parent
@@ -308,7 +306,6 @@ def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path
 def describe_run(
     settings: Settings, plan: BatchPlan, config: TrainingConfig, training: ImageDataset, images: int
 ) -> Iterator[str]:
-    """What a person should know before the first step."""
     yield f"{len(training)} training and {images} validation images, {len(training.left_out)} left out"
     yield f"{config.max_steps} steps of up to {plan.group_size} crops, {plan.steps_per_epoch} steps per epoch"
     if cast(int, config.max_steps) < FEWEST_STEPS:
@@ -320,7 +317,6 @@ def describe_run(
 
 
 def describe_resume(checkpoint: Checkpoint, config: TrainingConfig) -> Iterator[str]:
-    """Where a resumed run stands."""
     step, former = checkpoint.content["step"], checkpoint.content["training"]["max_steps"]
     yield f"resuming {checkpoint.path} at step {step} of {config.max_steps}"
     if step >= cast(int, config.max_steps):
@@ -334,7 +330,7 @@ def describe_resume(checkpoint: Checkpoint, config: TrainingConfig) -> Iterator[
 
 
 def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processes) -> int:
-    """Set everything up, train, and say what came of it; returns the exit status."""
+    """Set up, train, say what came of it; returns the exit status."""
     device, options = processes.device, settings.run
     say = functools.partial(print, flush=True) if processes.is_main else _say_nothing
     precision = autocast_dtype(device, options.precision)
@@ -387,11 +383,11 @@ def report_end(run: RunFiles, received: int | None, say: Callable[[str], None]) 
 
 
 def _say_nothing(message: str) -> None:
-    """What the processes that are not the main one print."""
+    """For processes that are not the main one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Returns the exit status."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         settings, checkpoint = parse(argv)

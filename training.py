@@ -1,8 +1,7 @@
 """The training loop, for any `loss(model, batch, generator) -> (B,)`.
 
-`train_step` is one optimiser step; `train` repeats it, validates, logs and saves. The data of a step and its
-random numbers are pure functions of (seed, step): nothing about a generator has to be stored, and a resumed
-run is the run that was never interrupted (as in EDM2, Karras et al. 2024).
+Data and random numbers are functions of (seed, step), so a resumed run is the uninterrupted one (as in EDM2,
+Karras et al. 2024).
 """
 
 import contextlib
@@ -15,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Never, Protocol, TypedDict, Unpack, cast
+from typing import Any, Literal, NamedTuple, Never, Protocol, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
@@ -33,33 +32,41 @@ from samplers import noise_seed
 
 logger = logging.getLogger(__name__)
 
-LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+LossFunction = Callable[[nn.Module, Any, torch.Generator], Tensor]
 MAX_SKIPPED_IN_A_ROW = 5
 
 
-class Samples(Protocol):
-    """A dataset the loop can train on, and can speak of when something goes wrong."""
+class Batch(Protocol):
+    """Samples as they are collated: a tensor, or a NamedTuple of tensors that moves like one."""
 
-    def __len__(self) -> int:
-        """How many samples an epoch has."""
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
+        """On another device."""
         ...
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+
+class Samples(Protocol):
+    """A dataset the loop can train on."""
+
+    def __len__(self) -> int:
+        """Of an epoch."""
+        ...
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
         """The sample of (epoch, index)."""
         ...
 
     def name(self, index: int) -> str:
-        """What a person calls the sample: its file."""
+        """Its file."""
         ...
 
     def failures(self) -> int:
-        """How many samples had to be replaced because they could not be read."""
+        """How many could not be read."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Options):
-    """How to train; a checkpoint carries it. None is filled in by `resolved`, from the length of the run."""
+    """`resolved` fills in None from the length of the run."""
 
     epochs: int = option(40, "passes over the images, one crop of each", low=1, fixed=False)
     max_steps: int | None = option(None, "optimiser steps, instead of epochs", low=1, fixed=False)
@@ -93,7 +100,6 @@ class TrainingConfig(Options):
     num_workers: int = option(0, "processes that read images; 0 reads them in this one", low=0, fixed=False)
 
     def resolved(self, steps_per_epoch: int) -> "TrainingConfig":
-        """The same with every None filled in."""
         max_steps = self.max_steps or self.epochs * steps_per_epoch
         validate_every = self.validate_every or max(1, max_steps // 20)
         return dataclasses.replace(
@@ -106,11 +112,11 @@ class TrainingConfig(Options):
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite; training cannot go on."""
+    """Too many steps in a row had no finite loss or gradient."""
 
 
 class WorkerError(RuntimeError):
-    """The data gave out: a process that reads it died, or nothing can be read any more; names the files."""
+    """A process that reads data died, or no data can be read; names the files."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -122,10 +128,7 @@ class WorkerError(RuntimeError):
 class BatchPlan:
     """Which samples each optimiser step uses: an epoch is one shuffled pass, its last group may be smaller.
 
-    Attributes:
-        length: number of samples in the dataset.
-        batch_size, accumulation_steps, seed: as in TrainingConfig.
-        world_size: processes that share a step.
+    `length` counts samples; `world_size` processes share a step.
     """
 
     length: int
@@ -136,21 +139,19 @@ class BatchPlan:
 
     @classmethod
     def of(cls, config: TrainingConfig, length: int, world_size: int = 1) -> "BatchPlan":
-        """The plan of a configuration."""
         return cls(length, config.batch_size, config.accumulation_steps, config.seed, world_size)
 
     @property
     def group_size(self) -> int:
-        """Samples per optimiser step, except for the last step of an epoch."""
+        """Samples of a step, except an epoch's last."""
         return self.batch_size * self.accumulation_steps * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in one pass over the data."""
         return math.ceil(self.length / self.group_size)
 
     def micro_batches(self, step: int) -> list[list[tuple[int, int]]]:
-        """The (epoch, index) pairs of each forward pass of a step, of all processes."""
+        """(epoch, index) pairs of each forward pass of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.length, self.seed, epoch)
         group = order[position * self.group_size : (position + 1) * self.group_size]
@@ -160,10 +161,10 @@ class BatchPlan:
         ]
 
     def of_rank(self, step: int, rank: int) -> list["MicroBatch"]:
-        """The forward passes of one process in a step: every world_size-th, as many for each process.
+        """A process's forward passes in a step, as many as each other one's.
 
-        A process for which none is left repeats the first one with no weight, so that all of them meet at
-        every exchange of gradients.
+        Where none is left, the first is repeated with no weight, so that all meet at every exchange of
+        gradients.
         """
         parts = self.micro_batches(step)
         samples = sum(len(part) for part in parts)
@@ -181,7 +182,7 @@ class BatchPlan:
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass: its number in the step, its (epoch, index) pairs, the weight of each loss."""
+    """One forward pass: number in the step, (epoch, index) pairs, weight of each loss."""
 
     number: int
     pairs: list[tuple[int, int]]
@@ -191,13 +192,13 @@ class MicroBatch(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(length: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of an epoch, a pure function of (seed, epoch)."""
+    """A permutation, a function of (seed, epoch)."""
     order: list[int] = np.random.default_rng((seed, epoch)).permutation(length).tolist()
     return order
 
 
 class PlannedBatches(Sampler[list[tuple[int, int]]]):
-    """Batch sampler over one process's micro-batches of steps [first_step, last_step)."""
+    """Batch sampler: one process's micro-batches of steps [first_step, last_step)."""
 
     def __init__(self, plan: BatchPlan, first_step: int, last_step: int, rank: int = 0) -> None:
         self.plan = plan
@@ -217,17 +218,14 @@ class PlannedBatches(Sampler[list[tuple[int, int]]]):
 
 @dataclass
 class TrainState:
-    """What changes from step to step, and is saved.
+    """What is saved of a run.
 
     Attributes:
-        model: the network being trained.
-        ema: the same network with averaged weights; what is validated and used.
-        optimizer: of the model's parameters.
-        optimizer_name: recorded so that its state is never read into another kind.
-        step: optimiser steps taken, skipped ones included.
-        best_psnr: of the averaged weights on the validation images, in dB.
-        skipped: steps whose loss or gradient was not finite.
-        wrapped: the model as several processes train it.
+        ema: the network with averaged weights, which is validated and used.
+        step: skipped ones included.
+        best_psnr: of `ema`, in dB.
+        skipped: steps without finite loss or gradient.
+        wrapped: for several processes.
     """
 
     model: nn.Module
@@ -240,7 +238,7 @@ class TrainState:
     wrapped: DistributedDataParallel | None = None
 
     def content(self) -> dict[str, object]:
-        """The entries of a checkpoint that belong to the loop."""
+        """The loop's entries of a checkpoint."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -252,7 +250,7 @@ class TrainState:
 
 
 def new_state(model: nn.Module, config: TrainingConfig) -> TrainState:
-    """A state at step 0. The model must already be on its device."""
+    """At step 0, of a model on its device."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = list(model.parameters())
     name = optimizer_for(config, parameters[0].device)
@@ -260,7 +258,7 @@ def new_state(model: nn.Module, config: TrainingConfig) -> TrainState:
 
 
 def optimizer_for(config: TrainingConfig, device: torch.device) -> str:
-    """The name of the optimiser, with "auto" decided."""
+    """Its name, "auto" decided."""
     if config.optimizer != "auto":
         return config.optimizer
     if device.type != "cuda":
@@ -274,7 +272,7 @@ def optimizer_for(config: TrainingConfig, device: torch.device) -> str:
 
 
 def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
-    """AdamW8bit of bitsandbytes; ValueError where that cannot be imported."""
+    """Of bitsandbytes; ValueError where that cannot be imported."""
     try:
         from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this optimiser alone
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
@@ -293,11 +291,7 @@ def _optimizer(name: str, parameters: list[nn.Parameter], config: TrainingConfig
 
 
 def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Continue where a checkpoint stopped: weights, average, optimiser, step.
-
-    Raises:
-        CheckpointError: it does not fit the model, or was written by another optimiser.
-    """
+    """CheckpointError: unfit, or of another optimiser."""
     path, content = checkpoint
     try:
         name, values = content["optimizer"]["name"], content["optimizer"]["state"]
@@ -319,7 +313,7 @@ def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up to the peak, then half a cosine to its final fraction (Loshchilov & Hutter 2017)."""
+    """Linear warm-up, then half a cosine (Loshchilov & Hutter 2017)."""
     assert config.max_steps is not None
     warmup_steps = config.warmup_steps or 0
     if step < warmup_steps:
@@ -330,7 +324,7 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def ema_decay_at(step: int, config: TrainingConfig) -> float:
-    """The decay, ramped up so that the average forgets the first steps quickly."""
+    """Ramped up to forget the first steps."""
     return min(config.ema_decay, (1 + step) / (10 + step))
 
 
@@ -350,14 +344,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 class StepReport(NamedTuple):
-    """One optimiser step.
-
-    Attributes:
-        loss: the mean over its samples.
-        grad_norm: of the gradient, before clipping.
-        finite: whether both are finite; the weights changed only then.
-        stop: whether any process asked to stop.
-    """
+    """Mean loss, gradient's norm before clipping, are both finite, did a process ask to stop."""
 
     loss: float
     grad_norm: float
@@ -368,7 +355,7 @@ class StepReport(NamedTuple):
 def train_step(
     state: TrainState,
     loss: LossFunction,
-    micro_batches: Iterator[tuple[MicroBatch, Tensor]],
+    micro_batches: Iterator[tuple[MicroBatch, Batch]],
     config: TrainingConfig,
     processes: Processes,
     precision: torch.dtype | None = None,
@@ -376,8 +363,7 @@ def train_step(
 ) -> StepReport:
     """One optimiser step; a step whose loss or gradient is not finite changes nothing.
 
-    Every sample weighs the same, however the step splits into micro-batches and processes. Gradients are
-    exchanged once, and the device is waited for once. `stopping` says whether this process wants to stop.
+    Every sample weighs the same; gradients are exchanged once, and the device is waited for once.
     """
     device, model = processes.device, state.model.train()
     generator, total = torch.Generator(device), torch.zeros((), device=device)
@@ -413,13 +399,12 @@ def train_step(
 
 
 class Validation(NamedTuple):
-    """What a validation found, all on the averaged weights.
+    """Of the averaged weights.
 
     Attributes:
-        psnr: mean over the validation images, in dB; the best checkpoint is chosen by it.
-        scalars: name -> value, for TensorBoard.
-        images: name -> (3, H, W) in [0, 1], for TensorBoard.
-        curves: name -> (right edges, heights) of the bars of a histogram, for TensorBoard.
+        psnr: in dB, chooses the best checkpoint.
+        scalars, images, curves: for TensorBoard: value, (3, H, W) in [0, 1], (right edges, heights) of a
+        histogram.
     """
 
     psnr: float
@@ -432,14 +417,12 @@ Validate = Callable[[nn.Module], Validation]
 
 
 class LoopOptions(TypedDict, total=False):
-    """How the loop runs; of no influence on what is learnt, but for the precision.
+    """How the loop runs.
 
     Attributes:
-        processes: this process among those of the run; None is a run of one process.
         precision: dtype to autocast the loss to, None for float32.
         validate: called with the averaged network, in every process.
-        progress: show a progress bar.
-        profile: write a trace of five steps into the log folder, for TensorBoard's profiler or Perfetto.
+        profile: trace five steps into the log folder.
     """
 
     processes: Processes | None
@@ -457,16 +440,14 @@ def train(
     run: RunFiles,
     **options: Unpack[LoopOptions],
 ) -> int | None:
-    """Train from state.step to config.max_steps; validate, log and save into `run` on the way.
+    """Train from state.step to config.max_steps; returns None, or the signal that ended it early.
 
-    Returns:
-        None when training is complete, or the number of the signal that ended it early. Either way the last
-        checkpoint holds the final state.
+    Either way the last checkpoint holds the final state.
 
     Raises:
-        NonFiniteError: too many non-finite steps in a row.
+        NonFiniteError: too many such steps in a row.
         WorkerError: the data gave out.
-        CheckpointError: a checkpoint could not be written.
+        CheckpointError: one could not be written.
     """
     processes = options.get("processes") or Processes(next(state.model.parameters()).device)
     plan = BatchPlan.of(config, len(dataset), processes.world_size)
@@ -498,7 +479,7 @@ def _recorded(
     batches: "_Batches",
     options: LoopOptions,
 ) -> Iterator["_Recorder"]:
-    """Catch signals, open the log and the progress bar, and close them."""
+    """Catch signals; open and close log and progress bar."""
     is_main = processes.is_main
     hidden = not (options.get("progress", True) and is_main)
     with (
@@ -520,14 +501,14 @@ class _Watch(NamedTuple):
     bar: "tqdm[Never]"
 
 
-class _Watched(Dataset[Tensor]):
+class _Watched(Dataset[Batch]):
     """A dataset that notes, where all processes see it, which sample each worker is reading."""
 
     def __init__(self, dataset: Samples, workers: int) -> None:
         self.dataset = dataset
         self.reading = torch.full((max(1, workers),), -1).share_memory_()
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
         worker = get_worker_info()
         slot = 0 if worker is None else worker.id
         self.reading[slot] = key[1]
@@ -536,16 +517,12 @@ class _Watched(Dataset[Tensor]):
         return sample
 
     def names(self) -> str:
-        """The samples that are being read."""
+        """Of what is being read."""
         return ", ".join(self.dataset.name(index) for index in self.reading.tolist() if index >= 0)
 
 
 class _Batches:
-    """The batches of one process, in order, from a single pass of workers over the whole run.
-
-    Attributes:
-        seconds_waited: for data, since it was last set to 0.
-    """
+    """One process's batches; `seconds_waited` since it was last set to 0."""
 
     def __init__(
         self, dataset: Samples, plan: BatchPlan, config: TrainingConfig, first_step: int, processes: Processes
@@ -563,12 +540,12 @@ class _Batches:
         self.iterator = iter(loader)
         self.seconds_waited = 0.0
 
-    def of(self, parts: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+    def of(self, parts: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Batch]]:
         """The micro-batches of a step with their samples, which must be those that come next."""
         for part in parts:
             started = time.perf_counter()
             try:
-                samples: Tensor = next(self.iterator)
+                samples: Batch = next(self.iterator)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise WorkerError(str(error)) from error
@@ -580,7 +557,6 @@ class _Batches:
             yield part, samples
 
     def names(self, parts: Sequence[MicroBatch]) -> str:
-        """The names of the samples of some micro-batches, separated by commas."""
         return ", ".join(self.dataset.name(index) for part in parts for _, index in part.pairs)
 
 
@@ -589,7 +565,7 @@ def _due(step: int, every: int | None, last: int | None) -> bool:
 
 
 class _Recorder:
-    """What follows a step as it falls due: curves, validation, checkpoints. Only the main process writes."""
+    """Curves, validation and checkpoints as they fall due. Only the main process writes."""
 
     def __init__(
         self,
@@ -615,11 +591,7 @@ class _Recorder:
         return self.signals.received is not None
 
     def after_step(self, report: StepReport, parts: Sequence[MicroBatch]) -> None:
-        """Log, validate and save what is due.
-
-        Raises:
-            NonFiniteError: too many steps in a row were skipped.
-        """
+        """NonFiniteError: too many steps in a row were skipped."""
         state, config = self.state, self.config
         self._after_step()
         self._bar.update()
@@ -639,7 +611,7 @@ class _Recorder:
 
     @contextlib.contextmanager
     def saving_what_is_sound(self) -> Iterator[None]:
-        """Save before the end where the data gave out: the state is that of the last whole step."""
+        """Save the last whole step where the data gave out."""
         try:
             yield
         except WorkerError:
@@ -656,7 +628,7 @@ class _Recorder:
             )
 
     def _log_curves(self, report: StepReport) -> None:
-        """The means since the last time."""
+        """Means since the last time."""
         now = time.perf_counter()
         values = {
             "loss": float(np.mean(self._losses)),
@@ -672,7 +644,7 @@ class _Recorder:
         self._samples, self._since, self.batches.seconds_waited = 0, now, 0.0
 
     def _validate(self, validate: Validate) -> None:
-        """Measure the averaged network; keep it if it is the best so far."""
+        """Keep the averaged network if it is the best so far."""
         started, step = time.perf_counter(), self.state.step
         found = validate(self.state.ema)
         self.log.scalars(step, {f"validation/{name}": value for name, value in found.scalars.items()})

@@ -23,7 +23,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class UNetConfig(Options):
-    """Everything needed to rebuild a UNet; a checkpoint carries it."""
+    """What rebuilds a UNet."""
 
     in_channels: int = option(3, "image channels of the noisy input", low=1)
     out_channels: int = option(3, "image channels of the prediction", low=1)
@@ -59,26 +59,23 @@ class UNetConfig(Options):
 
     @property
     def concatenates(self) -> bool:
-        """Whether the upscaled image is part of the input."""
         return self.conditioning in ("concat", "both")
 
     @property
     def cross_attends(self) -> bool:
-        """Whether transformer blocks attend to context tokens."""
         return self.conditioning in ("cross_attention", "both")
 
     @property
     def size_multiple(self) -> int:
-        """Pixels along a deepest token: inputs are padded to a multiple."""
+        """Pixels along a deepest token, to whose multiples inputs are padded."""
         return int(self.patch_size * 2 ** (len(self.dim_mults) - 1))
 
     def attends(self, level: int) -> bool:
-        """Whether a level has transformer blocks."""
         return level in {one % len(self.dim_mults) for one in self.attention_levels}
 
 
 class Condition(NamedTuple):
-    """What a restoration is conditioned on; leave out what the configuration does not use."""
+    """Without what the configuration does not use."""
 
     upscaled: Tensor | None = None  # (B, C, H, W) in [-1, 1]
     low_res: Tensor | None = None  # (B, C, h, w) in [-1, 1]
@@ -86,14 +83,14 @@ class Condition(NamedTuple):
 
 
 class Context(NamedTuple):
-    """An encoded Condition, for every denoising step of its images."""
+    """An encoded Condition, for every step."""
 
     features: Tensor | None = None  # (B, D_0, H / p, W / p) of the padded size, added after the stem
     keys_values: tuple[KeysValues, ...] = ()  # (B, heads, N, head width) each, for the blocks in order of use
 
 
 class Attention(nn.Module):
-    """Multi-head scaled dot-product attention (Vaswani et al. 2017, Eq. 1) whose output starts at 0."""
+    """Multi-head attention (Vaswani et al. 2017, Eq. 1) whose output starts at 0."""
 
     def __init__(self, dim: int, source_dim: int, head_dim: int) -> None:
         super().__init__()
@@ -121,7 +118,7 @@ class Attention(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention where a context is given, feed-forward: pre-normalised, added."""
+    """Self-attention, cross-attention, feed-forward: pre-normalised, added."""
 
     def __init__(self, dim: int, context_dim: int | None = None, *, head_dim: int = 32) -> None:
         super().__init__()
@@ -133,13 +130,13 @@ class BasicTransformerBlock(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """(B, N, E) context tokens -> what `forward` attends to at every step."""
+        """Of (B, N, E) tokens, for every step."""
         if self.cross_attention is None:
             raise ValueError("this BasicTransformerBlock was built without a context_dim")
         return self.cross_attention.keys_values(context)
 
     def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
-        """(B, M, dim) -> the same shape, attending to context tokens or their keys and values."""
+        """(B, M, dim) -> the same shape; context: tokens, or their keys and values."""
         normed = self.norm1(x)
         x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
         if context is not None:
@@ -152,7 +149,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class WindowTransformer(nn.Module):
-    """A BasicTransformerBlock over square windows, which may be shifted (Liu et al. 2021, section 3.2)."""
+    """A transformer block over square windows, maybe shifted (Liu et al. 2021, section 3.2)."""
 
     # The cost is linear in the pixels, a window of a photo sees as much as one of a training crop did, and
     # shifting every other block by half a side leaves no seam in one place.
@@ -189,7 +186,7 @@ class WindowTransformer(nn.Module):
 
 
 class ImageContextExtractor(nn.Module):
-    """An image of any size as grid * grid tokens: averages of convolutional features."""
+    """An image of any size as grid * grid tokens."""
 
     def __init__(self, in_channels: int = 3, context_dim: int = 512, grid: int = 4, width: int = 32) -> None:
         super().__init__()
@@ -214,7 +211,7 @@ class ImageContextExtractor(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The mean of the residual and the features that refining starts from (Whang et al. 2022, section 3)."""
+    """The residual's mean, and features to refine it from (Whang et al. 2022, section 3)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -228,7 +225,7 @@ class Predictor(nn.Module):
 
     @property
     def reach(self) -> int:
-        """Pixels from a window's edge where, with pixel normalisation, its mean is the whole image's."""
+        """Pixels from a window's edge where, with pixel norm, its mean is the image's."""
         return self.patch_size * (2 * len(self.blocks) + 2)  # the radius of all 3x3 convolutions
 
     def forward(self, folded: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,8 +239,6 @@ def _residual_blocks(width: int, count: int, config: UNetConfig) -> nn.Sequentia
 
 
 class ResidualStage(nn.Module):
-    """The residual blocks of one level."""
-
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, config: UNetConfig) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (config.blocks_per_level - 1)
@@ -261,10 +256,8 @@ class ResidualStage(nn.Module):
 class UNet(nn.Module):
     """Predicts a diffusion target from a noisy residual, its timestep and its image.
 
-    Residual blocks at every level, transformer blocks at some, skip connections (Ronneberger et al. 2015;
-    Ho et al. 2020, appendix B). Arguments: the fields of UNetConfig.
-
-    `scale` and `residual_std` (of residuals in [-2, 2]) travel with the weights; 0: not trained.
+    Residual and transformer blocks, skip connections (Ronneberger et al. 2015; Ho et al. 2020, appendix B);
+    takes the fields of UNetConfig. `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained.
     """
 
     residual_std: Tensor
@@ -285,27 +278,26 @@ class UNet(nn.Module):
 
     @classmethod
     def from_config(cls, config: UNetConfig | Mapping[str, object]) -> "UNet":
-        """A network of these options, with fresh weights."""
+        """With fresh weights."""
         values = config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config)
         return cls(**values.to_dict())
 
     @property
     def window_multiple(self) -> int:
-        """Windows of an image begin and end at multiples of this many pixels."""
+        """Windows begin and end at multiples of these pixels."""
         return self.config.size_multiple * max(1, self.config.attention_window)
 
     @property
     def image_channels(self) -> int:
-        """Channels of the images."""
         return self.config.in_channels
 
     @property
     def mean_reach(self) -> int:
-        """The reach of the predictor; 0 without one."""
+        """See Predictor; 0 without one."""
         return 0 if self.predictor is None else self.predictor.reach
 
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:
-        """(B, C, h, w) -> tokens (B, N, E), or None without cross-attention."""
+        """(B, C, h, w) -> (B, N, E), or None without cross-attention."""
         return None if self.context_extractor is None else self.context_extractor(low_res)
 
     def _build_inputs(self, config: UNetConfig, width: int) -> None:
@@ -355,12 +347,12 @@ class UNet(nn.Module):
         )
 
     def encode_context(self, condition: Condition) -> tuple[Context, Tensor | None]:
-        """What every step needs, made once, and the mean (B, C, H, W); ValueError if a part is missing."""
+        """What every step needs, and the mean (B, C, H, W); ValueError if a part is missing."""
         features, mean = self._features(condition)
         return Context(features, self._keys_values(condition)), mean
 
     def _features(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
-        """(B, D_0, H / p, W / p) and the mean, where the network has them."""
+        """(B, D_0, H / p, W / p) and the mean, where there are any."""
         if self.upscaled_stem is None and self.predictor is None:
             return None, None
         if condition.upscaled is None:
@@ -373,7 +365,7 @@ class UNet(nn.Module):
         return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
 
     def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
-        """Those of each transformer block, or ()."""
+        """Of each transformer block, or ()."""
         if self.context_extractor is None:
             return ()
         if condition.tokens is None and condition.low_res is None:
@@ -392,9 +384,9 @@ class UNet(nn.Module):
         """Predict the target (B, out_channels, H, W).
 
         Args:
-            noisy: (B, C, H, W) of any H and W, a residual of unit variance made noisy.
+            noisy: (B, C, H, W), a residual of unit variance made noisy.
             t: (B,) timesteps.
-            context: encoded or not, or tokens (B, N, E); None without conditioning.
+            context: encoded or not, or tokens (B, N, E).
         """
         if isinstance(context, Tensor):
             context = Condition(tokens=context)
@@ -435,7 +427,7 @@ class UNet(nn.Module):
         return x
 
     def _fold(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C p p, H / p, W / p), edges repeated to fill whole tokens."""
+        """(B, C, H, W) -> (B, C p p, H / p, W / p), edges repeated to whole tokens."""
         multiple = self.config.size_multiple
         bottom, right = (-image.shape[-2]) % multiple, (-image.shape[-1]) % multiple
         if bottom or right:
@@ -445,5 +437,5 @@ class UNet(nn.Module):
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of trainable values."""
+    """Of trainable values."""
     return sum(math.prod(parameter.shape) for parameter in model.parameters() if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""Network blocks, and the dataset that turns a folder of photos into training samples.
+"""Network blocks, and the dataset of training samples.
 
 Shapes: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, D width.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bicubic import upscale_image
+from bicubic import exact_scale, upscale_image
 from degradation import Bicubic, Degradation
 from imaging.files import UnreadableImageError, list_images, read_rgb, to_model_range
 from imaging.sizes import image_sizes
@@ -27,7 +27,7 @@ Norm = Literal["group", "pixel"]
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """Sines and cosines of t (Vaswani et al. 2017, section 3.5), of wavelengths 2 pi to 2 pi max_period."""
+    """Of t (Vaswani et al. 2017, section 3.5), of wavelengths 2 pi to 2 pi max_period."""
 
     frequencies: Tensor
 
@@ -63,7 +63,7 @@ class PixelNorm(nn.Module):
 
 
 def normalisation(norm: Norm, channels: int, groups: int = 8) -> nn.Module:
-    """PixelNorm, or GroupNorm (Wu & He 2018) of at most `groups` groups that divide the channels."""
+    """PixelNorm, or GroupNorm (Wu & He 2018) of at most `groups` groups."""
     if norm == "pixel":
         return PixelNorm(channels)
     if norm == "group":
@@ -74,8 +74,8 @@ def normalisation(norm: Norm, channels: int, groups: int = 8) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with normalisation and SiLU, added to the input (He et al. 2016).
 
-    A time embedding scales and shifts the second normalisation (Dhariwal & Nichol 2021, section 3). A new
-    block is the identity, or its 1x1 projection to another width.
+    A time embedding scales and shifts the second normalisation (Dhariwal & Nichol 2021, section 3). New, it
+    is the identity, or a 1x1 projection.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ResidualBlock(nn.Module):
 
 
 class MultiHeadAttentionBlock(nn.Module):
-    """Pre-normalised multi-head self-attention over all pixels, added to the input (Vaswani et al. 2017)."""
+    """Pre-normalised self-attention over all pixels, added (Vaswani et al. 2017)."""
 
     def __init__(self, channels: int, num_heads: int = 4, *, norm: Norm = "group", groups: int = 8) -> None:
         super().__init__()
@@ -136,7 +136,6 @@ class MultiHeadAttentionBlock(nn.Module):
 
 
 def zero_(layer: nn.Module) -> None:
-    """Set weight and bias to 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
@@ -146,7 +145,7 @@ Augmentation = Literal["none", "flip", "dihedral"]
 
 
 class Sample(NamedTuple):
-    """What the network trains on; images in [-1, 1]."""
+    """Images in [-1, 1]."""
 
     low_res: Tensor  # (..., 3, h, w)
     upscaled: Tensor  # (..., 3, H, W), clipped to [-1, 1]
@@ -154,23 +153,30 @@ class Sample(NamedTuple):
     residual: Tensor  # (..., 3, H, W) in [-2, 2], original - upscaled
 
 
-def degrade(
-    high_res: Tensor, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image
-) -> Sample:
-    """The sample of (..., 3, H, W) uint8, whose sides are whole multiples of the degradation's scale."""
-    low_res = to_model_range(degradation(high_res).float() / 255)
-    original = to_model_range(high_res.float() / 255)
-    upscaled = upscale_function(low_res, degradation.scale).clamp(-1, 1)
-    if upscaled.shape != original.shape:
-        raise ValueError(
-            f"the upscale function gave {tuple(upscaled.shape)} for an original of {tuple(original.shape)}: "
-            f"the sides must be whole multiples of the scale {degradation.scale:g}"
-        )
-    return Sample(low_res, upscaled, original, original - upscaled)
+class Crops(NamedTuple):
+    """Both resolutions of a crop or a batch of crops, uint8."""
+
+    low_res: Tensor  # (..., 3, h, w)
+    high_res: Tensor  # (..., 3, H, W)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Crops":
+        """On another device, as a tensor would be."""
+        return Crops(*(image.to(device, non_blocking=non_blocking) for image in self))
+
+    def sample(self, scale: float, upscale_function: UpscaleFunction = upscale_image) -> Sample:
+        """What the network trains on; ValueError unless the sides are whole multiples of the scale."""
+        low_res, original = (to_model_range(image.float() / 255) for image in self)
+        upscaled = upscale_function(low_res, scale).clamp(-1, 1)
+        if upscaled.shape != original.shape:
+            raise ValueError(
+                f"the upscale function gave {tuple(upscaled.shape)} for an original of "
+                f"{tuple(original.shape)}: the sides must be whole multiples of the scale {scale:g}"
+            )
+        return Sample(low_res, upscaled, original, original - upscaled)
 
 
 def check_crop_size(img_size: int, downscale_factor: float) -> None:
-    """ValueError unless a crop becomes a whole number of low-resolution pixels."""
+    """ValueError unless a crop becomes whole low-resolution pixels."""
     low_size = img_size / downscale_factor
     if img_size < 8 or not math.isclose(low_size, round(low_size), abs_tol=1e-6):
         raise ValueError(
@@ -237,24 +243,47 @@ class ImageDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> Sample:
         """The sample of an index or of (epoch, index)."""
-        return degrade(self.crop(index), self.degradation, self.upscale_function)
+        return self.pair(index).sample(self.downscale_factor, self.upscale_function)
+
+    def pair(self, index: int | tuple[int, int]) -> Crops:
+        """Both resolutions, (3, h, w) and (3, img_size, img_size): what the degradation made, cut."""
+        window, random = self._window(index)
+        low_res = self.degradation(window, random)
+        ratio = exact_scale(self.downscale_factor)
+        spare = [(n - self.img_size) // ratio.numerator for n in window.shape[-2:]]
+        places = [int(random.integers(rest + 1)) if self.train else rest // 2 for rest in spare]
+        low_size = round(self.img_size / ratio)
+        return Crops(
+            _cut(low_res, [place * ratio.denominator for place in places], low_size),
+            _cut(window, [place * ratio.numerator for place in places], self.img_size),
+        )
 
     def crop(self, index: int | tuple[int, int]) -> Tensor:
-        """The high-resolution crop alone, (3, img_size, img_size) uint8."""
+        """The high-resolution crop alone, (3, img_size, img_size) uint8, for what needs no margin."""
+        return self._window(index)[0]
+
+    def _window(self, index: int | tuple[int, int]) -> tuple[Tensor, np.random.Generator]:
+        """A crop with the degradation's margin, (3, H, W) uint8, and its generator for what follows."""
         epoch, position = index if isinstance(index, tuple) else (0, index)
         if not 0 <= position < len(self.paths):
             raise IndexError(f"index {position} of {len(self.paths)} images")
         random = np.random.default_rng((self.seed, epoch, position))
         pixels = self._read(position)
-        spare = [length - self.img_size for length in pixels.shape[:2]]
+        multiple = exact_scale(self.downscale_factor).numerator
+        margin = self.degradation.margin * self.downscale_factor
+        sizes = [
+            self.img_size + int(min(margin, n - self.img_size)) // multiple * multiple
+            for n in pixels.shape[:2]
+        ]
+        spare = [n - size for n, size in zip(pixels.shape[:2], sizes, strict=True)]
         top, left = (int(random.integers(rest + 1)) if self.train else rest // 2 for rest in spare)
-        window = pixels[top : top + self.img_size, left : left + self.img_size]
+        window = pixels[top : top + sizes[0], left : left + sizes[1]]
         augment = self.augment if self.train else "none"
         if augment != "none" and random.integers(2):
             window = window[:, ::-1]
         if augment == "dihedral":
             window = np.rot90(window, int(random.integers(4)))
-        return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
+        return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1))), random
 
     def _read(self, position: int) -> npt.NDArray[np.uint8]:
         """The image at a position, or the next that can be read."""
@@ -273,8 +302,8 @@ class ImageDataset(Dataset[Sample]):
         raise RuntimeError(f"none of the {len(self.paths)} images can be read any more")
 
 
-class CropDataset(Dataset[Tensor]):
-    """The crops of an ImageDataset: what workers send."""  # resizing then runs batched on the device
+class CropDataset(Dataset[Tensor | Crops]):
+    """The crops of an ImageDataset: what workers send. What is random is degraded here, the rest batched."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
@@ -282,9 +311,9 @@ class CropDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Tensor:
-        """(3, img_size, img_size) uint8."""
-        return self.images.crop(index)
+    def __getitem__(self, index: int | tuple[int, int]) -> Tensor | Crops:
+        """(3, img_size, img_size) uint8, with its low resolution where its degradation is random."""
+        return self.images.pair(index) if self.images.degradation.random else self.images.crop(index)
 
     def name(self, index: int) -> str:
         """The path of the image."""
@@ -293,6 +322,11 @@ class CropDataset(Dataset[Tensor]):
     def failures(self) -> int:
         """How many images turned unreadable."""
         return int(self.images.failed.sum())
+
+
+def _cut(image: Tensor, place: Sequence[int], size: int) -> Tensor:
+    """(..., size, size) from the row and column of its corner."""
+    return image[..., place[0] : place[0] + size, place[1] : place[1] + size].contiguous()
 
 
 def _usable(

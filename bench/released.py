@@ -8,47 +8,68 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bench.tables import table
+from degradation import Kind
 from engine.checkpoint import released_model
 from engine.device import select_device
 from evaluation.config import EvaluationConfig
 from evaluation.evaluation import TrainedModel, evaluate
 from evaluation.images import ImageSet
-from evaluation.report import Scores
 from evaluation.table import BY_NAME
 from imaging.atomic import write_text_atomically
-from restoration import RestoreConfig
+from restoration import PRESETS, RestoreConfig
 
 RESULTS = Path("weights/RESULTS.md")
-# (scale, set): the numbers of steps; ten steps of x2 on BSD100 would take a quarter of an hour on one core.
-MEASURED = {(4, "Set5"): (1, 4, 10), (4, "BSD100"): (1, 10), (2, "Set5"): (1, 10), (2, "BSD100"): (1,)}
-CONSISTENT = {(4, "Set5"): (1, 10), (2, "Set5"): (1, 10)}
-METRICS = [BY_NAME[name] for name in ("psnr", "ssim", "lr_psnr", "hf_energy", "swd")]
+METRICS = [BY_NAME[name] for name in ("psnr", "ssim", "lr_psnr", "lpips", "hf_energy", "swd")]
+MODES: dict[str, RestoreConfig] = {mode: RestoreConfig(mode=mode) for mode in PRESETS}
+CONSISTENT: dict[str, RestoreConfig] = {
+    f"{mode}, consistent": RestoreConfig(mode=mode, consistency=True) for mode in ("fidelity", "detail")
+}
 
 
-def as_cells(row: Scores, label: str) -> list[str]:
-    """One line of the table."""
-    return [label, *(metric.print(row[metric.name]) for metric in METRICS)]
+class Case(NamedTuple):
+    """One table: a set of images under a degradation, and the weights and modes that restore them."""
+
+    images: str
+    scale: int
+    degradation: Kind
+    rows: dict[str, list[str]]  # kind of the weights: modes
 
 
-def measure(scale: int, name: str, weights: Path, photos: Path, device: torch.device) -> list[str]:
-    """The lines of one model on one set."""
-    config = EvaluationConfig(scale, lpips=False)
-    images = ImageSet(photos / "test" / name, config)
-    steps, consistent = MEASURED[scale, name], CONSISTENT.get((scale, name), ())
-    plural = {count: f"{count} step{'s' if count > 1 else ''}" for count in (*steps, *consistent)}
-    model = TrainedModel(weights, device)
-    methods = {plural[count]: model.method(RestoreConfig(steps=count), scale) for count in steps}
-    for count in consistent:
-        how = RestoreConfig(steps=count, consistency=True)
-        methods[f"{plural[count]}, consistent"] = model.method(how, scale)
-    report = evaluate(images, config, list(methods.values()), progress=True)
+CASES = (
+    Case("Set5", 4, "bicubic", {"clean": [*MODES, *CONSISTENT], "photo": ["fidelity"]}),
+    Case("BSD100", 4, "bicubic", {"clean": list(MODES)}),
+    *(
+        Case("Set5", 4, degradation, {"clean": ["fidelity", "detail"], "photo": list(MODES)})
+        for degradation in ("light", "photo", "heavy")
+    ),
+    Case("BSD100", 4, "photo", {"clean": ["fidelity"], "photo": ["fidelity", "detail"]}),
+    Case("Set5", 2, "bicubic", {"clean": [*MODES, *CONSISTENT]}),
+    Case("BSD100", 2, "bicubic", {"clean": ["fidelity"]}),
+)
+
+
+def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
+    """The lines of one table."""
+    config = EvaluationConfig(case.scale, degradation=case.degradation)
+    images = ImageSet(photos / "test" / case.images, config)
+    methods = {}
+    for kind, modes in case.rows.items():
+        model = TrainedModel(released_model(case.scale, kind), device)
+        for mode in modes:
+            methods[f"{kind}, {mode}"] = model.method((MODES | CONSISTENT)[mode], case.scale)
+    report = evaluate(images, config, list(methods.values()), device=device, progress=True)
     headings = ["method", *(metric.heading for metric in METRICS)]
-    rows = [as_cells(*pair) for pair in zip(report.rows, ["bicubic", *methods], strict=True)]
-    return [f"## {name}, x{scale}", "", *table(headings, rows)]
+    rows = [
+        [label, *(metric.print(row[metric.name]) for metric in METRICS)]
+        for label, row in zip(["bicubic", *methods], report.rows, strict=True)
+    ]
+    shrunk = "" if case.degradation == "bicubic" else f", degraded: {case.degradation}"
+    return [f"## {case.images}, x{case.scale}{shrunk}", "", *table(headings, rows)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("SR_DATA must name a folder with test/Set5 and test/BSD100")
     device = select_device(args.device)
     lines = ["# Results of the released weights", "", "Made by `make results`, seed 0, float32.", ""]
-    for scale, name in MEASURED:
-        weights = released_model(scale)
-        lines += measure(scale, name, weights, Path(os.environ["SR_DATA"]), device)
+    for case in CASES:
+        lines += measure(case, Path(os.environ["SR_DATA"]), device)
     text = "\n".join(lines)
     print(text)
     write_text_atomically(args.out, text)

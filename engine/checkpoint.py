@@ -1,15 +1,14 @@
-"""Files that hold a model: written whole or not at all, verified when read, enough to rebuild the network.
+"""Files that hold a model: written whole or not at all, verified when read.
 
 A checkpoint (.pth) is a dict that loads with `weights_only=True`:
 
-    format, version    of this layout, and of the project that wrote it
-    network, process, objective, degradation, training, data, run     one section per class of options
+    format, version    of this layout, and of the project
+    network, process, objective, degradation, training, data, run     a section per class of options
     model, ema         state dicts: trained and averaged weights
     optimizer          {"name", "state"}
     step, best_psnr, skipped        see training.TrainState
 
-An exported model (.safetensors) has the averaged weights in half precision, the sections it needs as JSON,
-and a checksum.
+An exported model (.safetensors): averaged weights in half precision, sections as JSON, a checksum.
 """
 
 import hashlib
@@ -33,10 +32,11 @@ READABLE = (1, FORMAT)  # what models can be read from; format 1 cannot be resum
 StateDict = Mapping[str, Tensor]
 NOT_A_CHECKPOINT = "is not a checkpoint of this project"
 RELEASED = Path(__file__).parent.parent / "weights"
+KINDS = {"clean": "x", "photo": "photo_x"}  # released weights, and how their names begin
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or does not fit; names the file and the remedy."""
+    """Missing, damaged or unfit; names the file and the remedy."""
 
 
 class Checkpoint(NamedTuple):
@@ -50,12 +50,9 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class LoadedModel(NamedTuple, Generic[NetworkT]):
-    """A network rebuilt from its file, in evaluation mode, with the averaged weights.
+    """A network in evaluation mode, with the averaged weights, and what it was trained for.
 
-    Attributes:
-        process: options of diffusion.ProcessConfig.
-        degradation: its options; empty in files of format 1, which are all bicubic.
-        step: optimiser steps it was trained for.
+    `process` are options of diffusion.ProcessConfig; `degradation` is empty (bicubic) in format 1.
     """
 
     network: NetworkT
@@ -65,7 +62,7 @@ class LoadedModel(NamedTuple, Generic[NetworkT]):
 
 
 def save_checkpoint(path: Path, content: dict[str, object]) -> None:
-    """Write atomically; where that fails, CheckpointError, and an old file is intact."""
+    """Write atomically; CheckpointError, and an old file is intact."""
 
     whole = {"format": FORMAT, "version": VERSION, **content}
     try:
@@ -77,11 +74,7 @@ def save_checkpoint(path: Path, content: dict[str, object]) -> None:
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint after verifying every byte of it.
-
-    Raises:
-        CheckpointError: missing, altered, not one of ours, or of another version.
-    """
+    """Read and verify every byte; CheckpointError: missing, altered, foreign, or of another version."""
     path = Path(path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no file"
@@ -107,7 +100,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 
 def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """A checkpoint whose training can go on; CheckpointError where it cannot."""
+    """CheckpointError where training cannot go on from it."""
     content = load_checkpoint(path, device)
     if content["format"] != FORMAT:
         raise CheckpointError(
@@ -117,7 +110,7 @@ def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint, or None."""
+    """What is wrong with the bytes, or None."""
     try:  # torch.load does not compare the checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -127,14 +120,14 @@ def _damage(path: Path) -> str | None:
 
 
 def _offer_instead(path: Path) -> str:
-    """The newest intact checkpoint beside a damaged one."""
+    """The newest intact checkpoint beside it."""
     others = sorted(path.parent.glob("*_step*.pth"), reverse=True)
     intact = next((other for other in others if not other.samefile(path) and _damage(other) is None), None)
     return f"{intact} is intact" if intact else "there is no intact one by step beside it"
 
 
 def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> None:
-    """Copy weights into the model, all or none; CheckpointError names what does not fit."""
+    """All or none; CheckpointError names what does not fit."""
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in weights]
     problems += [f"unknown {key}" for key in weights if key not in own]
@@ -152,13 +145,11 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
 def load_model(
     path: str | Path, network: type[NetworkT], device: torch.device | str = "cpu"
 ) -> LoadedModel[NetworkT]:
-    """Rebuild the network of a checkpoint or of an exported model, with its averaged weights.
+    """Rebuild a network from a checkpoint or an exported model, with its averaged weights.
 
-    Args:
-        network: its class; `network.from_config(options)` builds one, whose `config` gives the options.
+    `network.from_config(options)` builds it; its `config` has the options.
 
-    Raises:
-        CheckpointError: the file is missing, damaged, or lacks what a model needs.
+    CheckpointError: missing, damaged, or no model.
     """
     path = Path(path)
     content = _read_safetensors(path) if _is_safetensors(path) else load_checkpoint(path)
@@ -173,20 +164,28 @@ def load_model(
     return LoadedModel(rebuilt, process, content.get("degradation", {}), step)
 
 
-def released_model(scale: float = 4) -> Path:
-    """The weights that come with the project for this enlargement; CheckpointError if none do."""
-    path = RELEASED / f"x{scale:g}.safetensors"
+def released_scales(kind: str = "clean") -> list[float]:
+    """The enlargements that the project has weights for, of KINDS."""
+    beginning = KINDS[kind]
+    return sorted(
+        float(path.stem.removeprefix(beginning)) for path in RELEASED.glob(f"{beginning}*.safetensors")
+    )
+
+
+def released_model(scale: float = 4, kind: str = "clean") -> Path:
+    """The project's own weights for this enlargement, of KINDS; CheckpointError if there are none."""
+    path = RELEASED / f"{KINDS[kind]}{scale:g}.safetensors"
     if not path.is_file():
-        there = ", ".join(sorted(found.stem for found in RELEASED.glob("x*.safetensors"))) or "none"
+        there = ", ".join(f"x{known:g}" for known in released_scales(kind)) or "none"
         raise CheckpointError(
-            f"no weights for x{scale:g} come with the project (there are: {there}); train your own "
+            f"no {kind} weights for x{scale:g} come with the project (there are: {there}); train your own "
             "with train_diffusion.py and give their --weights_path"
         )
     return path
 
 
 def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
-    """Write the averaged weights in half precision with what rebuilds the network, atomically."""
+    """Write what rebuilds the network, in half precision, atomically."""
     from safetensors.torch import save
 
     keep = {"residual_std", "scale"}  # two numbers that every pixel depends on stay in single precision
@@ -221,7 +220,7 @@ def _first_bytes(path: Path, count: int) -> bytes:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By content where there is a file: a renamed model loads."""
+    """By content where there is a file."""
     named = path.suffix.lower() == ".safetensors"
     if not path.is_file():
         return named

@@ -14,11 +14,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        ValueError: an unknown name, or a device that this machine lacks.
-    """
+    """The device of that name; "auto": CUDA, then MPS, then the CPU; ValueError if it is missing."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
@@ -31,10 +27,9 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
-    """The dtype to autocast to, or None for float32; "auto" is bfloat16 on a GPU that has it natively.
+    """The dtype to autocast to, None for float32; "auto": bfloat16 where a GPU has it natively.
 
-    Raises:
-        ValueError: an unknown precision, or bf16 that cannot be had.
+    ValueError for an unknown precision, or bf16 that cannot be had.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision must be auto, fp32 or bf16, not {precision!r}")
@@ -49,7 +44,6 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM  # of mapping a file
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -60,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def compile_network(network: nn.Module, device: torch.device) -> bool:
-    """Compile in place, once per shape; False, with a warning, where there is no working compiler."""
+    """Compile in place; False, with a warning, where there is no working compiler."""
     try:
         torch.compile(torch.square)(torch.ones(16, device=device))
     except (RuntimeError, OSError) as error:

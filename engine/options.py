@@ -1,10 +1,8 @@
-"""Options as dataclass fields: what a field says of itself becomes its flag, check, help text and record.
+"""Options as dataclass fields, from which flags, checks, help texts and records are derived.
 
-    @dataclass(frozen=True)
-    class Config(Options):
-        batch_size: int = option(32, "samples per forward pass", low=1)
-
-A new option is one field here and one line where it is used.
+@dataclass(frozen=True)
+class Config(Options):
+    batch_size: int = option(32, "samples per forward pass", low=1)
 """
 
 import argparse
@@ -22,7 +20,7 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 
 
 class OptionError(ValueError):
-    """A value that an option, `field`, cannot take; `rule` says in words what it can."""
+    """A value that the option `field` cannot take; `rule` says what it can."""
 
     def __init__(self, name: str, value: object, rule: str) -> None:
         super().__init__(f"{name} is {value!r}: {rule}")
@@ -30,7 +28,7 @@ class OptionError(ValueError):
 
 
 class Spec(NamedTuple):
-    """What an option says of itself; see `option`."""
+    """See `option`."""
 
     default: Any
     help: str
@@ -43,7 +41,7 @@ class Spec(NamedTuple):
     fixed: bool
 
     def limits(self) -> list[tuple[float, Callable[[float, float], bool], str]]:
-        """Each limit, the relation that values have to it, and that in words."""
+        """Limit, relation of values to it, and that in words."""
         every = (
             (self.low, operator.ge, "of at least"),
             (self.above, operator.gt, "above"),
@@ -67,20 +65,19 @@ def option(
     """A dataclass field that is an option.
 
     Args:
-        default: dataclasses.MISSING for an option that must be given.
-        help: one line for people.
-        flag: its command-line flag, if not the field's name.
-        low, above, high: the smallest value, one it must exceed, the largest; numbers must be finite.
-        choices: the values it may have, if its type is no Literal.
-        may_be_empty: whether a tuple may be.
-        fixed: whether a resumed run must keep its value.
+        default: dataclasses.MISSING if it must be given.
+        flag: if not the field's name.
+        low, above, high: the smallest value, one to exceed, the largest.
+        choices: if the type is no Literal.
+        may_be_empty: of a tuple.
+        fixed: a resumed run must keep it.
     """
     spec = Spec(default, help, flag, low, above, high, choices, may_be_empty, fixed)
     return field(default=default, metadata={"spec": spec})
 
 
 class Options:
-    """Base of frozen dataclasses of options; checks every value when built."""
+    """Base of frozen dataclasses of options, checked when built."""
 
     def __post_init__(self) -> None:
         kinds = _kinds(type(self))
@@ -97,10 +94,9 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """The inverse of `to_dict`; what is missing, as in older files, has its default.
+        """The inverse of `to_dict`; what is missing has its default.
 
-        Raises:
-            ValueError: an unknown name, or a wrong value (OptionError).
+        ValueError: an unknown name, or a wrong value (OptionError).
         """
         unknown = set(values) - set(specs(cls))
         if unknown:
@@ -109,13 +105,12 @@ class Options:
 
 
 def specs(kind: type[Options]) -> dict[str, Spec]:
-    """The options of a class by name."""
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every subclass is a dataclass
     return {one.name: one.metadata["spec"] for one in fields if "spec" in one.metadata}
 
 
 def flag_of(kind: type[Options], name: str) -> str:
-    """The command-line flag, without dashes."""
+    """Without dashes."""
     return specs(kind)[name].flag or name
 
 
@@ -129,12 +124,7 @@ def add_flags(
     skip: Sequence[str] = (),
     defaults: Mapping[str, object] = types.MappingProxyType({}),
 ) -> None:
-    """Give a parser a flag for every option of a class.
-
-    Args:
-        skip: options without a flag.
-        defaults: other defaults than the fields', by option.
-    """
+    """A flag for every option but `skip`; `defaults` win over the fields'."""
     for name, spec in specs(kind).items():
         if name in skip:
             continue
@@ -154,7 +144,7 @@ def add_flags(
 
 
 def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -> OptionsT:
-    """The options of a class from parsed flags, over which `given` wins; OptionError for a wrong value."""
+    """Options from parsed flags, over which `given` wins; OptionError."""
     values = {
         name: getattr(args, flag_of(kind, name)) for name in specs(kind) if hasattr(args, flag_of(kind, name))
     }
@@ -162,7 +152,7 @@ def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -
 
 
 def with_flag(error: OptionError, kinds: Sequence[type[Options]]) -> str:
-    """The message of an error, naming the flag if there is one."""
+    """The message, naming the flag if there is one."""
     flag = next((flag_of(kind, error.field) for kind in kinds if error.field in specs(kind)), None)
     return str(error) if flag is None else f"--{flag} is {error.value!r}: {error.rule}"
 
@@ -201,7 +191,7 @@ def _kind(annotation: Any) -> _Kind:  # noqa: ANN401  # annotations have no type
 
 
 def _check(name: str, value: object, kind: _Kind, spec: Spec) -> None:
-    """OptionError for another type, a value out of range, or one not in the list."""
+    """OptionError for a wrong type, range or choice."""
     if value is None and kind.optional:
         return
     if kind.many and not (isinstance(value, tuple) and (value or spec.may_be_empty)):

@@ -1,9 +1,11 @@
-"""One training run in many processes, one per device, as torchrun starts them."""
+"""One run in many processes, one per device, as torchrun starts them."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,12 +13,13 @@ from torch import Tensor
 
 from engine.device import select_device
 
+T = TypeVar("T")
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed, from torchrun
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all `world_size` of the run; `rank` counts from 0."""
+    """This process among all `world_size` of the run."""
 
     device: torch.device
     rank: int = 0
@@ -24,18 +27,25 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files, logs and messages."""
+        """Whether it writes files, logs and messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place; every one must call it."""
+        """Over all processes, in place; every one must call it."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; every one must call it."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return cast(list[T], values)
+
 
 def _world_size() -> int:
-    """How many torchrun started; 1 without it."""
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"WORLD_SIZE is {given!r}: it must be a number of processes; torchrun sets it")
@@ -48,8 +58,12 @@ def _world_size() -> int:
 
 
 @contextmanager
-def started_processes(device_name: str) -> Iterator[Processes]:
+def started_processes(device_name: str, patience: timedelta | None = None) -> Iterator[Processes]:
     """Join the other processes (CPUs by gloo, CUDA by NCCL); alone without torchrun.
+
+    Args:
+        device_name: see select_device.
+        patience: how long to wait for each other; by default as long as torch.distributed does.
 
     Raises:
         ValueError: the device is missing, or cannot be shared by processes.
@@ -60,11 +74,11 @@ def started_processes(device_name: str) -> Iterator[Processes]:
         yield Processes(device)
         return
     if device.type == "mps":
-        raise ValueError("several processes cannot train on mps: use --device cpu")
+        raise ValueError("several processes cannot share mps: use --device cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield Processes(device, dist.get_rank(), world_size)
     finally:

@@ -8,8 +8,7 @@ from pathlib import Path
 def expand_recipes(arguments: Sequence[str]) -> list[str]:
     """Replace every @file by its flags: quotes, # comments, and @files relative to it.
 
-    Raises:
-        ValueError: names file and line.
+    ValueError names file and line.
     """
     return [
         flag

@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import save_checkpoint
 from engine.options import Plain
+
+if TYPE_CHECKING:
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +28,7 @@ logger = logging.getLogger(__name__)
 class RunFiles:
     """The checkpoints of one run, `{name}_best.pth` and `{name}_last.pth` in a folder of its own.
 
-    Attributes:
-        sections: of plain values, by name, in every checkpoint.
-        others: further entries of every checkpoint.
+    `sections` (plain values, by name) and `others` are in each.
     """
 
     checkpoint_dir: Path
@@ -38,24 +39,21 @@ class RunFiles:
 
     @property
     def best(self) -> Path:
-        """The highest validation PSNR."""
         return self.checkpoint_dir / f"{self.name}_best.pth"
 
     @property
     def last(self) -> Path:
-        """The newest."""
         return self.checkpoint_dir / f"{self.name}_last.pth"
 
     def numbered(self) -> list[Path]:
-        """Those kept by step, the lowest first."""
+        """By step, the lowest first."""
         return sorted(self.checkpoint_dir.glob(f"{self.name}_step*.pth"))
 
     def save_best(self, content: dict[str, object]) -> None:
-        """Write the best, atomically."""
         save_checkpoint(self.best, {**self.sections, **self.others, **content})
 
     def save_last(self, content: dict[str, object], step: int, keep: int) -> None:
-        """Write a numbered checkpoint, make `last` a name of it, and keep the `keep` newest."""
+        """Write a numbered checkpoint, name it `last`, and keep the `keep` newest."""
         path = self.checkpoint_dir / f"{self.name}_step{step:09d}.pth"
         save_checkpoint(path, {**self.sections, **self.others, **content})
         _link(self.last, path)
@@ -77,7 +75,7 @@ def _link(name: Path, target: Path) -> None:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder that no other run has: `name`, or `name-2` and so on."""
+    """`name`, or `name-2` and so on: a folder that no other run has."""
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         try:
@@ -91,11 +89,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, and remove what a killed run left half-written.
-
-    Raises:
-        ValueError: another run holds it.
-    """
+    """Hold a run's folder, cleared of half-written files; ValueError if another run holds it."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
@@ -114,17 +108,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class RunLogger:
-    """The TensorBoard log of a run; where it cannot be written, it ends with a warning.
-
-    Args:
-        is_main: whether this process writes.
-        step: where the run begins; what was logged beyond it is hidden.
-        sections: settings.
-    """
+    """A run's TensorBoard log, hidden beyond `step`; where it cannot be written, it ends with a warning."""
 
     def __init__(
         self, log_dir: Path, is_main: bool, step: int, sections: Mapping[str, dict[str, Plain]]
     ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # half a second that only training needs
+
         self._settings = {
             f"{section}/{name}": value
             for section, values in sections.items()
@@ -136,7 +126,7 @@ class RunLogger:
                 self._writer = SummaryWriter(str(log_dir), purge_step=step + 1 if step else None)
         rows = [f"| {name} | {value} |" for name, value in self._settings.items()]
         table = "\n".join(["| setting | value |", "|---|---|", *rows])
-        self._write(SummaryWriter.add_text, "configuration", table)
+        self._write("add_text", "configuration", table)
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -144,41 +134,40 @@ class RunLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._write(SummaryWriter.close)
+        self._write("close")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Name -> value."""
         for name, value in values.items():
-            self._write(SummaryWriter.add_scalar, name, value, step)
+            self._write("add_scalar", name, value, step)
 
     def images(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Name -> (3, H, W) in [0, 1]."""
         for name, image in values.items():
-            self._write(SummaryWriter.add_image, name, image, step)
+            self._write("add_image", name, image, step)
 
     def bars(self, step: int, values: Mapping[str, tuple[list[float], list[float]]]) -> None:
         """Name -> (right edges, heights) of a histogram."""
         for name, (edges, heights) in values.items():
             total = sum(heights)
             numbers = (0.0, edges[-1], total, total, total, edges, heights)
-            self._write(SummaryWriter.add_histogram_raw, name, *numbers, step)
+            self._write("add_histogram_raw", name, *numbers, step)
 
     def flush(self) -> None:
-        """Let a viewer see what was written so far."""
-        self._write(SummaryWriter.flush)
+        self._write("flush")
 
     def finish(self, step: int, found: Mapping[str, float]) -> None:
-        """Enter settings and results into the table of hyper-parameters."""
+        """Settings and results, for the table of hyper-parameters."""
         settings = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in self._settings.items()
         }
-        self._write(SummaryWriter.add_hparams, settings, dict(found), None, ".", step)
+        self._write("add_hparams", settings, dict(found), None, ".", step)
 
-    def _write(self, method: Callable[..., object], *values: object) -> None:
+    def _write(self, method: str, *values: object) -> None:
         with self._warning_once():
             if self._writer is not None:
-                method(self._writer, *values)
+                getattr(self._writer, method)(*values)
 
     @contextmanager
     def _warning_once(self) -> Iterator[None]:
@@ -191,7 +180,7 @@ class RunLogger:
 
 @contextmanager
 def profiled(wanted: bool, log_dir: Path, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Trace steps 6 to 10; gives what is to be called after each step."""
+    """Trace steps 6 to 10; gives what to call after each step."""
     if not wanted:
         yield lambda: None
         return

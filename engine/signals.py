@@ -14,7 +14,7 @@ STOPPING = tuple(
 
 
 class StopSignals:
-    """While entered, signals are only noted, the first as `received`; a second SIGINT stops at once."""
+    """Only notes signals, the first as `received`; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -1,7 +1,7 @@
-"""Measure bicubic, trained models and any other way to restore on a set of images: one row per method.
+"""Measure bicubic, trained models and any other restorer on a set of images.
 
-A restorer is any callable low_res (C, h, w) in [0, 1] -> restored (C, H, W) in [0, 1], C 1 (grey) or 3 (RGB);
-its results are rounded to uint8 before they are measured.
+A restorer maps low_res (C, h, w) in [0, 1] to (C, H, W) in [0, 1], C 1 or 3, rounded to uint8 before
+measuring.
 """
 
 import math
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bicubic import resize
 from diffusion import ProcessConfig
 from engine.checkpoint import load_model
+from engine.processes import Processes
 from evaluation.config import EvaluationConfig
 from evaluation.images import ImageSet, Picture, printable
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
@@ -28,6 +29,7 @@ from evaluation.table import METRICS, Conditions, Pair
 from evaluation.wasserstein import PatchPair, patch_count, patch_positions, pyramid_patches
 from imaging.files import pixels_to_unit, unit_to_pixels
 from restoration import RestoreConfig, Restorer
+from restoration.rescaled import restorer_to
 from unet import UNet
 
 CPU = torch.device("cpu")
@@ -39,7 +41,7 @@ IMAGE_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 class Estimate(NamedTuple):
-    """What a restorer that averages samples may give: (C, H, W) in [0, 1], and their deviation (H, W)."""
+    """(C, H, W) in [0, 1], and the samples' deviation (H, W)."""
 
     restored: Tensor
     deviation: Tensor | None = None
@@ -47,7 +49,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One row: how it is called, the restorer, and where it computes, to tell its time and memory."""
+    """One row; `device` is where it computes."""
 
     label: Label
     restore: Callable[[Tensor], Tensor | Estimate]
@@ -55,7 +57,7 @@ class Method:
 
 
 def bicubic_method(config: EvaluationConfig) -> Method:
-    """Bicubic of 8-bit images, on the CPU: its row is the same to the last digit wherever others compute."""
+    """Of 8-bit images, on the CPU: the same to the last digit everywhere."""
 
     def restore(low_res: Tensor) -> Tensor:
         return resize(to_uint8(low_res), scale=config.scale, border=config.border).float() / 255
@@ -64,12 +66,9 @@ def bicubic_method(config: EvaluationConfig) -> Method:
 
 
 class TrainedModel:
-    """A checkpoint (.pth) or an exported model (.safetensors), and how to compute with it.
+    """A checkpoint (.pth) or an exported model (.safetensors), or CheckpointError.
 
-    Args:
-        path: the file; CheckpointError where it is not a model.
-        device: where to compute.
-        precision: dtype to autocast to, None for float32.
+    `precision`: dtype to autocast to, None for float32.
     """
 
     def __init__(
@@ -79,14 +78,9 @@ class TrainedModel:
         self.path, self.device, self.precision = Path(path), device, precision
 
     def method(self, how: RestoreConfig, scale: float) -> Method:
-        """Restoring as infer.py does; ValueError for what the network cannot do, such as another scale."""
-        trained = float(self.loaded.network.scale)
-        if abs(trained - scale) > 1e-4:
-            raise ValueError(
-                f"{self.path.name} was trained for scale {trained:g}, not {scale:g}: "
-                f"use --scale {trained:g} or another model"
-            )
-        restorer = Restorer(self.loaded, how, self.device, self.precision)
+        """Restoring as infer.py does, to any scale; ValueError for what the network cannot do."""
+        own = Restorer(self.loaded, how, self.device, self.precision)
+        restorer = restorer_to(scale, [own])
         samples = how.budget.num_images
 
         def restore(low_res: Tensor) -> Estimate:
@@ -94,21 +88,22 @@ class TrainedModel:
             deviation = None if found.deviation is None else torch.from_numpy(found.deviation)
             return Estimate(pixels_to_unit(found.pixels), deviation)
 
-        label = Label(how.mode or "model", how.scheduler, restorer.step_count, samples)
+        method = how.mode or ("model" if how.detail is None else f"detail {how.detail:g}")
+        label = Label(method, how.scheduler, own.step_count, samples)
         return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:
-        """What identifies the model and how it is computed."""
         process = ProcessConfig.from_dict(self.loaded.process)
         return {
             "file": printable(self.path.name),
             "sha256": file_digest(self.path),
+            "scale": float(self.loaded.network.scale),
             "steps_trained": self.loaded.step,
             "parameters": sum(parameter.numel() for parameter in self.loaded.network.parameters()),
             "mode": process.mode,
             "schedule": process.schedule,
             "timesteps": process.timesteps,
-            "precision": "fp32" if self.precision is None else "bf16",
+            "precision": str(self.precision or torch.float32).removeprefix("torch."),
         }
 
 
@@ -125,22 +120,24 @@ def evaluate(
     device: torch.device = CPU,
     facts: Mapping[str, Json] | None = None,
     progress: bool = False,
+    processes: Processes | None = None,
 ) -> Report:
     """Measure bicubic and other methods, one image in memory at a time.
 
-    The same arguments give the same numbers, except for time and memory. An image that fails is left out of
-    every row, and named; ValueError where all do, or the weights for LPIPS are wrong.
+    The same arguments give the same numbers, but for time and memory. An image that fails is left out of
+    every row, and named; ValueError where all do, or LPIPS's weights are wrong.
 
     Args:
-        images, config: what to measure, and how.
-        methods: see TrainedModel.method; for a restorer of your own, Method(Label("mine"), restore).
+        methods: see TrainedModel.method; for your own restorer, Method(Label("mine"), restore).
         device: where LPIPS is computed.
         facts: more for the protocol, such as which model it was.
         progress: show a progress bar on stderr, if that is a terminal.
+        processes: this process among those that share the images; all of them get the report.
     """
     conditions = _conditions(config, device)
     methods = (bicubic_method(config), *methods)
-    measured, failures = _measure_all(methods, images, conditions, config.seed, progress)
+    processes = processes or Processes(device)
+    measured, failures = _measure_all(methods, images, conditions, config.seed, progress, processes)
     if not measured:
         raise ValueError(failures[0] if len(failures) == 1 else f"no image can be measured: {failures[0]}")
     protocol = _protocol(images, config, conditions, methods[-1].device)
@@ -151,7 +148,7 @@ def evaluate(
 
 
 def _row(column: Sequence[Measured], seed: int) -> Scores:
-    """What one method scores on the set."""
+    """Of the set."""
     scores, patches = zip(*column, strict=True)
     values = {
         each.name: each.summarise([one[each.name] for one in scores], patches, seed) for each in METRICS
@@ -160,34 +157,45 @@ def _row(column: Sequence[Measured], seed: int) -> Scores:
 
 
 def _measure_all(
-    methods: Sequence[Method], images: ImageSet, conditions: Conditions, seed: int, progress: bool
+    methods: Sequence[Method],
+    images: ImageSet,
+    conditions: Conditions,
+    seed: int,
+    progress: bool,
+    processes: Processes,
 ) -> tuple[list[list[Measured]], list[str]]:
-    """Every image by every method, and why images were left out."""
-    measured: list[list[Measured]] = []
-    failures: list[str] = []
+    """Every image by every method, and why images were left out; each process measures its part."""
+    own: dict[int, list[Measured] | str] = {}
     generator = torch.Generator().manual_seed(seed)
-    for path in tqdm(images.paths, unit="image", disable=None if progress else True, dynamic_ncols=True):
-        try:
+    shown = tqdm(images.paths, unit="image", disable=None if progress else True, dynamic_ncols=True)
+    for number, path in enumerate(shown):
+        mine = number % processes.world_size == processes.rank
+        try:  # all are read, because the patches of one are drawn after those before it
             picture = images.read(path)
             height, width = picture.truth.shape[-2:]
             positions = patch_positions(height, width, patch_count(len(images)), generator)
-            if not measured:  # what the first call alone has to set up belongs to no row
-                quickest = min(methods[1:], key=lambda method: method.label.steps or 0, default=methods[0])
-                quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
-            found = [_measure(method, picture, conditions) for method in methods]
+            if mine:
+                if not own:  # what the first call alone has to set up belongs to no row
+                    quickest = min(methods[1:], key=lambda one: one.label.steps or 0, default=methods[0])
+                    quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
+                found = [_measure(method, picture, conditions) for method in methods]
+                truth = pyramid_patches(_unit(picture.truth)[0], positions)
+                own[number] = [
+                    (scores, PatchPair(pyramid_patches(restored, positions), truth))
+                    for scores, restored in found
+                ]
         except IMAGE_ERRORS as error:
             message = " ".join(str(error).split()) or type(error).__name__
-            failures.append(printable(message if path.name in message else f"{path}: {message}"))
-            continue
-        truth = pyramid_patches(_unit(picture.truth)[0], positions)
-        measured.append(
-            [(scores, PatchPair(pyramid_patches(restored, positions), truth)) for scores, restored in found]
-        )
-    return measured, failures
+            if mine:
+                own[number] = printable(message if path.name in message else f"{path}: {message}")
+    everything = {number: one for part in processes.gather(own) for number, one in part.items()}
+    ordered = [everything[number] for number in sorted(everything)]
+    failures = [one for one in ordered if isinstance(one, str)]
+    return [one for one in ordered if not isinstance(one, str)], failures
 
 
 def _measure(method: Method, picture: Picture, conditions: Conditions) -> tuple[Scores, Tensor]:
-    """Restore one picture: its scores, and the result (C, H, W) as an 8-bit file holds it, in [0, 1]."""
+    """Scores of one picture, and the result (C, H, W) as an 8-bit file holds it."""
     low_res = _unit(picture.low_res)
     found, seconds, peak_bytes = _timed(method, low_res[0])
     estimate = found if isinstance(found, Estimate) else Estimate(found)

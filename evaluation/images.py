@@ -1,16 +1,14 @@
-"""The images of an evaluation, read one at a time.
-
-Shapes: C channels (1 grey or 3 RGB), H x W pixels of the high resolution, h x w of the low one; all uint8.
-"""
+"""The images of an evaluation, read one at a time: C channels (1 or 3), H x W or h x w pixels, uint8."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from degradation import Bicubic
+from degradation import degradation_from_dict
 from evaluation.config import EvaluationConfig
 from evaluation.metrics import SSIM_WINDOW, to_uint8
 from evaluation.pairs import find_low_resolution
@@ -20,7 +18,7 @@ SMALLEST_SIDE = 32  # what LPIPS, the spectrum and the pyramid of patches need
 
 
 class Picture(NamedTuple):
-    """One image to restore and the truth to compare with."""
+    """What to restore, and the truth."""
 
     name: str  # of the file
     truth: Tensor  # (C, H, W)
@@ -28,16 +26,15 @@ class Picture(NamedTuple):
 
 
 class ImageSet:
-    """The images of a folder, subfolders left out, in the order of their names; `read` opens one of them.
+    """The images of a folder without subfolders, by name.
 
     Args:
         folder: high-resolution images, each cropped (top-left) to a size that the scale divides.
-        config: its scale and border say how the low resolution is made.
+        config: its degradation, scale, border and seed say how the low resolution is made.
         low_res_folder: low-resolution images to use instead of making them, matched by name.
         limit: only the first so many.
 
-    Raises:
-        ValueError: a folder is missing or holds no image.
+    ValueError: a folder is missing or holds no image.
     """
 
     def __init__(
@@ -53,7 +50,10 @@ class ImageSet:
         self.paths = list_images(folder, recursive=False)[:limit]
         self.low_res_paths = None if low_res_folder is None else list_images(low_res_folder, recursive=False)
         self.scale = config.ratio
-        self.degradation = Bicubic(scale=config.scale, border=config.border)
+        options = {"kind": config.degradation, "scale": config.scale, "border": config.border}
+        clean = {} if config.degradation == "bicubic" else {"clean_share": 0.0}
+        self.degradation = degradation_from_dict({**options, **clean})
+        self.seed = config.seed
         self.smallest = max(SMALLEST_SIDE, 2 * config.protocol.crop + SSIM_WINDOW)
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class ImageSet:
         return (self.read(path) for path in self.paths)
 
     def read(self, path: Path) -> Picture:
-        """One of the images; ValueError where a file is unreadable, too small or without its partner."""
+        """ValueError: unreadable, too small or without its partner."""
         truth, multiple = _read_planes(path), self.scale.numerator
         height, width = (length - length % multiple for length in truth.shape[-2:])
         if min(height, width) < self.smallest:
@@ -73,7 +73,8 @@ class ImageSet:
             )
         truth, scale = truth[:, :height, :width], float(self.scale)
         if self.low_res_paths is None:
-            low_res = self.degradation(truth)
+            random = np.random.default_rng((self.seed, *os.fsencode(path.stem)))  # the same among any others
+            low_res = self.degradation(truth, random)
         else:
             low_res = self._read_low_res(find_low_resolution(path, self.low_res_paths, scale), path, truth)
         return Picture(printable(path.name), truth, low_res)
@@ -104,5 +105,5 @@ def _read_planes(path: Path) -> Tensor:
 
 
 def printable(name: str) -> str:
-    """A file name as text that can be written as UTF-8: bytes that are none become \\xNN."""
+    """UTF-8; bytes that are none become \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -18,23 +18,21 @@ BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeE
 
 
 class MetricUnavailableError(Exception):
-    """A metric that needs a package or weights which cannot be had; the message says why in one line."""
+    """A package or weights cannot be had; says why in one line."""
 
 
 class Lpips:
-    """LPIPS of Zhang et al. 2018, "The unreasonable effectiveness of deep features", AlexNet, version 0.1.
+    """LPIPS (Zhang et al. 2018) of AlexNet, version 0.1.
 
-    The heads come with torchmetrics, the features from a file, or torchvision fetches them once (233 MB).
+    Heads come with torchmetrics, features from a file, or torchvision fetches them once (233 MB).
 
     Args:
-        device: where to compute.
-        weights: AlexNet's features under torchvision's names, .pth or .safetensors; None for the file that
-            SR_LPIPS_WEIGHTS names, if any.
-        timeout: seconds that the server may stay silent while the features are fetched.
+        weights: AlexNet's features under torchvision's names, .pth or .safetensors; else SR_LPIPS_WEIGHTS.
+        timeout: seconds that the server may stay silent.
 
     Raises:
-        ValueError: the file is missing or does not hold these weights.
-        MetricUnavailableError: torchmetrics or torchvision is missing, or the weights cannot be fetched.
+        ValueError: the file is missing or holds others.
+        MetricUnavailableError: a package is missing, or the weights cannot be fetched.
     """
 
     def __init__(
@@ -58,15 +56,11 @@ class Lpips:
         self._source = f"{path.name} (SHA-256 {file_digest(path)})" if path else "torchvision's"
 
     def describe(self) -> str:
-        """Which network measures, in one line."""
         return f"AlexNet 0.1, features: {self._source}; lower is better"
 
     @torch.no_grad()
     def __call__(self, restored: Tensor, truth: Tensor) -> Tensor:
-        """Distance (B,), 0 for identical images: two (B, C, H, W), C 3 or 1 (repeated), H and W from 32.
-
-        Values are clipped to [0, 1], but not rounded.
-        """
+        """Distance (B,) of two (B, C, H, W), C 1 or 3, sides from 32, clipped to [0, 1]."""
         check_pair(restored, truth)
         batch, channels, height, width = truth.shape
         if min(height, width) < 32 or channels not in (1, 3):
@@ -80,7 +74,7 @@ class Lpips:
 
 
 def _build_network(fetch: bool, timeout: float) -> nn.Module:
-    """The network and its heads; its features are fetched, or random."""
+    """Its features are fetched, or random."""
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)  # what fetches the weights sets no bound of its own
     try:
@@ -98,13 +92,13 @@ def _build_network(fetch: bool, timeout: float) -> nn.Module:
 
 
 def read_features(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file by name."""
+    """By name."""
     if path.suffix.lower() == ".safetensors":
         return dict(load_file(path))
     return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def file_digest(path: Path) -> str:
-    """The beginning of the file's SHA-256."""
+    """The beginning of its SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -1,8 +1,8 @@
-"""How close a restored image is to the truth, how consistent with its input, and how real its texture looks.
+"""How close an image is to the truth, how consistent with its input, how real its texture.
 
-Images are (B, C, H, W) floating point in [0, 1], C 1 (grey) or 3 (RGB), or ValueError; scores are (B,)
-float64 on the CPU. The accepted tables print `Protocol(crop=scale)`, their bicubic rows of luma rounded
-before it was shrunk: RGB in uint8 differs by up to 0.013 dB and 0.0008 SSIM.
+Images are (B, C, H, W) floating point in [0, 1], C 1 or 3, or ValueError; scores (B,) float64 on the CPU.
+Published tables use `Protocol(crop=scale)` with luma rounded before shrinking: RGB in uint8 differs by up to
+0.013 dB and 0.0008 SSIM.
 """
 
 from dataclasses import MISSING, dataclass
@@ -23,24 +23,23 @@ _FLAT_POWER = 1e-10  # a hundred times below one uint8 step, squared
 
 @dataclass(frozen=True)
 class Protocol(Options):
-    """What `psnr` and `ssim` compare: images rounded to uint8, then cropped."""
+    """What `psnr` and `ssim` compare."""
 
     crop: int = option(MISSING, "pixels left out at each border", low=0)
     channel: Channel = option("luma", "luma of BT.601, or all channels of RGB")
 
     def describe(self) -> str:
-        """One line to print beside the numbers."""
         channel = "luma (BT.601, 16-235, not rounded)" if self.channel == "luma" else "RGB"
         return f"{channel}; images rounded to uint8; {self.crop} pixels cropped from each border"
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Any shape in [0, 1] to what an 8-bit file holds, on the CPU; halves go up, as in MATLAB."""
+    """[0, 1] to what an 8-bit file holds, on the CPU; halves go up, as in MATLAB."""
     return (image.cpu().double() * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 def to_luma(image: Tensor) -> Tensor:
-    """BT.601 luma as MATLAB's `rgb2ycbcr` on double, (B, 1, H, W), 16 to 235 of 255; grey is its own."""
+    """BT.601 as MATLAB's `rgb2ycbcr` on double, (B, 1, H, W), 16 to 235 of 255; grey is its own."""
     channels = image.shape[-3]
     if channels == 1:
         return image
@@ -51,7 +50,7 @@ def to_luma(image: Tensor) -> Tensor:
 
 
 def check_images(name: str, images: Tensor) -> None:
-    """ValueError for what cannot be images in [0, 1]; bicubic overshoot, up to 0.3 in two passes, may."""
+    """ValueError unless in [0, 1], but for bicubic overshoot (0.3 in two passes)."""
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(images.shape)}; give (B, C, H, W), none of them 0")
     if not images.is_floating_point():
@@ -62,7 +61,6 @@ def check_images(name: str, images: Tensor) -> None:
 
 
 def check_pair(restored: Tensor, truth: Tensor) -> None:
-    """ValueError for images that cannot be compared."""
     if restored.shape != truth.shape:
         shapes = f"restored is {tuple(restored.shape)} and truth is {tuple(truth.shape)}"
         raise ValueError(f"{shapes}; crop the truth (top-left) to a multiple of the scale")
@@ -74,16 +72,13 @@ def check_pair(restored: Tensor, truth: Tensor) -> None:
 
 
 def psnr(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
-    """PSNR in dB, 10 log10(1 / MSE), of all compared channels; inf for identical images."""
+    """In dB, 10 log10(1 / MSE); inf for identical images."""
     ours, theirs = _compared(restored, truth, protocol, smallest=1)
     return _decibels(ours - theirs)
 
 
 def ssim(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
-    """Structural similarity over the windows inside the image, 1 for identical images.
-
-    Wang et al. 2004, Eq. 13, as the authors' MATLAB code: Gaussian window 11x11 of sigma 1.5.
-    """
+    """Wang et al. 2004, Eq. 13, as their code: Gaussian 11x11 of sigma 1.5, inside the image."""
     from skimage.metrics import structural_similarity
 
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -96,7 +91,7 @@ def ssim(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
 
 
 def _compared(restored: Tensor, truth: Tensor, protocol: Protocol, smallest: int) -> list[Tensor]:
-    """Both images as the protocol says; ValueError where less than `smallest` pixels a side remain."""
+    """As the protocol says; ValueError where less than `smallest` pixels a side remain."""
     check_pair(restored, truth)
     crop, (height, width) = protocol.crop, truth.shape[-2:]
     remaining = height - 2 * crop, width - 2 * crop
@@ -113,10 +108,9 @@ def _decibels(error: Tensor) -> Tensor:
 
 
 def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mirror") -> Tensor:
-    """PSNR in dB of the restored image, shrunk again, against the input, both in uint8: LR-PSNR.
+    """In dB, of the image shrunk again against the input (B, C, h, w), in uint8 (Li et al. 2022, "SRDiff").
 
-    Li et al. 2022, "SRDiff". From about 50 dB on, what differs is the rounding. `border` is what the input,
-    (B, C, h, w), was made with.
+    From about 50 on, what differs is the rounding.
     """
     check_images("restored", restored)
     check_images("low_res", low_res)
@@ -132,7 +126,7 @@ def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mir
 
 
 def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
-    """Power of fine detail over the truth's: 1 is right, less blur, more noise; nan for a flat truth."""
+    """Power of fine detail over the truth's: less is blur, more noise; nan if flat."""
     check_pair(restored, truth)
     height, width = truth.shape[-2:]
     if min(height, width) < _SMALLEST_SPECTRUM:
@@ -144,7 +138,7 @@ def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
 
 
 def _band_energy(image: Tensor) -> Tensor:
-    """Power per pixel of the luma within DETAIL_BAND of radial frequencies."""
+    """Luma's power per pixel within DETAIL_BAND of radial frequencies."""
     luma = to_luma(image.cpu().double())[:, 0]  # (B, H, W)
     sides = luma.shape[-2:]
     # Without a Hann window, the jump from one border to the opposite one would spread over all frequencies:
@@ -160,9 +154,9 @@ def _band_energy(image: Tensor) -> Tensor:
 def uncertainty_correlation(
     deviation: Tensor, restored: Tensor, truth: Tensor, *, ranks: bool = False
 ) -> float:
-    """Pearson's (or Spearman's) coefficient of the samples' deviation (H, W) with the error of their mean.
+    """Pearson's (or Spearman's) coefficient of deviation (H, W) and error over pixels.
 
-    Over the pixels of (1, C, H, W); nan where one of the two is the same everywhere.
+    nan where one of the two is constant.
     """
     from scipy import stats
 

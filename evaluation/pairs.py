@@ -1,7 +1,7 @@
-"""Which low-resolution file belongs to which high-resolution one, by their names; case does not matter.
+"""Which low-resolution file belongs to which high-resolution one, by name; case does not matter.
 
-Both have one base name, or the low resolution adds an ending such as x4, _x4 or _LRx4 (0801.png and
-0801x4.png), and the high resolution may end in _HR. The very same base name goes first.
+Names are equal (these go first), or the low one adds x4, _x4, _LRx4 or the like, and the high one may end in
+_HR.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def find_low_resolution(path: Path, candidates: Sequence[Path], scale: float) -> Path:
-    """The low-resolution file of a high-resolution one; ValueError where there is none, or more than one."""
+    """ValueError where there is none, or more than one."""
     found = [candidate for candidate in candidates if _are_pair(path.stem, candidate.stem, scale)]
     return _only(found, path, f"no low-resolution image for {path}; name it {path.stem}x{scale:g}")
 
 
 def find_original(path: Path, candidates: Sequence[Path], scale: float) -> Path:
-    """The high-resolution file of a low-resolution one; ValueError where there is none, or more than one."""
+    """ValueError where there is none, or more than one."""
     found = [candidate for candidate in candidates if _are_pair(candidate.stem, path.stem, scale)]
     return _only(found, path, f"no original of {path}; give it the same name")
 

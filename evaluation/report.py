@@ -1,4 +1,4 @@
-"""The scores of an evaluation, and how they are shown: JSON, CSV, Markdown and a plot."""
+"""The scores of an evaluation as JSON, CSV, Markdown and a plot."""
 
 import csv
 import io
@@ -53,7 +53,7 @@ class Report:
     failures: list[str]  # why an image was left out, one line each
 
     def to_json(self) -> str:
-        """{"protocol": ..., "rows": [...]}: null is "not available", and infinity the string "inf"."""
+        """null is "not available", "inf" infinity."""
         rows = [
             {name: "inf" if value == math.inf else value for name, value in cells.items()}
             for cells in (vars(row.label) | row.values for row in self.rows)
@@ -61,7 +61,7 @@ class Report:
         return json.dumps({"protocol": self.protocol, "rows": rows}, indent=2, allow_nan=False) + "\n"
 
     def to_csv(self) -> str:
-        """One line per image and row; an empty field is "not available"."""
+        """A line per image and row; empty is "not available"."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         names = [metric.name for metric in METRICS if metric.of_image is not None]
@@ -71,7 +71,7 @@ class Report:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """A table to paste, and under it what the numbers mean. A column without a value is left out."""
+        """A table without empty columns, and what its numbers mean."""
         shown = [metric for metric in METRICS if any(row[metric.name] for row in self.rows)]
         headings = [*HEADINGS, *(metric.heading for metric in shown)]
         lines = [headings, ["---"] * 2 + ["---:"] * len(headings[2:])]
@@ -83,7 +83,6 @@ class Report:
 
     @property
     def title(self) -> str:
-        """Which images, at which scale."""
         return f"{self.protocol['data']}, x{self.protocol['scale']}, {self.protocol['images']} images"
 
     def _notes(self, shown: Sequence[Metric]) -> list[str]:
@@ -105,10 +104,7 @@ def _as_dict(value: Json) -> Mapping[str, Json]:
 
 
 def perception_distortion_figure(report: Report) -> "Figure":
-    """The rows in the plane of Blau & Michaeli 2018: PSNR against LPIPS where every row has it, else SWD.
-
-    Rows of infinite PSNR have no place in it and are left out.
-    """
+    """PSNR against LPIPS, or SWD where a row lacks it (Blau & Michaeli 2018); infinite PSNR is left out."""
     from matplotlib.figure import Figure
 
     perception = BY_NAME["swd" if any(row["lpips"] is None for row in report.rows) else "lpips"]
@@ -134,7 +130,7 @@ def perception_distortion_figure(report: Report) -> "Figure":
 
 
 def _curves(rows: Sequence[Scores]) -> dict[str, list[Scores]]:
-    """The rows to join, by step count: those of one method and number of samples."""
+    """Rows of one method and number of samples, by steps."""
     curves: dict[str, list[Scores]] = {}
     for row in sorted(rows, key=lambda row: row.label.steps or 0):
         if row["psnr"] is not None and math.isfinite(row["psnr"]):

@@ -1,4 +1,4 @@
-"""The metrics, one row each: JSON, CSV, Markdown, the plot and TensorBoard's scalars come from METRICS."""
+"""The metrics: all outputs and TensorBoard's scalars come from METRICS."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from evaluation.wasserstein import PatchPair, patch_distance
 
 @dataclass(frozen=True)
 class Conditions:
-    """What scores depend on besides the images."""
+    """What scores depend on besides images."""
 
     protocol: metrics.Protocol  # what PSNR and SSIM compare
     border: Border = "mirror"  # beyond the edge when the low resolution was made
@@ -26,7 +26,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Pair:
-    """Restored images and what they are compared with; its methods give a score (B,), nan where undefined."""
+    """Images to compare; methods give a score (B,), nan where undefined."""
 
     restored: Tensor  # (B, C, H, W) in [0, 1]
     truth: Tensor  # (B, C, H, W) in [0, 1]
@@ -75,18 +75,18 @@ class Pair:
 
 
 def mean(values: Tensor) -> Tensor:
-    """Mean of the finite values, infinity where none is: an exact image would hide all others."""
+    """Of finite values, infinity where none is: one exact image would hide all others."""
     finite = values[values.isfinite()]
     return (finite if len(finite) else values).mean()
 
 
 def geometric_mean(ratios: Tensor) -> Tensor:
-    """exp(mean(log(ratio))): twice and half the energy average to 1."""
+    """Twice and half average to 1."""
     return ratios.log().mean().exp()
 
 
 def swd(patches: Sequence[PatchPair], seed: int) -> float:
-    """Mean over the levels."""
+    """Over the levels."""
     return fmean(patch_distance(patches, seed))
 
 
@@ -96,7 +96,7 @@ def _defined(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of METRICS: a score of images and its average over the set, or a score of the set's patches."""
+    """A score of images and its average, or a score of the set's patches."""
 
     name: str  # in JSON, in CSV and, with "validation/" before it, in TensorBoard
     heading: str  # of the column
@@ -112,20 +112,20 @@ class Metric:
         return self.note.format(protocol=conditions.protocol.describe(), lpips=conditions.lpips_note)
 
     def score(self, pair: Pair) -> float | None:
-        """The value of one image; None where it has none."""
+        """Of one image, or None."""
         return None if self.of_image is None else _defined(self.of_image(pair).item())
 
     def summarise(
         self, scores: Sequence[float | None], patches: Sequence[PatchPair], seed: int
     ) -> float | None:
-        """The value of a set, from those of its images or from their patches; None where it has none."""
+        """Of a set, or None."""
         if self.of_set is not None:
             return _defined(self.of_set(patches, seed))
         defined = [score for score in scores if score is not None]
         return self.average(torch.tensor(defined, dtype=torch.float64)).item() if defined else None
 
     def print(self, value: float | None) -> str:
-        """A cell of the table; empty for None."""
+        """A cell; empty for None."""
         return "" if value is None else format(value, self.form)
 
 

@@ -1,4 +1,4 @@
-"""Validation during training: a fixed set of images, restored and measured with the averaged weights."""
+"""Validation during training, on a fixed set of images, of the averaged weights."""
 
 import logging
 from dataclasses import replace
@@ -16,7 +16,7 @@ from imaging.files import to_unit_range
 from restoration import RestoreConfig, Restorer
 from training import NonFiniteError, Validation
 from unet import Condition
-from util import ImageDataset, Sample, degrade
+from util import Crops, ImageDataset, Sample
 
 VALIDATION_SEED = 0
 VALIDATION_BATCH = 8
@@ -30,16 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 class Validator:
-    """Restores the dataset's images with a network, and measures; for DiffusionModel.train.
+    """Restores the dataset's images, and measures; for DiffusionModel.train.
 
-    The scalars are in the mode "fidelity", averaged over the images that are not flat; pictures show it and a
-    sample of ten steps. The noise is the same at every call. Every process restores a part of the images.
-
-    Args:
-        diffusion: the process.
-        dataset: the images, cropped as it crops them.
-        precision: dtype to autocast to, None for float32.
-        processes: this process among those of the run.
+    Scalars are of "fidelity", over the images that are not flat; pictures show it and a sample of ten steps.
+    The noise is always the same. Every process restores a part. `precision`: dtype to autocast to, None for
+    float32.
     """
 
     def __init__(
@@ -54,17 +49,17 @@ class Validator:
         self.precision = precision
         self.degradation = dataset.degradation
         self.conditions = Conditions(Protocol(crop=round(dataset.downscale_factor)))
-        crops = torch.stack([dataset.crop(index) for index in range(len(dataset))])
+        pairs = Crops(*map(torch.stack, zip(*map(dataset.pair, range(len(dataset))), strict=True)))
         self.batches = [
-            degrade(some.to(self.processes.device), dataset.degradation, dataset.upscale_function)
-            for some in crops.split(VALIDATION_BATCH)
+            Crops(*some).to(self.processes.device).sample(dataset.downscale_factor, dataset.upscale_function)
+            for some in zip(*(image.split(VALIDATION_BATCH) for image in pairs), strict=True)
         ]
         bicubic = [self._scores(batch, to_unit_range(batch.upscaled)) for batch in self.batches]
         self.bicubic_psnr = [scores["psnr"] for scores in bicubic]
         self.counted = self._choose_counted()
 
     def _choose_counted(self) -> list[Tensor]:
-        """Which images of each batch count, (B,) bool: those that are not flat, or all where all are."""
+        """Of each batch, (B,) bool: the images not flat, or all where all are."""
         # A flat image's PSNR, infinite or nearly so, would outweigh all others, and no other be the best.
         counted = [psnr < PERFECT_PSNR for psnr in self.bicubic_psnr]
         flat, total = int((~torch.cat(counted)).sum()), len(torch.cat(counted))
@@ -73,7 +68,6 @@ class Validator:
         return counted if flat < total else [torch.ones_like(one) for one in counted]
 
     def __call__(self, network: nn.Module) -> Validation:
-        """Restore, measure, and draw."""
         scalars = self._measure_all(network)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
         sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
@@ -85,7 +79,7 @@ class Validator:
         return Validation(scalars["psnr"], scalars, images, curves)
 
     def _measure_all(self, model: nn.Module) -> dict[str, float]:
-        """Means over the images of all processes; this one restores its part."""
+        """Means over the images of all processes."""
         names = [*(metric.name for metric in SCALARS), "psnr_over_bicubic"]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
@@ -100,7 +94,7 @@ class Validator:
         return {name: value / count for name, value in zip(names, totals, strict=True)}
 
     def _scores(self, batch: Sample, restored: Tensor) -> dict[str, Tensor]:
-        """(B,) of every metric in SCALARS, on the CPU, at most PERFECT_PSNR."""
+        """(B,) of each of SCALARS, on the CPU, at most PERFECT_PSNR."""
         truth, low_res = to_unit_range(batch.original).cpu(), to_unit_range(batch.low_res).cpu()
         pair = Pair(restored.cpu(), truth, low_res, self.conditions)
         return {
@@ -119,7 +113,7 @@ class Validator:
 
     @torch.inference_mode()
     def _loss_by_timestep(self, model: Network, batch: Sample) -> tuple[list[float], list[float]]:
-        """Right edges of even stretches of timesteps, and the unweighted loss in the middle of each."""
+        """Right edges of even stretches of timesteps, and the loss in their middles."""
         context, mean = model.encode_context(Condition(batch.upscaled, batch.low_res))
         clean = batch.residual / float(model.residual_std) - (0 if mean is None else mean)
         bars = min(LOSS_BARS, self.diffusion.timesteps)
@@ -134,7 +128,7 @@ class Validator:
 
 
 def comparison_grid(samples: Sample, restored: Tensor) -> Tensor:
-    """A (3, H', W') picture in [0, 1], a row per image: low (nearest) | bicubic | restored | original."""
+    """(3, H', W') in [0, 1], a row per image: low (nearest) | bicubic | restored | original."""
     from torchvision.utils import make_grid
 
     low_res, upscaled, original, _ = (to_unit_range(image[: len(restored)]) for image in samples)

@@ -1,9 +1,8 @@
 """Sliced Wasserstein distance: do two sets of images have the same local texture?
 
-Karras et al. 2018, "Progressive growing of GANs", section 5: random 7x7 patches of each level of a Laplacian
-pyramid, normalised per channel, projected on random directions; the mean absolute difference of the sorted
-projections. A restored image and its truth give patches at the same positions, which compares no pixels, as
-sorting forgets positions, and removes sampling noise (30 to 40 at 512 patches of each Set5 image).
+Karras et al. 2018, "Progressive growing of GANs", section 5: 7x7 patches of a Laplacian pyramid, normalised
+per channel; the mean difference of sorted projections. Patches of an image and its truth lie at the same
+positions, which removes sampling noise (30 to 40 at 512 patches of each Set5 image).
 """
 
 from collections.abc import Sequence
@@ -26,19 +25,19 @@ Positions: TypeAlias = "list[tuple[Tensor, Tensor]]"
 
 
 class PatchPair(NamedTuple):
-    """Patches of a restored image and of its truth at the same positions, (levels, count, C, 7, 7) each."""
+    """Of an image and of its truth, (levels, count, C, 7, 7) each."""
 
     restored: Tensor
     truth: Tensor
 
 
 def patch_count(images: int) -> int:
-    """How many patches each of so many images gives at each level."""
+    """Of each of so many images, at each level."""
     return max(1, min(PATCHES_PER_IMAGE, PATCHES_OF_A_SET // images))
 
 
 def patch_positions(height: int, width: int, count: int, generator: torch.Generator) -> Positions:
-    """Draw where `count` patches of each level of an H x W image lie; sides from 25."""
+    """Of `count` patches of each level of H x W pixels; sides from 25."""
     positions = []
     for _ in range(LEVELS):
         rows = torch.randint(height - PATCH + 1, (count,), generator=generator)
@@ -49,7 +48,7 @@ def patch_positions(height: int, width: int, count: int, generator: torch.Genera
 
 
 def pyramid_patches(image: Tensor, positions: Positions) -> Tensor:
-    """Patches (levels, count, C, 7, 7) of an image (C, H, W) in [0, 1]."""
+    """(levels, count, C, 7, 7) of (C, H, W) in [0, 1]."""
     found = []
     for band, (rows, columns) in zip(laplacian_pyramid(image.float()), positions, strict=True):
         windows = band.unfold(1, PATCH, 1).unfold(2, PATCH, 1)  # (C, H - 6, W - 6, 7, 7)
@@ -73,7 +72,7 @@ def laplacian_pyramid(image: Tensor) -> list[Tensor]:
 
 
 def _binomial_blur(image: Tensor) -> Tensor:
-    """Convolve (C, H, W) with the binomial filter, borders mirrored."""
+    """(C, H, W), borders mirrored."""
     image = F.pad(image, (2, 2, 2, 2), mode="reflect")
     # Shifted sums instead of a convolution: seven times faster in float64 on a CPU.
     for dim in (-2, -1):
@@ -86,7 +85,7 @@ def _binomial_blur(image: Tensor) -> Tensor:
 
 
 def patch_distance(pairs: Sequence[PatchPair], seed: int) -> list[float]:
-    """Distance times 1000 at each level, finest first, of the patches of two sets; nan for a flat truth."""
+    """Times 1000 at each level, finest first; nan for a flat truth."""
     channels = max(pair.truth.shape[2] for pair in pairs)
     generator = torch.Generator().manual_seed(seed)
     distances = []
@@ -104,7 +103,7 @@ def patch_distance(pairs: Sequence[PatchPair], seed: int) -> list[float]:
 
 
 def _sliced_distance(ours: Tensor, theirs: Tensor, generator: torch.Generator) -> float:
-    """Mean 1-Wasserstein distance of two (n, D) sets over random directions."""
+    """Mean 1-Wasserstein distance of two (n, D) sets."""
     axes = torch.randn(DIRECTIONS, ours.shape[1], generator=generator)
     total = 0.0
     for some in F.normalize(axes, dim=1).split(_DIRECTIONS_AT_ONCE):  # uniform on the unit sphere

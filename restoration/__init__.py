@@ -4,6 +4,6 @@ from restoration import restore
 restore("photo.png").save("photo_x4.png")
 """
 
-from restoration.restorer import PRESETS, Restoration, RestoreConfig, Restorer, restore
+from restoration.restorer import PRESETS, Restoration, RestoreConfig, Restorer, blend, restore
 
-__all__ = ["PRESETS", "Restoration", "RestoreConfig", "Restorer", "restore"]
+__all__ = ["PRESETS", "Restoration", "RestoreConfig", "Restorer", "blend", "restore"]

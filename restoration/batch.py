@@ -12,6 +12,7 @@ from imaging.atomic import write_atomically
 from imaging.files import DecodedImage, Pixels, check_format, decode_image, read_rgb, write_image
 from imaging.metadata import Metadata
 from imaging.pictures import comparison_picture
+from restoration.rescaled import AnyScale
 from restoration.restorer import Progress, Restoration, Restorer
 
 
@@ -39,7 +40,7 @@ class Task:
 
 def restore_file(
     task: Task,
-    restorer: Restorer,
+    restorer: Restorer | AnyScale,
     progress: Progress,
     *,
     strip: bool = False,

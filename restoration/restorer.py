@@ -3,6 +3,7 @@
 Shapes: B images, C channels, H x W high and h x w low resolution; [-1, 1] inside, [0, 1] once restored.
 """
 
+import copy
 import logging
 import shutil
 import tempfile
@@ -20,13 +21,14 @@ from torch import Tensor
 from bicubic import Border
 from degradation import degradation_from_dict
 from diffusion import Network, ProcessConfig, ResidualGenerator
-from engine.checkpoint import LoadedModel, NetworkT, load_model, released_model
+from engine.checkpoint import LoadedModel, NetworkT, load_model, load_weights
 from engine.device import autocast_dtype, select_device
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
 from imaging.metadata import Metadata
 from restoration.denoiser import ALL_VIEWS, UPRIGHT, Base, TiledDenoiser, Windows
 from restoration.pictures import Restorable, to_deviation, to_input, to_picture
+from restoration.rescaled import find_weights, restorer_to
 from restoration.tiling import Field, Scale, Shape, Window, bytes_on_disk, row_bands
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
 from unet import UNet
@@ -37,20 +39,18 @@ logger = logging.getLogger(__name__)
 
 
 class Budget(NamedTuple):
-    """Denoising steps, and samples to average."""
+    """Denoising steps, samples to average, and the detail (`RestoreConfig`)."""
 
     steps: int
     num_images: int
+    detail: float
 
 
 # The mean has the highest PSNR and no texture it is unsure of; a sample has the texture and, for a perfect
-# model, twice the squared error; the mean of N samples lies between at 1 + 1 / N. 0 steps are the mean that
-# the network predicts; one that predicts none gives it in one step.
-PRESETS: dict[Preset, Budget] = {
-    "fidelity": Budget(0, 1),
-    "balanced": Budget(10, 4),
-    "detail": Budget(10, 1),
-}
+# model, twice the squared error. Between them lie samples that start from less noise. 0 steps are the mean
+# that the network predicts; one that predicts none gives it in one step.
+PRESETS: dict[Preset, float] = {"fidelity": 0.0, "balanced": 0.4, "detail": 1.0}
+SAMPLED_STEPS = 6
 CONSISTENCY_ROUNDS = 10
 
 
@@ -60,11 +60,14 @@ class RestoreConfig(Options):
 
     mode: Preset | None = option(
         None,
-        "fidelity: the most faithful, no sampling; balanced: the mean of 4 samples of 10 steps; detail: a "
-        "sample of 10 steps; without it, detail where num_images asks for samples, else fidelity",
+        "fidelity: the most faithful, no sampling; balanced: a sample of little invented texture; detail: a "
+        "sharp sample; without it, detail where steps or num_images ask for samples, else fidelity",
+    )
+    detail: float | None = option(
+        None, "0 to 1: how much texture to invent, instead of the mode's", low=0, high=1
     )
     steps: int | None = option(None, "denoising steps, instead of the mode's; 0: the predicted mean", low=0)
-    num_images: int | None = option(None, "samples to average, instead of the mode's", low=1)
+    num_images: int = option(1, "samples to average", low=1)
     scheduler: SchedulerName = option(DEFAULT_SCHEDULER, "how to step from noise to image")
     eta: float = option(0.0, "fresh noise at each step of ddim, 0 to 1")
     seed: int = option(0, "of the noise: the same seed gives the same bytes", low=0, high=2**63 - 1)
@@ -81,9 +84,12 @@ class RestoreConfig(Options):
     @property
     def budget(self) -> Budget:
         """The mode's unless they were given."""
-        preset = PRESETS[self.mode or ("fidelity" if self.num_images is None else "detail")]
-        steps = preset.steps if self.steps is None else self.steps
-        return Budget(steps, self.num_images or preset.num_images)
+        sampled = self.num_images > 1 or self.steps
+        detail = PRESETS[self.mode or ("detail" if sampled else "fidelity")]
+        if self.detail is not None:
+            detail = self.detail
+        steps = self.steps if self.steps is not None else SAMPLED_STEPS if detail else 0
+        return Budget(steps, self.num_images, detail)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ def restore(
     model: str | Path | LoadedModel[NetworkT] | None = None,
     config: RestoreConfig | None = None,
     *,
+    scale: float | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> Restoration:
@@ -113,7 +120,9 @@ def restore(
 
     Args:
         image: see Restorer.restore.
-        model: loaded, or the path of its file; None is the x4 model that comes with the project.
+        model: loaded, the path of its file, or "photo" or "clean", which come with the project; None is
+            photo, or clean where there is none.
+        scale: the enlargement, above 1 and at most 16; None is the model's, or 4.
         device, precision: see engine.device.
 
     Raises:
@@ -123,9 +132,35 @@ def restore(
     dtype = autocast_dtype(chosen, precision)
     config = config or RestoreConfig()
     if isinstance(model, LoadedModel):
-        return Restorer(model, config, chosen, dtype).restore(image)
-    loaded = load_model(released_model() if model is None else model, UNet)
-    return Restorer(loaded, config, chosen, dtype).restore(image)
+        return restorer_to(scale, [Restorer(model, config, chosen, dtype)]).restore(image)
+    paths = find_weights(model, scale)
+    restorers = [Restorer(load_model(path, UNet), config, chosen, dtype) for path in paths]
+    return restorer_to(scale, restorers).restore(image)
+
+
+def blend(
+    clean: LoadedModel[NetworkT], photo: LoadedModel[NetworkT], strength: float
+) -> LoadedModel[NetworkT]:
+    """A model between two: weights clean + strength (photo - clean), strength in [0, 1] (Wang et al. 2019).
+
+    Raises:
+        ValueError: their networks, processes or enlargements differ; OptionError: another strength.
+    """
+    if not 0 <= strength <= 1:
+        raise OptionError("strength", strength, "give a number from 0, clean, to 1, photo")
+    networks: list[Network] = [cast(Network, model.network) for model in (clean, photo)]
+    described = [
+        (network.config, ProcessConfig.from_dict(model.process), float(network.scale))
+        for network, model in zip(networks, (clean, photo), strict=True)
+    ]
+    if described[0] != described[1]:
+        raise ValueError(f"models that differ cannot be blended: {described[0]} and {described[1]}")
+    if strength == 0:
+        return clean
+    first, last = (model.network.state_dict() for model in (clean, photo))
+    blended = copy.deepcopy(photo.network)
+    load_weights(blended, {name: first[name].lerp(last[name], strength) for name in first}, "the blend")
+    return photo._replace(network=blended)
 
 
 class Restorer:
@@ -154,7 +189,7 @@ class Restorer:
         process = ProcessConfig.from_dict(model.process)
         self.generator = ResidualGenerator.of(process, device, precision, config.scheduler)
         self.step_count = self._step_count()
-        self.steps = self.generator.plan(self.step_count, config.eta)
+        self.steps = self.generator.plan(self.step_count, config.eta, config.budget.detail)
         self.border = _border(model.degradation) if config.consistency else None
         self.residual_std, factor = float(self.network.residual_std), float(self.network.scale)
         if self.residual_std <= 0 or factor <= 0:
@@ -344,7 +379,11 @@ def _border(degradation: Mapping[str, object]) -> Border:
     """What bicubic saw beyond the edge when it shrank the images; OptionError for another degradation."""
     kind = degradation.get("kind", "bicubic")
     if kind != "bicubic":
-        raise OptionError("consistency", True, f"this model undoes {kind}, not bicubic; leave it out")
+        raise OptionError(
+            "consistency",
+            True,
+            f"this model undoes {kind}, not bicubic; take the clean weights, or leave it out",
+        )
     return degradation_from_dict(degradation).border
 
 

@@ -295,20 +295,23 @@ def test_the_loss_is_a_function_of_the_generator():
 # ------------------------------------------------------------------------------------------------- training
 
 
+SMALL = {"base_dim": 8, "dim_mults": (1, 2), "context_dim": 16, "blocks_per_level": 1}
+
+
 def train_small(photo_folder, folder, mode="v_prediction"):
     torch.manual_seed(0)
     dataset = ImageDataset(photo_folder, 32, 2)
     validation = ImageDataset(photo_folder, 32, 2, train=False)
     config = TrainingConfig(
-        max_steps=240,
+        max_steps=90,
         batch_size=6,
-        learning_rate=3e-3,
+        learning_rate=5e-3,
         warmup_steps=5,
         ema_decay=0.9,
-        validate_every=80,
-        save_every=80,
+        validate_every=30,
+        save_every=30,
     )
-    unet = UNet(base_dim=8, dim_mults=(1, 2), context_dim=16)
+    unet = UNet(**SMALL)
     diffusion = DiffusionModel(mode=mode)
     run, received = diffusion.train(
         unet,
@@ -372,7 +375,7 @@ def test_training_leaves_the_named_checkpoints(trained):
     run, _, _, _, _ = trained
     assert run.best.name == "diffusion_model_v_prediction_best.pth"
     assert run.last.name == "diffusion_model_v_prediction_last.pth"
-    assert load_checkpoint(run.last)["step"] == 240
+    assert load_checkpoint(run.last)["step"] == 90
 
 
 def test_the_network_carries_its_scale_and_residual_std(trained):
@@ -396,7 +399,7 @@ def test_tensorboard_shows_what_a_person_looks_for(trained):
         "validation/low_bicubic_mean_original",
         "validation/low_bicubic_sample_original",
     }
-    assert [event.step for event in events.Scalars("validation/psnr")] == [80, 160, 240]
+    assert [event.step for event in events.Scalars("validation/psnr")] == [30, 60, 90]
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses[-1] < losses[0]
     assert "configuration/text_summary" in events.Tags()["tensors"]
@@ -419,7 +422,7 @@ def test_the_loss_is_shown_by_timestep(trained, photo_folder):
 
 def test_the_mission_s_example_runs(trained):
     run, _, _, _, _ = trained
-    unet = UNet(in_channels=3, out_channels=3, base_dim=8, dim_mults=(1, 2), context_dim=16)
+    unet = UNet(in_channels=3, out_channels=3, **SMALL)
     helper = DiffusionModel(device="cpu", mode="v_prediction")
     helper.load_model_weights(unet, run.best, verbose=True)
     unet.eval()
@@ -437,7 +440,7 @@ def test_the_mission_s_example_runs(trained):
 
 
 def test_weights_of_another_mode_are_refused(trained):
-    unet = UNet(base_dim=8, dim_mults=(1, 2), context_dim=16)
+    unet = UNet(**SMALL)
     with pytest.raises(CheckpointError, match=r"v_prediction.*noise"):
         DiffusionModel(mode="noise").load_model_weights(unet, trained[0].best)
     with pytest.raises(CheckpointError, match=r"1000.*500"):
@@ -447,9 +450,9 @@ def test_weights_of_another_mode_are_refused(trained):
 def test_resuming_restores_the_whole_state(trained):
     run, _, unet, _, _ = trained
     config = TrainingConfig(max_steps=60)
-    state = new_state(UNet(base_dim=8, dim_mults=(1, 2), context_dim=16), config)
+    state = new_state(UNet(**SMALL), config)
     DiffusionModel().load_checkpoint_for_resume(state, run.last)
-    assert state.step == 240
+    assert state.step == 90
     for name, value in state.model.state_dict().items():
         assert torch.equal(value, unet.state_dict()[name])
 

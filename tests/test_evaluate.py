@@ -6,13 +6,12 @@ import io
 import json
 import math
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,6 +261,19 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(leaves, ran
     assert first[0]["psnr"] == other[0]["psnr"]
 
 
+@pytest.mark.parametrize("kind", ["light", "photo", "heavy"])
+def test_a_random_degradation_depends_on_the_seed_and_the_name_alone(leaves, kind):
+    first, again = (ImageSet(leaves, config(degradation=kind)) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.low_res, other.low_res)
+    alone = first.read(first.paths[1])
+    assert torch.equal(alone.low_res, list(again)[1].low_res)
+    another = ImageSet(leaves, config(degradation=kind, seed=1)).read(first.paths[1])
+    assert not torch.equal(alone.low_res, another.low_res)
+    assert not torch.equal(alone.low_res, ImageSet(leaves, config()).read(first.paths[1]).low_res)
+    assert kind in first.describe()
+
+
 def test_a_grey_file_is_its_own_luma(leaves, untrained, tmp_path):
     grey = [read_rgb(path).mean(axis=-1).astype(np.uint8) for path in sorted(leaves.glob("*.png"))]
     for index, pixels in enumerate(grey):
@@ -438,23 +450,17 @@ def test_without_lpips_the_notes_say_why_and_the_rest_goes_on(leaves, monkeypatc
 
 
 @pytest.mark.slow
-def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path):
+def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path, monkeypatch, capsys):
     flags = "--scale 2 --no_lpips --steps 2 1 --num_samples 2 --seed 3 --device cpu --mode fidelity".split()
-    command = [sys.executable, "evaluate.py", "--data", leaves, *flags, "--weights_path", random_weights]
+    command = ["evaluate.py", "--data", leaves, *flags, "--weights_path", random_weights]
     for ending in ("json", "csv", "markdown"):
         command += [f"--{ending}", tmp_path / "new" / f"table.{ending}"]
     command += ["--plot", tmp_path / "new" / "plot.png"]
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=Path(script.__file__).parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == (tmp_path / "new" / "table.markdown").read_text()
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script.__file__, run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == (tmp_path / "new" / "table.markdown").read_text()
     found = json.loads((tmp_path / "new" / "table.json").read_text())
     assert list(found) == ["protocol", "rows"]
     expected = [("bicubic", None, 1), ("fidelity", 1, 1), ("fidelity", 1, 2)]
@@ -634,6 +640,7 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
         (["--scale", "nan"], "scale is nan"),
         (["--steps", "0", "--weights_path", "MODEL"], "--steps is 0"),
         (["--steps", "4", "4"], "4 4"),
+        (["--detail", "0.5", "1.5", "--weights_path", "MODEL"], "1.5"),
         (["--num_samples", "0"], "--num_images is 0"),
         (["--num_samples", "2", "--num_images", "3"], "--num_images"),
         (["--eta", "2", "--scheduler", "ddim", "--weights_path", "MODEL"], "2.0"),

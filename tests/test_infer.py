@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 import infer
+from degradation import Photo
+from engine import checkpoint
 from engine.checkpoint import export_safetensors, load_model, save_checkpoint
 from examples.dead_leaves import dead_leaves
 from imaging.files import DecodedImage, decode_image, write_image
@@ -42,24 +44,12 @@ def picture():
     return dead_leaves((20, 28), np.random.default_rng(5))
 
 
-def script(*arguments, cwd=None):
-    """Run infer.py in a process of its own, without importing more threads than the tests have."""
-    return subprocess.run(
-        [sys.executable, ROOT / "infer.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-
-
 def here(*arguments):
     """Run infer.py in this process, on the CPU."""
     return infer.main([*map(str, arguments), "--device", "cpu", "--dtype", "fp32"])
 
 
-# ---------------------------------------------------------------------------------------- in its own process
+# ------------------------------------------------------------------------------------------ as a user runs it
 
 
 @pytest.mark.slow
@@ -67,10 +57,16 @@ def test_one_photo_as_the_readme_says(weights, picture, tmp_path, monkeypatch, c
     write_image(tmp_path / "photo.png", picture)
     flags = ("--weights_path", weights, "--input", "photo.png", "--output", "out/")
     flags += ("--steps", 3, "--seed", 0)
-    done = script(*flags, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "infer.py", *map(str, flags)],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "out/photo_x4.png\n"
-    assert done.stderr == ""  # a log gets a line now and then, a terminal a bar
+    assert done.stdout == b"out/photo_x4.png\n"
+    assert done.stderr == b""  # a log gets a line now and then, a terminal a bar
     first = (tmp_path / "out/photo_x4.png").read_bytes()
     assert decode_image(tmp_path / "out/photo_x4.png").pixels.shape == (80, 112, 3)
     monkeypatch.chdir(tmp_path)
@@ -81,29 +77,24 @@ def test_one_photo_as_the_readme_says(weights, picture, tmp_path, monkeypatch, c
     assert (tmp_path / "out/photo_x4.png").read_bytes() == first
 
 
-@pytest.mark.slow
-def test_a_folder_with_a_bad_file_in_it(weights, picture, tmp_path):
+def test_a_folder_with_a_bad_file_in_it(weights, picture, tmp_path, capsys):
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     write_image(folder / "a.png", picture)
     write_image(folder / "more" / "b.jpg", picture)
     (folder / "bad.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    done = script("--weights_path", weights, folder, "--output", tmp_path / "out", "--mode", "fidelity")
-    assert done.returncode == 1
-    lines = done.stderr.splitlines()
-    assert any("bad.png: damaged or cut short" in line for line in lines)
-    assert lines[-1] == "infer.py: 1 of 3 images not restored"
-    assert "Traceback" not in done.stderr
+    assert here("--weights_path", weights, folder, "--output", tmp_path / "out", "--mode", "fidelity") == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert "bad.png: damaged or cut short" in first
+    assert last == "infer.py: 1 of 3 images not restored"
     written = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").glob("**/*.*"))
     assert written == [Path("a_x4.png"), Path("more/b_x4.png")]
 
 
-@pytest.mark.slow
-def test_export_is_read_wherever_a_checkpoint_is(weights, picture, tmp_path):
+def test_export_is_read_wherever_a_checkpoint_is(weights, picture, tmp_path, capsys):
     model = tmp_path / "model.safetensors"
-    done = script("--weights_path", weights, "--export", model)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(model))
+    assert here("--weights_path", weights, "--export", model) == 0
+    assert capsys.readouterr().out.startswith(str(model))
     original, exported = load_model(weights, UNet), load_model(model, UNet)
     assert exported.process == original.process
     assert exported.network.config == original.network.config
@@ -224,6 +215,81 @@ def test_two_files_of_one_name_get_two_results(weights, picture, tmp_path):
     inputs = (tmp_path / "a.png", tmp_path / "a.bmp")
     assert here("--weights_path", weights, *inputs, "--output", output, "--steps", 1) == 0
     assert sorted(path.name for path in output.iterdir()) == ["a_bmp_x4.png", "a_png_x4.png"]
+
+
+# -------------------------------------------------------------------------------------- the project's weights
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """A folder with clean weights of x4 and, once it is called, those for photos."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setattr(checkpoint, "RELEASED", folder)
+    export_safetensors(random_model(), folder / "x4.safetensors")
+
+    def add_photo():
+        loaded = random_model(gain=2.0)._replace(degradation=Photo().to_dict())
+        export_safetensors(loaded, folder / "photo_x4.safetensors")
+
+    return add_photo
+
+
+def used(capsys):
+    """The weights that infer.py says it takes."""
+    return [line for line in capsys.readouterr().err.splitlines() if "weights: " in line]
+
+
+def test_the_weights_are_those_for_photos_where_there_are_some(released, picture, tmp_path, capsys):
+    write_image(tmp_path / "photo.png", picture)
+    flags = (tmp_path / "photo.png", "--steps", 1, "--overwrite", "--output", tmp_path / "out")
+    assert here(*flags) == 0
+    assert "/x4.safetensors" in used(capsys)[0]
+    released()
+    assert here(*flags) == 0
+    assert "photo_x4.safetensors" in used(capsys)[0]
+    for name, file in (("photo", "/photo_x4.safetensors"), ("clean", "/x4.safetensors")):
+        assert here(*flags, "--weights", name) == 0
+        assert file in used(capsys)[0]
+    assert here(*flags, "--weights", tmp_path / "weights/x4.safetensors") == 0
+    assert not used(capsys)
+
+
+def test_consistency_needs_the_clean_weights_and_says_so(released, picture, tmp_path, capsys):
+    released()
+    write_image(tmp_path / "photo.png", picture)
+    flags = (tmp_path / "photo.png", "--steps", 1, "--output", tmp_path / "out", "--consistency")
+    assert here(*flags) == 2
+    assert "clean" in capsys.readouterr().err
+    assert here(*flags, "--weights", "clean") == 0
+
+
+def test_strength_blends_clean_and_photo(released, tmp_path, capsys):
+    released()
+    target = tmp_path / "blend.safetensors"
+    assert here("--strength", 0.25, "--export", target) == 0
+    assert "0.25" in used(capsys)[0]
+    clean, photo, blended = (
+        load_model(path, UNet).network.state_dict()
+        for path in (tmp_path / "weights/x4.safetensors", tmp_path / "weights/photo_x4.safetensors", target)
+    )
+    for name, value in blended.items():
+        expected = 0.75 * clean[name] + 0.25 * photo[name]
+        torch.testing.assert_close(value, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--strength", "1.5"], "1.5"),
+        (["--strength", "0.5", "--weights", "clean"], "--strength"),
+        (["--weights", "photo", "--scale", "3"], "x3"),
+    ],
+)
+def test_weights_that_are_not_there_or_do_not_blend_are_named(released, flags, message, tmp_path, capsys):
+    released()
+    assert here(*flags, "--export", tmp_path / "out.safetensors") == 2
+    assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- what is wrong
@@ -555,19 +621,14 @@ def test_a_stdout_that_takes_no_more_does_not_stop_the_work(number, weights, thr
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_a_name_that_stdout_has_no_letters_for_is_no_error(weights, picture, tmp_path):
-    source = os.fsencode(tmp_path) + b"/caf\xe9.png"
+def test_a_name_that_stdout_has_no_letters_for_is_no_error(weights, picture, tmp_path, monkeypatch):
+    source = tmp_path / os.fsdecode(b"caf\xe9.png")
     write_image(tmp_path / "a.png", picture)
     os.rename(tmp_path / "a.png", source)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "infer.py", "--weights_path", weights, source, "--output", tmp_path / "out"],
-        capture_output=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"caf" in done.stdout
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    assert here("--weights_path", weights, source, "--output", tmp_path / "out") == 0
+    assert b"caf" in screen.getvalue()
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 

@@ -1,7 +1,8 @@
 """Tests of processes.py: several processes train what one does, and none of them fails alone."""
 
-import os
+import csv
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.processes import Processes, started_processes
+from tests.networks import PROCESS, random_model
+from tests.runs import start, wait_for
 from train_diffusion import main
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_diffusion.py")
 TINY = "--img_size 32 --downscale_factor 2 --batch_size 1 --unet_base_dim 8 --unet_dim_mults 1 2".split()
-TINY += "--context_dim 16 --device cpu --precision fp32 --learning_rate 1e-3 --log_every 1".split()
+TINY += "--blocks_per_level 1 --predictor_blocks 1 --context_dim 16 --device cpu --precision fp32".split()
+TINY += "--learning_rate 1e-3 --log_every 1".split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
@@ -52,15 +56,32 @@ def test_a_world_size_without_torchrun_is_refused(given, monkeypatch):
         pass
 
 
+def start_two(folder, argv):
+    """The script in two processes that meet as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    folder.mkdir()
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(main, argv, folder / f"printed_{rank}", RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"
+    ]
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(photo_folder, tmp_path):
     """5 training images in groups of 4: the last group of an epoch leaves one process without a sample."""
-    more = ["--max_steps", "6", "--validate_every", "3"]
+    more = ["--max_steps", "4", "--validate_every", "2"]
     assert main(flags(photo_folder, tmp_path / "one", *more, "--accumulation_steps", "4")) == 0
-    two = [*TORCHRUN, SCRIPT, *flags(photo_folder, tmp_path / "two", *more, "--accumulation_steps", "2")]
-    result = subprocess.run(two, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("2 process(es)") == 1  # rank 0 alone speaks
+    two = start_two(
+        tmp_path / "two", flags(photo_folder, tmp_path / "two", *more, "--accumulation_steps", "2")
+    )
+    for process in two:
+        process.join(120)
+    printed = [(tmp_path / "two" / f"printed_{rank}").read_text() for rank in "01"]
+    assert [process.exitcode for process in two] == [0, 0], printed
+    assert "2 process(es)" in printed[0]
+    assert "process(es)" not in printed[1]  # rank 0 alone speaks
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     ours, theirs = load_checkpoint(last(tmp_path / "two")), load_checkpoint(last(tmp_path / "one"))
     assert ours["best_psnr"] == pytest.approx(theirs["best_psnr"], abs=1e-2)
@@ -68,24 +89,101 @@ def test_two_processes_train_what_one_does(photo_folder, tmp_path):
         torch.testing.assert_close(ours["ema"][name], value, atol=1e-3, rtol=0)
 
 
+ENDLESS = "--max_steps 100000 --save_every 2 --validate_every 100000 --accumulation_steps 1".split()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_job_ends_and_its_checkpoint_is_good(photo_folder, tmp_path, number):
-    """A worker that is killed ends the others; a signal to the job saves first."""
-    more = ["--max_steps", "100000", "--save_every", "2", "--validate_every", "100000"]
-    more += ["--accumulation_steps", "1"]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_and_the_checkpoint_is_good(photo_folder, tmp_path, rank):
+    two = start_two(tmp_path / "run", flags(photo_folder, tmp_path / "run", *ENDLESS))
+    wait_for(lambda: list(tmp_path.glob("run/checkpoints/*/*_last.pth")), two[0])
+    two[rank].kill()
+    two[1 - rank].join(60)
+    assert two[1 - rank].exitcode not in (None, 0)
+    assert load_checkpoint(last(tmp_path / "run"))["step"] >= 2
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_ends_the_job_and_saves(photo_folder, tmp_path):
+    more = [*ENDLESS, "--validate_every", "1", "--save_every", "100000"]
     job = subprocess.Popen(
         [*TORCHRUN, SCRIPT, *flags(photo_folder, tmp_path, *more)], stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("checkpoints/*/*_last.pth")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    if number == signal.SIGKILL:
-        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-    else:
-        job.send_signal(number)
+    while not list(tmp_path.glob("checkpoints/*/*_best.pth")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=90)
     assert job.returncode != 0
-    assert load_checkpoint(last(tmp_path))["step"] >= 2
-    assert "SIGKILL" in errors or "SIGTERM" in errors
+    assert "SIGTERM" in errors
+    assert load_checkpoint(last(tmp_path))["step"] >= 1
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    loaded = random_model(2.0)
+    content = {"network": loaded.network.config.to_dict(), "process": PROCESS, "step": 7}
+    save_checkpoint(path, {**content, "ema": loaded.network.state_dict()})
+    return str(path)
+
+
+def run_both(script, one, two):
+    """The script in one process with some flags, and in two with others."""
+    return [
+        subprocess.run([*start, str(ROOT / script), *flags], capture_output=True, text=True, check=False)
+        for start, flags in (([sys.executable], one), (TORCHRUN, two))
+    ]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_two_processes_restore_the_bytes_of_one_and_then_the_rest(photo_folder, weights, tmp_path):
+    common = [str(photo_folder), "--weights_path", weights, "--device", "cpu", "--steps", "2", "--output"]
+    flags = [[*common, str(tmp_path / name)] for name in ("one", "two")]
+    one, two = run_both("infer.py", *flags)
+    assert [one.returncode, two.returncode] == [0, 0], two.stderr
+    assert sorted(one.stdout.split()) == sorted(two.stdout.replace("/two/", "/one/").split())
+    images = contents(tmp_path / "one")
+    assert len(images) == 6
+    assert contents(tmp_path / "two") == images
+    for name in ("one", "two"):  # what a killed worker did not come to
+        (tmp_path / name / "0_x2.png").unlink()
+        (tmp_path / name / "3_x2.png").unlink()
+    for again in run_both("infer.py", *([*each, "--skip_existing"] for each in flags)):
+        assert again.returncode == 0, again.stderr
+        assert again.stderr.count("4 of 6 images have a result") == 1
+        assert len(again.stdout.split()) == 2
+    assert contents(tmp_path / "two") == contents(tmp_path / "one") == images
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_table_of_one(photo_folder, weights, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for path in photo_folder.iterdir():
+        (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "photos" / "0_damaged.png").write_bytes(b"no image")
+    common = [
+        "--data",
+        str(tmp_path / "photos"),
+        "--scale",
+        "2",
+        "--weights_path",
+        weights,
+        "--device",
+        "cpu",
+    ]
+    common += ["--no_lpips", "--steps", "1", "--csv"]
+    flags = [[*common, str(tmp_path / f"{name}.csv")] for name in ("one", "two")]
+    for result in run_both("evaluate.py", *flags):
+        assert result.returncode == 1, result.stderr
+        assert result.stderr.count("1 of 7 images were left out") == 1
+    tables = []
+    for name in ("one", "two"):
+        rows = csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines())
+        tables.append([{key: row[key] for key in row if key != "seconds_per_megapixel"} for row in rows])
+    assert len(tables[0]) == 2 * 6
+    assert tables[0] == tables[1]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bicubic import exact_scale, resize, upscale_image
-from degradation import Bicubic
+from degradation import Bicubic, Photo
 from diffusion import ResidualGenerator
 from engine.checkpoint import LoadedModel
 from engine.options import OptionError
@@ -28,7 +28,7 @@ from evaluation.metrics import low_resolution_psnr
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, to_model_range, write_image
 from imaging.metadata import Metadata
-from restoration import PRESETS, RestoreConfig, Restorer, restore
+from restoration import PRESETS, RestoreConfig, Restorer, blend, restore
 from restoration.denoiser import ALL_VIEWS, Base, TiledDenoiser, Windows
 from restoration.tiling import Field, Scale, Window, bytes_on_disk, plan_tiles, row_bands
 from samplers import SCHEDULERS, draw_noise, noise_stream
@@ -401,10 +401,15 @@ def test_consistency_with_another_degradation_than_bicubic_is_refused(model):
 
 
 def test_presets_are_overridden_by_what_is_given():
-    assert RestoreConfig(mode="fidelity").budget == PRESETS["fidelity"] == (0, 1)
-    assert RestoreConfig(mode="balanced", steps=3).budget == (3, PRESETS["balanced"].num_images)
-    assert RestoreConfig().budget == PRESETS["fidelity"]
-    assert RestoreConfig(num_images=7).budget == (PRESETS["detail"].steps, 7)
+    assert RestoreConfig().budget == RestoreConfig(mode="fidelity").budget == (0, 1, 0)
+    sampled = RestoreConfig(mode="detail").budget
+    assert sampled.steps > 1
+    assert sampled.detail == PRESETS["detail"] == 1
+    assert RestoreConfig(mode="balanced", steps=3).budget == (3, 1, PRESETS["balanced"])
+    assert RestoreConfig(mode="balanced", detail=0.7).budget == (sampled.steps, 1, 0.7)
+    assert RestoreConfig(num_images=7).budget == (sampled.steps, 7, 1)
+    assert RestoreConfig(steps=4).budget == (4, 1, 1)
+    assert RestoreConfig(detail=0).budget == (0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -644,3 +649,46 @@ def test_missing_room_for_a_field_is_said_before_it_is_written(monkeypatch):
     with pytest.raises(OSError, match="12 MB") as caught:
         Field((1, 3, 1000, 1000), CPU)
     assert caught.value.errno is None  # not the disk of the results
+
+
+# ------------------------------------------------------------------------------------------------- blending
+
+
+def test_a_blend_is_clean_at_0_photo_at_1_and_between_in_between():
+    clean = random_model()
+    photo = random_model(gain=2.0)._replace(degradation=Photo().to_dict())
+    low_res = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def restored(model):
+        return Restorer(model, RestoreConfig(steps=1), torch.device("cpu"))(low_res)
+
+    ends = [restored(model) for model in (clean, photo)]
+    assert torch.equal(restored(blend(clean, photo, 0)), ends[0])
+    assert torch.equal(restored(blend(clean, photo, 1)), ends[1])
+    assert blend(clean, photo, 0).degradation == clean.degradation
+    half = blend(clean, photo, 0.5)
+    assert half.degradation == photo.degradation
+    for own, first, last in zip(
+        *(model.network.state_dict().values() for model in (half, clean, photo)), strict=True
+    ):
+        torch.testing.assert_close(own, (first + last) / 2)
+    assert torch.equal(restored(photo), ends[1])  # which the blend did not change
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        random_model(scale=2.0),
+        random_model(dim_mults=(1, 2)),
+        random_model(process={**PROCESS, "mode": "clean"}),
+    ],
+    ids=["scale", "network", "process"],
+)
+def test_models_that_differ_are_not_blended(other):
+    with pytest.raises(ValueError, match="differ"):
+        blend(random_model(), other, 0.5)
+
+
+def test_a_strength_out_of_range_is_named():
+    with pytest.raises(OptionError, match=r"-0\.1"):
+        blend(random_model(), random_model(), -0.1)

@@ -4,6 +4,7 @@ The exact denoiser of N(mu, s^2) is affine and so is every sampler, so mean and 
 followed exactly: a state is a vector of its parts of the first noise, of 1, and of each later noise.
 """
 
+import math
 from collections import deque
 
 import pytest
@@ -335,10 +336,41 @@ def test_log_snr_is_evenly_spaced():
     timesteps = log_snr_timesteps(ALPHA_BAR.tolist(), 10)
     sigma = ((1 - ALPHA_BAR) / ALPHA_BAR).sqrt()[timesteps]
     assert timesteps[0] == T - 1
-    assert float(sigma[1]) == pytest.approx(14, rel=0.05)
+    assert float(sigma[1]) == pytest.approx(10, rel=0.05)
     assert float(sigma[-1]) == pytest.approx(0.05, rel=0.1)
     gaps = sigma[1:].log().diff()
     assert float(gaps.max() - gaps.min()) < 0.1 * float(gaps.abs().mean())
+
+
+@pytest.mark.parametrize("detail", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("name", ["dpm++", "unipc", "heun"])
+def test_detail_scales_the_largest_noise_level_after_the_first(name, detail):
+    sigma = ((1 - ALPHA_BAR) / ALPHA_BAR).sqrt()
+    own, whole = (
+        [float(sigma[step.timestep]) for step in Sampler(name, *COSINE).steps(6, detail=amount)]
+        for amount in (detail, 1.0)
+    )
+    assert own[0] == whole[0] == sigma[-1]
+    assert own[1] == pytest.approx(max(detail * whole[1], whole[-1]), rel=0.1)
+    assert own[-1] <= 1.1 * whole[-1]
+
+
+@pytest.mark.parametrize("detail", [0.1, 0.5, 1.0])
+def test_a_sample_keeps_the_variance_that_its_detail_leaves(detail):
+    """Of Gaussian data of deviation 0.5: what starts at level s has the variance of the posterior of s."""
+    steps = Sampler("unipc", *COSINE).steps(12, detail=detail)
+    deviation = 0.5
+    noisy = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def denoise(noisy, timestep):
+        signal, noise = (scale[timestep] for scale in COSINE)
+        return noisy * signal * deviation**2 / (signal**2 * deviation**2 + noise**2)
+
+    *_, result = sample(steps, noisy, denoise, lambda step, noisy, cleans: step.advance(noisy, cleans))
+    level = float(((1 - ALPHA_BAR) / ALPHA_BAR).sqrt()[steps[1].timestep])
+    # A deterministic path maps N(0, level^2) as the flow of N(0, deviation^2 + sigma^2) does.
+    expected = level * deviation / math.hypot(deviation, level)
+    assert float(result.std()) == pytest.approx(expected, rel=0.1)
 
 
 @unhurried
@@ -366,6 +398,10 @@ def test_what_is_out_of_range_is_refused_by_name():
         refused("eta", eta, lambda eta=eta: Sampler("ddim", *COSINE).steps(10, eta=eta))
     for name in set(SCHEDULERS) - {"ddim"}:
         refused("eta", 0.5, lambda name=name: Sampler(name, *COSINE).steps(10, eta=0.5))
+    for detail in (-0.1, 1.5, float("nan")):
+        refused("detail", detail, lambda detail=detail: Sampler("unipc", *COSINE).steps(10, detail=detail))
+    for name in ("ddim", "ddpm"):  # they start from pure noise
+        refused("detail", 0.5, lambda name=name: Sampler(name, *COSINE).steps(10, detail=0.5))
     with pytest.raises(ValueError, match="fall"):
         Sampler("ddim", *(scale.flip(0) for scale in COSINE))
 

@@ -1,10 +1,11 @@
 """Tests of train_diffusion.py: as a user runs it, and every way to get it wrong."""
 
+import contextlib
+import io
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from degradation import Photo, degradation_from_dict
 from diffusion import DiffusionModel
 from engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from engine.run import locked
+from tests.runs import start, wait_for
 from train_diffusion import build_parser, choose_held_out, main, make_datasets, parse
 from training import TrainingConfig, new_state, optimizer_for
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
 TINY = "--img_size 32 --downscale_factor 2 --batch_size 2 --accumulation_steps 1 --unet_base_dim 8".split()
-TINY += "--unet_dim_mults 1 2 --context_dim 16 --device cpu --precision fp32 --learning_rate 1e-3".split()
+TINY += "--unet_dim_mults 1 2 --context_dim 16 --blocks_per_level 1 --predictor_blocks 1".split()
+TINY += "--device cpu --precision fp32 --learning_rate 1e-3".split()
 
 
 def flags(photo_folder, folder, *more):
@@ -61,6 +65,7 @@ def test_every_recipe_is_understood(recipe):
     assert checkpoint is None
 
 
+@pytest.mark.slow  # bitsandbytes takes seconds to import
 def test_eight_bit_adamw_is_the_default_on_cuda_only():
     config = parse([])[0].training
     for device, expected in (("cuda", "adamw8bit"), ("cpu", "adamw"), ("mps", "adamw")):
@@ -84,13 +89,11 @@ def test_epochs_become_steps():
 
 @pytest.fixture(scope="module")
 def finished(photo_folder, tmp_path_factory):
-    """A run of the script as a user starts it: its folder, and what it printed."""
+    """A run of the script: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    command = [sys.executable, str(ROOT / "train_diffusion.py")]
-    command += flags(photo_folder, folder, "--max_steps", "6", "--validate_every", "3")
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    assert result.returncode == 0, result.stderr
-    return folder, result.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(flags(photo_folder, folder, "--max_steps", "6", "--validate_every", "3")) == 0
+    return folder, printed.getvalue()
 
 
 def test_a_run_says_what_it_does_and_what_comes_next(finished):
@@ -116,42 +119,6 @@ def test_the_checkpoint_rebuilds_the_network(finished):
     assert float(loaded.network.scale) == 2
 
 
-@pytest.mark.slow
-def test_resuming_needs_only_the_checkpoint_and_continues_bit_for_bit(photo_folder, tmp_path):
-    def run(folder, *more):
-        assert main(flags(photo_folder, folder, "--validate_every", "2", "--warmup_steps", "1", *more)) == 0
-        return load_checkpoint(newest(folder))
-
-    whole = run(tmp_path / "whole", "--max_steps", "8")
-    first = tmp_path / "part"
-    interrupt_after(first, photo_folder, steps=5, total=8)
-    assert main(["--weights_path", str(newest(first))]) == 0
-    resumed = load_checkpoint(newest(first))
-    assert resumed["step"] == 8
-    for name in ("model", "ema"):
-        for key, value in whole[name].items():
-            assert torch.equal(value, resumed[name][key]), f"{name} {key}"
-
-
-def interrupt_after(folder, photo_folder, steps, total):
-    """Run the script in this process and send it SIGTERM during step `steps`."""
-    original = DiffusionModel.loss
-    calls = []
-
-    def counting(self, *args, **keywords):
-        calls.append(1)
-        if len(calls) == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args, **keywords)
-
-    DiffusionModel.loss = counting
-    try:
-        more = ["--max_steps", str(total), "--validate_every", "2", "--warmup_steps", "1"]
-        assert main(flags(photo_folder, folder, *more)) == 128 + signal.SIGTERM
-    finally:
-        DiffusionModel.loss = original
-
-
 def logged(folder, tag="train/loss"):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -159,46 +126,63 @@ def logged(folder, tag="train/loss"):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+LENGTH = "--max_steps 10 --save_every 4 --log_every 1 --validate_every 5 --warmup_steps 1".split()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photo_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert main(flags(photo_folder, folder, *LENGTH)) == 0
+    return folder
+
+
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit_and_its_curve_is_one(photo_folder, tmp_path):
-    """SIGKILL, as a power cut or the kernel's out-of-memory killer sends it, in the middle of an epoch."""
-    more = ["--max_steps", "40", "--save_every", "4", "--log_every", "1", "--validate_every", "20"]
-    script = [sys.executable, str(ROOT / "train_diffusion.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = flags(photo_folder, tmp_path / "whole", *more)
-    subprocess.run([*script, *whole], env=environment, capture_output=True, check=True)
-    killed = subprocess.Popen(
-        [*script, *flags(photo_folder, tmp_path / "killed", *more)], env=environment, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("killed/checkpoints/*/*_last.pth")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.kill()
-    killed.communicate()
-    stopped = load_checkpoint(newest(tmp_path / "killed"))["step"]
-    assert 4 <= stopped < 40
-    resume = ["--weights_path", str(newest(tmp_path / "killed"))]
-    subprocess.run([*script, *resume], env=environment, capture_output=True, check=True)
-    ours, theirs = load_checkpoint(newest(tmp_path / "killed")), load_checkpoint(newest(tmp_path / "whole"))
-    for name in ("model", "ema"):
-        assert all(torch.equal(value, ours[name][key]) for key, value in theirs[name].items())
-    for ours_state, theirs_state in zip(
-        ours["optimizer"]["state"]["state"].values(),
-        theirs["optimizer"]["state"]["state"].values(),
-        strict=True,
-    ):
-        assert all(torch.equal(value, ours_state[key]) for key, value in theirs_state.items())
+@pytest.mark.parametrize(
+    ("number", "status", "saved"),
+    [(signal.SIGTERM, 128 + signal.SIGTERM, 7), (signal.SIGKILL, -signal.SIGKILL, 4)],
+)
+def test_resume_is_bit_exact_and_needs_only_the_checkpoint(
+    number, status, saved, uninterrupted, photo_folder, tmp_path, monkeypatch
+):
+    """A request to stop, and an end as by a power cut, during step 7: in the middle of an epoch of three."""
+    loss, calls = DiffusionModel.loss, []
+
+    def interrupted(self, *arguments, **keywords):
+        if "t" not in keywords:  # not the curve of a validation
+            calls.append(1)
+            if len(calls) == 7:
+                os.kill(os.getpid(), number)
+        return loss(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionModel, "loss", interrupted)
+        process = start(main, flags(photo_folder, tmp_path, *LENGTH), tmp_path / "printed")
+    process.join(60)
+    assert process.exitcode == status
+    assert load_checkpoint(newest(tmp_path))["step"] == saved
+    assert main(["--weights_path", str(newest(tmp_path))]) == 0
+    ours, theirs = load_checkpoint(newest(tmp_path)), load_checkpoint(newest(uninterrupted))
+    assert ours["step"] == 10
     assert ours["best_psnr"] == theirs["best_psnr"]
-    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
-    assert [step for step, _ in logged(tmp_path / "killed")] == list(range(1, 41))
+    for content in (ours, theirs):
+        content["moments"] = {
+            f"{number} {name}": value
+            for number, moments in content["optimizer"]["state"]["state"].items()
+            for name, value in moments.items()
+        }
+    for part in ("model", "ema", "moments"):
+        assert ours[part].keys() == theirs[part].keys()
+        assert all(torch.equal(ours[part][name], value) for name, value in theirs[part].items())
+    assert logged(tmp_path) == logged(uninterrupted)
+    assert [step for step, _ in logged(tmp_path)] == list(range(1, 11))
 
 
 @pytest.mark.slow
 def test_bf16_and_fp32_learn_alike(photo_folder, tmp_path):
-    """80 steps from the same start on the same data: the curves differ by less than either wanders."""
+    """40 steps from the same start on the same data: the curves differ by less than either wanders."""
     curves = []
     for precision in ("fp32", "bf16"):
-        more = ["--max_steps", "80", "--log_every", "10", "--validate_every", "80", "--batch_size", "5"]
+        more = ["--max_steps", "40", "--log_every", "5", "--validate_every", "40", "--batch_size", "5"]
         assert main(flags(photo_folder, tmp_path / precision, *more, "--precision", precision)) == 0
         curves.append(torch.tensor([value for _, value in logged(tmp_path / precision)]))
     wander = (curves[0] - curves[0].mean()).abs().mean()
@@ -210,21 +194,17 @@ def test_bf16_and_fp32_learn_alike(photo_folder, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_whole_job_saves_and_prints_how_to_go_on(photo_folder, tmp_path, number):
     """As a terminal, SLURM or systemd send it: the workers that read images get it, too."""
-    command = [sys.executable, "-u", str(ROOT / "train_diffusion.py")]
-    command += flags(photo_folder, tmp_path, "--max_steps", "100000", "--num_workers", "2")
-    job = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("logs/*/events*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(2)
+    more = ["--max_steps", "100000", "--num_workers", "2", "--save_every", "2"]
+    printed = tmp_path / "printed"
+    job = start(main, flags(photo_folder, tmp_path, *more), printed)
+    wait_for(lambda: list(tmp_path.glob("checkpoints/*/*_last.pth")), job)
     os.killpg(job.pid, number)
-    printed, errors = job.communicate(timeout=60)
-    assert job.returncode == 128 + number, errors
-    assert f"resume: python train_diffusion.py --weights_path {newest(tmp_path)}" in printed
-    assert "Traceback" not in errors
-    assert load_checkpoint(newest(tmp_path))["step"] >= 1
+    job.join(60)
+    assert job.exitcode == 128 + number
+    said = printed.read_text()
+    assert f"resume: python train_diffusion.py --weights_path {newest(tmp_path)}" in said
+    assert "Traceback" not in said
+    assert load_checkpoint(newest(tmp_path))["step"] >= 2
 
 
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(finished, capsys):
@@ -247,7 +227,8 @@ def test_a_resumed_run_takes_its_flags_from_the_checkpoint(finished):
 
 @pytest.mark.slow
 def test_a_profile_is_written_beside_the_curves(photo_folder, tmp_path):
-    assert main(flags(photo_folder, tmp_path, "--max_steps", "11", "--profile")) == 0
+    small = "--unet_dim_mults 1 --conditioning concat --attention_levels --max_steps 11 --profile".split()
+    assert main(flags(photo_folder, tmp_path, *small)) == 0
     trace = next((tmp_path / "logs").glob("*/*.pt.trace.json")).read_text()
     assert "aten::mkldnn_convolution" in trace or "aten::convolution" in trace
     assert trace.count('"ProfilerStep#') == 5
@@ -280,9 +261,26 @@ def test_a_new_run_may_start_from_trained_weights(finished, photo_folder, tmp_pa
         torch.testing.assert_close(after["model"][name], value, atol=1e-9, rtol=0)
 
 
+@pytest.mark.slow
+def test_a_run_on_photos_records_what_it_undoes_and_goes_on_with_it(photo_folder, tmp_path, capsys):
+    photo = ["--degradation", "photo", "--strength", "0.4", "--noise_sigma", "2", "20"]
+    assert main(flags(photo_folder, tmp_path, *photo, "--max_steps", "2", "--num_workers", "1")) == 0
+    path = newest(tmp_path)
+    expected = Photo(scale=2.0, strength=0.4, noise_sigma=(2.0, 20.0))
+    assert degradation_from_dict(load_model(path, UNet).degradation) == expected
+    resume = ["--weights_path", str(path)]
+    assert parse([*resume, "--degradation", "photo", "--strength", "0.4"])[0].degradation == expected
+    for wrong in (["--strength", "0.5"], ["--degradation", "bicubic"], ["--jpeg_quality", "50", "60"]):
+        with pytest.raises(ValueError, match=wrong[0]):
+            parse([*resume, *wrong])
+    assert main([*resume, "--max_steps", "3"]) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--strength", "0.5"], "--strength"),
+        (["--degradation", "photo", "--blur_sigma", "3", "1"], "--blur_sigma"),
         (["--image_folder", "/nowhere"], "/nowhere"),
         (["--img_size", "31"], "31"),
         (["--img_size", "64"], "64"),

@@ -11,15 +11,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from bicubic import resize
+from degradation import Bicubic, Photo
 from imaging.files import write_image
 from util import (
     CropDataset,
+    Crops,
     ImageDataset,
     MultiHeadAttentionBlock,
     PixelNorm,
     ResidualBlock,
     SinusoidalPositionEmbeddings,
-    degrade,
     normalisation,
 )
 
@@ -161,7 +162,7 @@ def test_a_wrong_upscale_function_is_named(photo_folder):
 def test_degrading_a_batch_equals_degrading_each(photo_folder):
     dataset = ImageDataset(photo_folder, 32, 4)
     crops = torch.stack([dataset.crop(index) for index in range(4)])
-    batch = degrade(crops, dataset.degradation)
+    batch = Crops(dataset.degradation(crops), crops).sample(4)
     for index in range(4):
         for ours, theirs in zip(batch, dataset[index], strict=True):
             torch.testing.assert_close(ours[index], theirs, atol=2e-6, rtol=0)
@@ -188,6 +189,43 @@ def test_samples_do_not_depend_on_the_worker(photo_folder):
     here = torch.stack([dataset[key] for key in order])
     loader = DataLoader(dataset, batch_sampler=[order[:5], order[5:]], num_workers=2)
     assert torch.equal(torch.cat(list(loader)), here)
+
+
+def test_random_degradations_depend_on_seed_epoch_and_index_alone(photo_folder):
+    dataset = CropDataset(ImageDataset(photo_folder, 32, degradation=Photo(clean_share=0)))
+    order = [(epoch, index) for epoch in range(2) for index in range(6)]
+    here = [dataset[key] for key in order]
+    loader = DataLoader(dataset, batch_sampler=[order[:5], order[5:]], num_workers=2)
+    for batches, ours in zip(zip(*loader, strict=True), zip(*here, strict=True), strict=True):
+        assert torch.equal(torch.cat(batches), torch.stack(ours))
+    again, other = (ImageDataset(photo_folder, 32, degradation=Photo(), seed=seed) for seed in (0, 1))
+    assert torch.equal(CropDataset(again)[0, 1].low_res, CropDataset(again)[0, 1].low_res)
+    assert not torch.equal(CropDataset(again)[0, 1].low_res, CropDataset(again)[1, 1].low_res)
+    assert not torch.equal(CropDataset(again)[0, 1].low_res, CropDataset(other)[0, 1].low_res)
+
+
+@pytest.mark.parametrize("scale", [4.0, 2.0, 1.5])
+@pytest.mark.parametrize("train", [True, False])
+def test_both_resolutions_of_a_crop_lie_over_each_other(tmp_path, scale, train):
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 131, 3), dtype=np.uint8)
+    write_image(tmp_path / "only.png", pixels)
+    dataset = ImageDataset(
+        tmp_path, 72, augment="dihedral", train=train, degradation=Photo(scale=scale, clean_share=1)
+    )
+    for epoch in range(10):
+        low_res, high_res = dataset.pair((epoch, 0))
+        assert high_res.shape == (3, 72, 72)
+        expected = Bicubic(scale=scale)(high_res)
+        assert low_res.shape == expected.shape
+        inner = (slice(None), slice(4, -4), slice(4, -4))  # where the crop's edge is not seen
+        assert torch.equal(low_res[inner], expected[inner])
+
+
+@pytest.mark.parametrize("size", [32, 34, 60])
+def test_images_without_room_for_a_margin_are_taken(tmp_path, size):
+    write_image(tmp_path / "only.png", np.full((size, 33, 3), 90, np.uint8))
+    low_res, high_res = ImageDataset(tmp_path, 32, degradation=Photo())[0][:3:2]
+    assert (low_res.shape, high_res.shape) == ((3, 8, 8), (3, 32, 32))
 
 
 @pytest.mark.parametrize(("augment", "count"), [("none", 1), ("flip", 2), ("dihedral", 8)])

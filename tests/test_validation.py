@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from degradation import Photo
 from diffusion import DiffusionModel, ResidualGenerator
 from evaluation import metrics
 from evaluation.table import METRICS
@@ -28,6 +29,17 @@ def with_flat(photo_folder, folder, level=77):
     """The photos and one image of a single colour."""
     write_image(folder / "flat.png", np.full((40, 40, 3), level, np.uint8))
     return ImageDataset([folder / "flat.png", *sorted(photo_folder.iterdir())], 32, SCALE, train=False)
+
+
+def test_the_validation_of_a_random_degradation_is_always_the_same(photo_folder):
+    photos = ImageDataset(photo_folder, 32, train=False, degradation=Photo("heavy", float(SCALE)))
+    shrunk = ImageDataset(photo_folder, 32, SCALE, train=False)
+    unet = tiny_unet()
+    first, again, bicubic = (
+        Validator(DiffusionModel(), each)(unet).scalars for each in (photos, photos, shrunk)
+    )
+    assert first == again
+    assert first["psnr"] < bicubic["psnr"]
 
 
 @pytest.mark.slow

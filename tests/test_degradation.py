@@ -1,0 +1,251 @@
+"""The degradations of photos: each step does what it says, and all of it can be repeated."""
+
+import dataclasses
+import io
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from scipy.signal import freqz
+from skimage.data import astronaut
+from skimage.registration import phase_cross_correlation
+
+from degradation import (
+    STRENGTHS,
+    Bicubic,
+    Photo,
+    bell_kernel,
+    degradation_from_dict,
+    filtered,
+    gaussian_noise,
+    jpeg,
+    poisson_noise,
+    resized,
+    sinc_kernel,
+    to_bytes,
+)
+from engine.options import OptionError
+
+KINDS = ["light", "photo", "heavy"]
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return torch.from_numpy(astronaut()[:256, 100:356].transpose(2, 0, 1).copy())
+
+
+def random(seed=0):
+    return np.random.default_rng(seed)
+
+
+# ---------------------------------------------------------------------------------------------------- kernels
+
+
+@given(st.integers(0, 2**32), st.sampled_from(KINDS))
+@settings(deadline=None)
+def test_kernels_sum_to_1_and_do_not_shift(seed, kind):
+    kernel = Photo(kind).blur_kernel((0.2, 3.0), random(seed))
+    assert kernel.sum() == pytest.approx(1, abs=1e-5)
+    assert kernel.shape[0] == kernel.shape[1]
+    assert kernel.shape[0] % 2 == 1
+    np.testing.assert_allclose(kernel, kernel[::-1, ::-1], atol=1e-7)
+
+
+def test_a_gaussian_kernel_is_that_of_opencv():
+    column = cv2.getGaussianKernel(21, 1.7)
+    ours = bell_kernel(21, (1.7, 1.7), 0.4, 1.0, plateau=False)
+    np.testing.assert_allclose(ours, column @ column.T, atol=1e-7)
+
+
+def test_an_anisotropic_kernel_is_wide_along_its_angle():
+    kernel = bell_kernel(41, (4.0, 2.0), math.pi / 6, 1.0, plateau=False)
+    across, down = np.meshgrid(np.arange(41) - 20, np.arange(41) - 20)
+    covariance = [[(kernel * a * b).sum() for a in (across, down)] for b in (across, down)]
+    turn = np.array([[math.cos(math.pi / 6), -0.5], [0.5, math.cos(math.pi / 6)]])
+    np.testing.assert_allclose(covariance, turn @ np.diag([16, 4]) @ turn.T, rtol=1e-3)
+
+
+def test_plateaus_and_shapes_follow_their_formulas():
+    wide = bell_kernel(31, (3.0, 3.0), 0.0, 1.5, plateau=True)
+    assert wide[15, 18] / wide[15, 15] == pytest.approx(0.5)  # 1 / (1 + 1)
+    sharp = bell_kernel(31, (3.0, 3.0), 0.0, 0.5, plateau=False)
+    assert sharp[15, 21] / sharp[15, 15] == pytest.approx(math.exp(-0.5 * 2))
+
+
+@pytest.mark.parametrize("cutoff", [0.3, 0.5, 0.8])
+def test_a_sinc_kernel_passes_half_the_amplitude_at_its_cutoff(cutoff):
+    rows = sinc_kernel(201, cutoff).sum(axis=0, dtype=np.float64)
+    _, response = freqz(rows, worN=[0.6 * cutoff * math.pi, cutoff * math.pi, 1.2 * cutoff * math.pi])
+    passed, middle, stopped = np.abs(response)
+    assert passed == pytest.approx(1, abs=0.05)
+    assert middle == pytest.approx(0.5, abs=0.1)
+    assert stopped < 0.06
+
+
+# ----------------------------------------------------------------------------------------------- single steps
+
+
+def test_blur_takes_high_frequencies_and_leaves_the_mean():
+    noise = random().random((128, 128)).astype(np.float32)
+    blurred = filtered(noise, bell_kernel(15, (2.0, 2.0), 0, 1.0, plateau=False))
+    before, after = (np.abs(np.fft.fft2(image)) ** 2 for image in (noise, blurred))
+    assert after[32:96, 32:96].sum() < 1e-3 * before[32:96, 32:96].sum()
+    assert blurred.mean() == pytest.approx(noise.mean(), abs=2e-3)
+
+
+def test_sinc_rings_at_an_edge_and_a_gaussian_does_not():
+    edge = np.zeros((64, 64), np.float32)
+    edge[:, 32:] = 0.5
+    rings, bell = (
+        filtered(edge, one) for one in (sinc_kernel(21, 0.4), bell_kernel(21, (2, 2), 0, 1.0, plateau=False))
+    )
+    assert rings.max() > 0.52
+    assert rings.min() < -0.02
+    assert bell.max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("sigma", [2.0, 25.0])
+@pytest.mark.parametrize("grey", [False, True])
+def test_gaussian_noise_has_the_deviation_that_is_asked(sigma, grey):
+    noise = 255 * (gaussian_noise(np.full((200, 200, 3), 0.5, np.float32), sigma, grey, random()) - 0.5)
+    assert noise.std() == pytest.approx(sigma, rel=0.02)
+    assert noise.mean() == pytest.approx(0, abs=sigma / 50)
+    between = np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]
+    assert between == pytest.approx(1 if grey else 0, abs=0.02)
+
+
+@pytest.mark.parametrize("light", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("grey", [False, True])
+def test_poisson_noise_has_the_variance_of_photons(light, grey):
+    noise = poisson_noise(np.full((200, 200, 3), light, np.float32), 2.0, grey, random()) - light
+    assert noise.var() == pytest.approx(4 * light / 256, rel=0.03)
+    assert noise.mean() == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("quality", [30, 75, 95])
+def test_jpeg_has_the_quality_that_is_asked(quality, picture):
+    pixels = picture.numpy().transpose(1, 2, 0)
+    reference = io.BytesIO()
+    Image.fromarray(pixels).save(reference, "JPEG", quality=quality)
+    ours, theirs = (
+        JpegImageFile(io.BytesIO(jpeg(pixels[..., ::-1] / 255, quality).tobytes())),
+        Image.open(reference),
+    )
+    assert ours.quantization == theirs.quantization
+    assert ours.size == (256, 256)
+
+
+def test_resizing_keeps_the_centre_of_mass():
+    across, down = np.meshgrid(np.arange(96) + 0.5, np.arange(96) + 0.5)
+    blob = np.exp(-((across - 40) ** 2 + (down - 55) ** 2) / 128).astype(np.float32)
+    for seed in range(10):
+        small = resized(blob, 61.4, 37.8, random(seed))
+        assert small.shape == (61, 38)
+        weights = small / small.sum()
+        assert (weights.sum(0) @ (np.arange(38) + 0.5)) * 96 / 38 == pytest.approx(40, abs=0.1)
+        assert (weights.sum(1) @ (np.arange(61) + 0.5)) * 96 / 61 == pytest.approx(55, abs=0.1)
+
+
+def test_bytes_are_rounded_and_clipped():
+    assert to_bytes(np.array([-0.1, 0.5 / 255 + 1e-6, 1.2], np.float32)).tolist() == [0, 1, 255]
+
+
+# ------------------------------------------------------------------------------------------------- altogether
+
+
+@pytest.mark.parametrize("options", [{"strength": 0.0}, {"clean_share": 1.0}, {"kind": "bicubic"}])
+@pytest.mark.parametrize("scale", [2.0, 4.0, 1.5])
+def test_no_strength_is_bicubic_exactly(picture, options, scale):
+    image = picture[:, :240, :192]
+    expected = Bicubic(scale=scale, border="replicate")(image)
+    ours = Photo(**{"scale": scale, "border": "replicate"} | options)(image, random())
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_lies_exactly_over_bicubics(picture, kind):
+    grey = [Photo(kind, clean_share=0)(picture, random(seed)).float().mean(0) for seed in range(12)]
+    expected = Bicubic()(picture).float().mean(0)
+    shifts = [
+        phase_cross_correlation(expected.numpy(), one.numpy(), upsample_factor=20, normalization=None)[0]
+        for one in grey
+    ]
+    assert np.abs(np.mean(shifts, axis=0)).max() < 0.06
+    assert np.abs(shifts).max() < 0.3
+
+
+def test_more_strength_is_further_from_bicubic(picture):
+    def error(strength):
+        photo = Photo(strength=strength, clean_share=0)
+        degraded = torch.stack([photo(picture, random(seed)) for seed in range(8)])
+        return float((degraded.float() - Bicubic()(picture).float()).square().mean())
+
+    errors = [error(strength) for strength in (0.0, *(STRENGTHS[kind] for kind in KINDS))]
+    assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("scale", [4.0, 2.0, 1.5])
+def test_sizes_are_bicubics_and_grey_stays_grey(picture, scale):
+    for image in (picture[:, :101, :77], picture[:1, :101, :77]):
+        photo = Photo("heavy", scale, clean_share=0)
+        assert photo(image, random()).shape == Bicubic(scale=scale)(image).shape
+
+
+def test_colours_keep_their_places(picture):
+    red = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    red[0] = 200
+    mean = Photo("light", clean_share=0)(red, random()).float().mean((1, 2))
+    torch.testing.assert_close(mean, torch.tensor([200.0, 0, 0]), atol=8, rtol=0)
+
+
+def test_the_generator_alone_decides(picture):
+    photo = Photo(clean_share=0)
+    assert torch.equal(photo(picture, random(3)), photo(picture, random(3)))
+    assert not torch.equal(photo(picture, random(3)), photo(picture, random(4)))
+
+
+def test_the_clean_share_is_what_is_asked(picture):
+    small = picture[:, :32, :32]
+    clean = [torch.equal(Photo(clean_share=0.5)(small, random(n)), Bicubic()(small)) for n in range(100)]
+    assert np.mean(clean) == pytest.approx(0.5, abs=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "degradation", [Bicubic(scale=3.0), Photo("heavy", 2.0, strength=0.3), Photo(jpeg_quality=(50, 60))]
+)
+def test_a_degradation_is_the_one_that_was_recorded(degradation):
+    assert degradation_from_dict(degradation.to_dict()) == degradation
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("strength", 1.5),
+        ("blur_sigma", (3.0, 1.0)),
+        ("blur_sigma", (1.0,)),
+        ("kernel_shares", (0.5, 0.5)),
+        ("resize_shares", (0.5, 0.5, 0.5)),
+        ("first_resize", (0.2, 0.8)),
+        ("jpeg_quality", (30.0, 101.0)),
+    ],
+)
+def test_what_makes_no_sense_is_named(name, value):
+    with pytest.raises(OptionError, match=name):
+        Photo(**{name: value})
+
+
+def test_an_option_of_another_kind_is_named():
+    values = dataclasses.replace(Photo(), strength=0.4).to_dict()
+    assert degradation_from_dict(values) == Photo(strength=0.4)
+    assert degradation_from_dict(Photo(kind="bicubic", scale=2.0).to_dict()) == Bicubic(scale=2.0)
+    with pytest.raises(OptionError, match=r"0\.4"):
+        degradation_from_dict(values | {"kind": "bicubic"})

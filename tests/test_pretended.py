@@ -1,0 +1,151 @@
+"""CUDA without CUDA: every tensor is on the right device, and nobody waits for it but once per step."""
+
+import pytest
+import torch
+
+import bicubic
+from degradation import Bicubic
+from diffusion import MODES, DiffusionModel, ResidualGenerator
+from engine.checkpoint import LoadedModel
+from engine.processes import Processes
+from evaluation.validation import Validator
+from restoration import RestoreConfig, Restorer
+from samplers import SCHEDULERS
+from tests.networks import PROCESS, tiny_unet
+from tests.pretended import pretended_device
+from training import MicroBatch, TrainingConfig, new_state, train_step
+from util import ImageDataset
+
+SCALE, SIZE = 2.0, 32
+CONDITIONINGS = ("none", "concat", "cross_attention", "both")
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    with pretended_device("cuda", monkeypatch) as device:
+        yield device
+    for one in vars(bicubic).values():  # what is cached on the pretended device is worth nothing later
+        if hasattr(one, "cache_clear"):
+            one.cache_clear()
+
+
+@pytest.fixture(params=[0, 2], ids=["without predictor", "with predictor"])
+def predictor_blocks(request):
+    return request.param
+
+
+def crops(device, count=2):
+    return torch.zeros(count, 3, SIZE, SIZE, dtype=torch.uint8, device=device)
+
+
+def reads_between_evaluations(network, pretended):
+    """A list that grows by the number of reads so far at each evaluation of the network."""
+    counts = []
+    network.register_forward_hook(lambda *_: counts.append(len(pretended.reads)))
+    return counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_the_loss_reads_nothing(pretended, mode, conditioning, predictor_blocks):
+    network = tiny_unet(conditioning=conditioning, predictor_blocks=predictor_blocks).to(pretended.device)
+    loss = DiffusionModel(100, pretended.device, mode).restoration_loss(Bicubic(scale=SCALE))
+    losses = loss(network, crops(pretended.device), torch.Generator(pretended.device))
+    losses.sum().backward()
+    assert losses.shape == (2,)
+    assert losses.device.type == "cuda"
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert not pretended.reads
+
+
+@pytest.mark.parametrize(("gamma", "density"), [(5.0, "logit_normal"), (None, "high_noise")])
+def test_weights_and_densities_read_nothing(pretended, gamma, density):
+    model = DiffusionModel(100, pretended.device, "clean", "flow", gamma, density)
+    clean = torch.zeros(4, 3, 8, 8, device=pretended.device)
+    losses = model.loss(lambda noisy, t, context: noisy, clean, None, torch.Generator(pretended.device))
+    assert losses.device.type == "cuda"
+    assert not pretended.reads
+
+
+def test_an_optimiser_step_reads_once(pretended, predictor_blocks):
+    network = tiny_unet(predictor_blocks=predictor_blocks).to(pretended.device)
+    config = TrainingConfig(max_steps=4, optimizer="adamw", warmup_steps=1)
+    state = new_state(network, config)
+    loss = DiffusionModel(100, pretended.device).restoration_loss(Bicubic(scale=SCALE))
+    for _ in range(2):
+        parts = [MicroBatch(number, [(0, 0), (0, 1)], 0.25, number == 1) for number in range(2)]
+        batches = iter([(part, crops("cpu")) for part in parts])  # as a DataLoader gives them
+        report = train_step(state, loss, batches, config, Processes(pretended.device))
+        assert report.finite
+    assert state.step == 2
+    assert len(pretended.reads) == 2 * 3  # three numbers, together, a step
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_sampling_reads_nothing_between_evaluations(pretended, scheduler, predictor_blocks):
+    network = tiny_unet(predictor_blocks=predictor_blocks).to(pretended.device).eval()
+    counts = reads_between_evaluations(network, pretended)
+    generator = ResidualGenerator(device=pretended.device, scheduler=scheduler)
+    eta = 0.5 if scheduler == "ddim" else 0.0
+    images = generator.generate_images(network, torch.zeros(2, 3, 12, 16), 2, 4, seed=0, eta=eta)
+    assert images.shape == (4, 3, 24, 32)
+    assert images.device.type == "cuda"
+    assert len(counts) == 2 * len(generator.plan(4))
+    assert len(set(counts)) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tile": 32, "overlap": 8},
+        {"tile": 0},
+        {"tile": 32, "overlap": 8, "self_ensemble": True, "batch_size": 3},
+        {"tile": 32, "overlap": 8, "scheduler": "ddim", "eta": 1.0, "num_images": 3},
+        {"tile": 32, "overlap": 8, "consistency": True},
+    ],
+    ids=str,
+)
+def test_restoring_reads_nothing_between_evaluations(pretended, options, predictor_blocks):
+    network = tiny_unet(predictor_blocks=predictor_blocks, attention_window=2)
+    config = RestoreConfig(steps=3, **options)
+    restorer = Restorer(LoadedModel(network, PROCESS, {}, 1), config, pretended.device)
+    counts = reads_between_evaluations(restorer.network, pretended)
+    restored = restorer(torch.full((3, 40, 24), 0.5))
+    assert restored.shape == (3, 80, 48)
+    assert counts
+    assert len(set(counts)) == 1
+
+
+def test_the_mean_is_predicted_on_the_device(pretended):
+    model = LoadedModel(tiny_unet(predictor_blocks=2), PROCESS, {}, 1)
+    restorer = Restorer(model, RestoreConfig(mode="fidelity", tile=32), pretended.device)
+    assert restorer(torch.full((3, 40, 24), 0.5)).shape == (3, 80, 48)
+
+
+def test_validation_stays_on_the_device(pretended, photo_folder, predictor_blocks):
+    diffusion = DiffusionModel(100, pretended.device)
+    dataset = ImageDataset(photo_folder, SIZE, SCALE, train=False)
+    found = Validator(diffusion, dataset)(tiny_unet(predictor_blocks=predictor_blocks).to(pretended.device))
+    assert set(found.images) == {"low_bicubic_mean_original", "low_bicubic_sample_original"}
+
+
+def test_a_device_without_float64_is_given_none(pretended, monkeypatch, photo_folder, predictor_blocks):
+    """MPS has none: what is made in float64 is made on the CPU."""
+    monkeypatch.setattr(bicubic, "WITHOUT_FLOAT64", {pretended.device.type})
+    network = tiny_unet(predictor_blocks=predictor_blocks).to(pretended.device)
+    diffusion = DiffusionModel(100, pretended.device)
+    loss = diffusion.restoration_loss(Bicubic(scale=SCALE))
+    loss(network, crops(pretended.device), torch.Generator(pretended.device)).sum().backward()
+    Validator(diffusion, ImageDataset(photo_folder, SIZE, SCALE, train=False))(network)
+    assert torch.float32 in pretended.dtypes
+    assert torch.float64 not in pretended.dtypes
+
+
+def test_the_pretence_finds_what_it_should(pretended):
+    there = torch.zeros(3, device=pretended.device)
+    with pytest.raises(RuntimeError, match="cpu"):
+        there + torch.zeros(3)
+    assert not pretended.reads
+    float(there.sum())
+    there.cpu()
+    assert len(pretended.reads) == 2
