@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old content or the whole of the new one, never half."""
+"""Files whose reader finds the old content or all of the new."""
 
 import os
 import uuid
@@ -7,14 +7,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside path, flush it to disk, and rename it to path.
-
-    Missing folders are made. Whatever goes wrong, nothing but the old file, if there was one, is left.
-
-    Args:
-        path: the file to write or replace.
-        write: called with the path to write to; what it raises is passed on.
-    """
+    """Have ``write``, given a temporary path, make the content of ``path``; its errors change nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is one step only within a file system. Named here rather than by
     # tempfile, which would make the file readable to its owner alone.
@@ -29,5 +22,5 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write text as UTF-8, as write_atomically does."""
+    """As write_atomically, in UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

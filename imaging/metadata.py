@@ -1,14 +1,17 @@
-"""What a picture's file says besides its pixels, read from a file and made ready for another one."""
+"""What an image file says besides its pixels."""
 
 import io
 import logging
+import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import pyvips
 from PIL import Image, PngImagePlugin
 from PIL.ImageFile import ImageFile
@@ -19,262 +22,203 @@ logger = logging.getLogger(__name__)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
-ORIENTATION, EXIF_DIRECTORY, GPS_DIRECTORY = 0x0112, 0x8769, 0x8825
-_WIDTH_TAGS, _HEIGHT_TAGS = (0x0100, 0xA002), (0x0101, 0xA003)  # of the picture, in the two directories
+_ORIENTATION, _EXIF_DIRECTORY, _GPS_DIRECTORY = 0x0112, 0x8769, 0x8825
+_STRIP_OFFSETS, _STRIP_LENGTHS, _TILE_OFFSETS, _TILE_LENGTHS = 273, 279, 324, 325
+_RESOLUTION = (282, 283, 296)  # horizontal, vertical, unit
 # TIFF keeps the layout of the samples and the description of the picture in one directory. This is the
 # description: text, resolution, date, author, XMP, rights, and the Exif and GPS directories.
-DESCRIPTIVE_TAGS = {
-    *(270, 271, 272, 282, 283, 296, 305, 306, 315, 700, 33432),
-    *(EXIF_DIRECTORY, GPS_DIRECTORY),
-}
+_DESCRIPTIVE_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 700, 33432, _EXIF_DIRECTORY, _GPS_DIRECTORY}
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-_PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"fcTL", b"fdAT"}
 _PNG_OF_ONE_PIXEL = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010800000000 3a7e9b55")
+_PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"IEND"}  # and IDAT and fdAT, which are not read
 _XMP_KEY, _TEXT_EXIF_KEY = "XML:com.adobe.xmp", "Raw profile type exif"
 # What says sRGB: gamma 1 / 2.2, the primaries and white of ITU-R BT.709 (both x 100000), and H.273's numbers.
 _SRGB_COLOUR = {
-    b"gAMA": struct.pack(">I", 45455),
-    b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
-    b"cICP": bytes([1, 13, 0, 1]),
+    b"gAMA": (45455,),
+    b"cHRM": (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+    b"cICP": (0x010D0001,),
 }
-# What Pillow raises on damaged EXIF and PNG text.
-DAMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
+DAMAGE_ERRORS = (  # what Pillow raises on damaged EXIF and PNG text
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError),
+    *(AttributeError, ArithmeticError, RuntimeError, struct.error),
 )
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says about a picture that is upright.
-
-    Attributes:
-        icc_profile: describes the pixels.
-        exif: an EXIF block without orientation. From a TIFF, only the tags that describe the picture.
-        xmp: an XMP packet.
-        dpi: horizontal and vertical resolution in pixels per inch.
-        text: the texts of a PNG by their keywords.
-        colour: a PNG's chunks gAMA, cHRM and cICP, where they say another colour space than sRGB and no
-            profile overrules them. The pixels are not converted.
-    """
+    """What a file says about an upright picture besides its pixels."""
 
     icc_profile: bytes | None = None
-    exif: bytes | None = None
+    exif: bytes | None = None  # without orientation and a TIFF's layout
     xmp: bytes | None = None
-    dpi: tuple[float, float] | None = None
-    text: dict[str, str] = field(default_factory=dict)
+    dpi: tuple[float, float] | None = None  # horizontal, vertical
+    text: dict[str, str] = field(default_factory=dict)  # a PNG's, by keyword
+    # a PNG's gAMA, cHRM and cICP where they, and no profile, say another colour space than sRGB
     colour: dict[bytes, bytes] = field(default_factory=dict)
 
     def resized(self, height: int, width: int, path: Path) -> "Metadata":
-        """The same with the sizes that EXIF and XMP state replaced, for the file that is to hold it."""
-        xmp = self.xmp
-        for name, size in ((b"PixelXDimension", width), (b"PixelYDimension", height)):
-            xmp = xmp and re.sub(rb"(exif:" + name + rb"(?:=[\"']|>))\d+", rb"\g<1>%d" % size, xmp)
-        if self.exif is None:
-            return replace(self, xmp=xmp)
+        """The same with this size in EXIF and XMP; warnings name ``path``."""
+        xmp = _set_in_xmp(self.xmp, b"exif:PixelXDimension", width)
+        xmp = _set_in_xmp(xmp, b"exif:PixelYDimension", height)
+        sizes = {0x0100: width, 0x0101: height, 0xA002: width, 0xA003: height}  # in the two directories
         exif = Image.Exif()
         try:
-            exif.load(self.exif)
-            for tags, size in ((_WIDTH_TAGS, width), (_HEIGHT_TAGS, height)):
-                for directory in (exif, exif.get_ifd(EXIF_DIRECTORY)):
-                    directory.update({tag: size for tag in tags if tag in directory})
-            return replace(self, xmp=xmp, exif=exif.tobytes())
+            exif.load(self.exif or b"")
+            for directory in (exif, exif.get_ifd(_EXIF_DIRECTORY)):
+                directory.update({tag: size for tag, size in sizes.items() if tag in directory})
+            return replace(self, xmp=xmp, exif=self.exif and exif.tobytes())
         except DAMAGE_ERRORS as error:
             logger.warning("%s: EXIF that cannot be written (%s): left out", path, error)
             return replace(self, xmp=xmp, exif=None)
 
 
-def read_exif(image: pyvips.Image, file: BinaryIO) -> Image.Exif | None:
-    """The EXIF of an image that was opened from file, orientation included; None where it is damaged."""
-    exif = Image.Exif()
-    try:
-        loader = image.get("vips-loader")
+def _set_in_xmp(xmp: bytes | None, name: bytes, value: int) -> bytes | None:
+    return xmp and re.sub(rb"(" + name + rb"(?:=[\"']|>))\d+", rb"\g<1>%d" % value, xmp)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says around its pixels."""
+
+    length: int  # of the file in bytes
+    orientation: int  # 1 to 8, by EXIF or else XMP; 1 where both are silent or wrong
+    metadata: Metadata  # of the upright picture, but for EXIF
+    exif: Image.Exif | None  # None if damaged
+    tiff: dict[int, Any]  # a TIFF's tags
+    chunks: dict[bytes, bytes]  # a PNG's by kind, without pixels
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a PNG or TIFF has its end, which decoding may not need."""
+        if self.chunks:
+            return self.chunks.get(b"IEND") == _PNG_END
+        offsets = self.tiff.get(_STRIP_OFFSETS, self.tiff.get(_TILE_OFFSETS, 0))
+        lengths = self.tiff.get(_STRIP_LENGTHS, self.tiff.get(_TILE_LENGTHS, 0))  # they may be left out
+        return bool((np.add(offsets, lengths) <= self.length).all())
+
+    def with_exif(self, path: Path) -> Metadata:
+        """All that can be handed on of the file at ``path``; the rest is a warning."""
+        try:
+            if self.exif is None:
+                raise ValueError("damaged")
+            return replace(self.metadata, exif=self.exif.tobytes() if len(self.exif) else None)
+        except DAMAGE_ERRORS as error:
+            what = "EXIF, profile or texts" if self.chunks else "EXIF"
+            logger.warning("%s: %s that cannot be handed on (%s): left out", path, what, error)
+            return self.metadata
+
+
+def read_header(image: pyvips.Image | ImageFile, file: BinaryIO) -> Header:
+    """Describe an opened image; damage is no error."""
+    loader = str(image.format if isinstance(image, ImageFile) else image.get("vips-loader"))
+    chunks = _png_chunks(file, {b"IDAT", b"fdAT"}) if loader.startswith("png") else []
+    info: dict[Any, Any] = {}
+    exif: Image.Exif | None = None
+    tiff, orientation = {}, None
+    with suppress(*DAMAGE_ERRORS):
+        if chunks:  # those that describe the picture may follow its pixels
+            described = b"".join(chunk for kind, chunk in chunks if kind not in _PNG_PIXELS)
+            image = PngImagePlugin.PngImageFile(io.BytesIO(_PNG_OF_ONE_PIXEL + described + _PNG_END))
+        info = image.info if isinstance(image, ImageFile) else _vips_info(image)
+        # a PNG's own getexif would look for more behind the pixels
+        found = Image.Image.getexif(image) if isinstance(image, ImageFile) else Image.Exif()
         if loader.startswith("tiff"):
             file.seek(0)
-            exif.load_from_fp(file)
-        elif loader.startswith("png"):
-            with Image.open(io.BytesIO(png_without_pixels(file)), formats=["PNG"]) as head:
-                exif = Image.Image.getexif(head)  # a PNG's own would look for more behind the pixels
-        elif image.get_typeof("exif-data"):
-            exif.load(image.get("exif-data"))
-    except DAMAGE_ERRORS:
-        return None
-    return exif
+            found.load_from_fp(file)
+            tiff = dict(found)
+        elif not isinstance(image, ImageFile):
+            found.load(info.get("exif", b""))
+        orientation = found.pop(_ORIENTATION, None)
+        if tiff:
+            _keep_description(found)
+        exif = found
+    text = {str(key): str(value) for key, value in info.items() if chunks and isinstance(value, str)}
+    icc_profile, xmp, dpi = (None if key in text else info.get(key) for key in ("icc_profile", "xmp", "dpi"))
+    xmp = text.pop(_XMP_KEY, "").encode() or xmp or None
+    text.pop(_TEXT_EXIF_KEY, None)  # Pillow reads it as EXIF
+    in_xmp = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp or b"")
+    orientation = orientation or (int(in_xmp[1]) if in_xmp else 1)
+    if orientation not in range(1, 9) or loader.startswith("heif"):  # which is turned while it is decoded
+        orientation = 1
+    xmp = _set_in_xmp(xmp, b"tiff:Orientation", 1)
+    metadata = Metadata(icc_profile or None, None, xmp, dpi, text, _colour(dict(chunks)))
+    return Header(os.fstat(file.fileno()).st_size, orientation, metadata, exif, tiff, dict(chunks))
 
 
-def read_pillow_exif(image: ImageFile) -> Image.Exif | None:
-    """As read_exif, for an image that Pillow opened."""
-    try:
-        return image.getexif()
-    except DAMAGE_ERRORS:
-        return None
+def _keep_description(exif: Image.Exif) -> None:
+    """Remove what lays out the samples of a TIFF."""
+    for tag in set(exif) - _DESCRIPTIVE_TAGS:
+        del exif[tag]
 
 
-def read_orientation(image: pyvips.Image, exif: Image.Exif | None) -> int:
-    """How the stored samples are turned, 1 to 8 as in EXIF."""
-    if image.get("vips-loader").startswith("heif"):
-        return 1  # turned while it is decoded
-    return orientation_of(exif, image.get("xmp-data") if image.get_typeof("xmp-data") else None)
+def _vips_info(image: pyvips.Image) -> dict[Any, Any]:
+    names = {"icc_profile": "icc-profile-data", "xmp": "xmp-data", "exif": "exif-data"}
+    info = {name: image.get(field) for name, field in names.items() if image.get_typeof(field)}
+    if image.get_typeof("resolution-unit"):
+        info["dpi"] = image.xres * 25.4, image.yres * 25.4  # from pixels per mm
+    return info
 
 
-def orientation_of(exif: Image.Exif | None, xmp: bytes | None) -> int:
-    """What EXIF says, or else XMP; 1 where both are silent or wrong."""
-    found = re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp or b"")
-    stated = exif.get(ORIENTATION) if exif else None
-    orientation = stated or (int(found[1]) if found else 1)
-    return orientation if orientation in range(1, 9) else 1
+def _colour(chunks: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    kinds = {b"cICP"} if chunks.keys() & {b"sRGB", b"iCCP", b"cICP"} else {b"gAMA", b"cHRM"}
+    colour = {kind: chunks[kind][8:-4] for kind in kinds & chunks.keys()}
+    for kind, data in colour.items():
+        expected, rounding = _SRGB_COLOUR[kind], 0 if kind == b"cICP" else 100  # as programs round
+        same_length = len(data) == 4 * len(expected)
+        if not (same_length and np.allclose(np.frombuffer(data, ">u4"), expected, rtol=0, atol=rounding)):
+            return colour
+    return {}
 
 
-def read_pillow_metadata(image: ImageFile, exif: Image.Exif | None, path: Path) -> Metadata:
-    """As read_metadata, for an image that Pillow opened."""
-    dpi = image.info.get("dpi") if image.format == "BMP" else None  # the others state it in EXIF alone
-    metadata = Metadata(image.info.get("icc_profile") or None, xmp=image.info.get("xmp") or None, dpi=dpi)
-    return _for_upright(metadata, exif, path, is_tiff=False)
-
-
-def read_metadata(image: pyvips.Image, file: BinaryIO, exif: Image.Exif | None) -> Metadata:
-    """What the file of an opened image says, for the picture turned upright."""
-    loader = image.get("vips-loader")
-    if loader.startswith("png"):
-        metadata = _of_png(png_without_pixels(file), file.name)
-    else:
-        icc_profile, xmp = (
-            image.get(name) if image.get_typeof(name) else None for name in ("icc-profile-data", "xmp-data")
-        )
-        # in pixels per mm
-        dpi = (image.xres * 25.4, image.yres * 25.4) if image.get_typeof("resolution-unit") else None
-        metadata = Metadata(icc_profile, xmp=xmp, dpi=dpi)
-    return _for_upright(metadata, exif, Path(file.name), is_tiff=loader.startswith("tiff"))
-
-
-def _for_upright(metadata: Metadata, exif: Image.Exif | None, path: Path, *, is_tiff: bool) -> Metadata:
-    """Add EXIF; the picture is going to be upright, whatever it and XMP say."""
-    xmp = metadata.xmp and re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", metadata.xmp)
-    if exif is None:
-        logger.warning("%s: its EXIF is damaged: left out", path)
-        return replace(metadata, xmp=xmp)
-    return replace(metadata, xmp=xmp, exif=_exif_block(exif, is_tiff, path))
-
-
-def _exif_block(exif: Image.Exif, is_tiff: bool, path: Path) -> bytes | None:
-    """The block without orientation and, from a TIFF, without what says how its samples are stored."""
-    try:
-        # A copy with all that the first one refers to.
-        copied = Image.Exif()
-        for tag, value in exif.items():
-            inner = exif.get_ifd(tag) if tag in {EXIF_DIRECTORY, GPS_DIRECTORY} else value
-            if tag != ORIENTATION and (tag in DESCRIPTIVE_TAGS or not is_tiff):
-                copied[tag] = inner
-        return copied.tobytes() if len(copied) else None
-    except DAMAGE_ERRORS as error:
-        logger.warning("%s: its EXIF cannot be written again (%s): left out", path, error)
-        return None
-
-
-# -------------------------------------------------------------------------------------------- chunks of a PNG
-
-
-def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, first byte and end of every chunk, from the chunks' headers alone."""
-    start = 8
-    while len(header := _bytes_at(file, start, 8)) == 8:
+def _png_chunks(file: BinaryIO, skipped: Collection[bytes]) -> list[tuple[bytes, bytes]]:
+    """Kind and bytes of a PNG's chunks, but for the kinds that are skipped unread."""
+    chunks = []
+    file.seek(8)
+    while len(header := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
-        yield kind, start, start + 12 + length
+        if kind in skipped:
+            file.seek(length + 4, os.SEEK_CUR)
+        else:
+            chunks.append((kind, header + file.read(length + 4)))
         if kind == b"IEND":
-            return  # what some programs put behind it is none of the PNG's
-        start += 12 + length
+            break
+    return chunks
 
 
-def png_without_pixels(file: BinaryIO) -> bytes:
-    """The header of a single pixel with all chunks that describe the picture: they may follow its pixels."""
-    parts = [(start, end) for kind, start, end in png_chunks(file) if kind not in _PNG_PIXELS]
-    return _PNG_OF_ONE_PIXEL + b"".join(_bytes_at(file, start, end - start) for start, end in parts)
-
-
-def png_is_whole(file: BinaryIO) -> bool:
-    """Whether a PNG has its last chunk, which decoding does not need."""
-    return any(
-        _bytes_at(file, start, 12) == _PNG_END for kind, start, _ in png_chunks(file) if kind == b"IEND"
-    )
-
-
-def png_frames(file: BinaryIO) -> int:
-    """How many frames an animated PNG says it has, else 1."""
-    found = [_bytes_at(file, start + 8, 4) for kind, start, _ in png_chunks(file) if kind == b"acTL"]
-    return int.from_bytes(found[0], "big") if found else 1
+def save_options(metadata: Metadata) -> dict[str, object]:
+    """What Pillow's encoders take: each ignores what it does not know."""
+    png = PngImagePlugin.PngInfo()
+    for key, value in metadata.text.items():
+        png.add_text(key, value, zip=len(value) > 1000)
+    if metadata.xmp:
+        png.add_itxt(_XMP_KEY, metadata.xmp.decode(errors="replace"))
+    for kind, data in metadata.colour.items():
+        png.add(kind, data)
+    options = {name: getattr(metadata, name) for name in ("icc_profile", "exif", "xmp", "dpi")}
+    return {"pnginfo": png, **{name: value for name, value in options.items() if value}}
 
 
 def png_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
-    """A PNG's pixels with the metadata that Pillow writes around a single pixel."""
+    """An encoded PNG with the metadata that Pillow writes around another."""
     described = io.BytesIO()
-    Image.new("L", (1, 1)).save(described, "PNG", **png_options(metadata))
-    pixels = io.BytesIO(encoded)
-    header, *rest = [_bytes_at(pixels, s, e - s) for kind, s, e in png_chunks(pixels) if kind != b"pHYs"]
-    others = [
-        _bytes_at(described, start, end - start)
-        for kind, start, end in png_chunks(described)
-        if kind not in {b"IHDR", b"IDAT", b"IEND"}
-    ]
-    return b"".join([encoded[:8], header, *others, *rest])
+    Image.new("L", (1, 1)).save(described, "PNG", **save_options(metadata))
+    added = _png_chunks(described, {b"IHDR", b"IDAT", b"IEND"})
+    first, *rest = _png_chunks(io.BytesIO(encoded), {b"pHYs"})
+    return encoded[:8] + b"".join(chunk for _, chunk in [first, *added, *rest])
 
 
-def png_options(metadata: Metadata) -> dict[str, object]:
-    """What Pillow's PNG encoder takes."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in metadata.text.items():
-        info.add_text(key, value, zip=len(value) > 1000)
-    if metadata.xmp:
-        info.add_itxt(_XMP_KEY, metadata.xmp.decode(errors="replace"))
-    for kind, data in metadata.colour.items():
-        info.add(kind, data)
-    return {**common_options(metadata), "pnginfo": info}
-
-
-def common_options(metadata: Metadata) -> dict[str, object]:
-    """What all of Pillow's encoders take."""
-    options = {"icc_profile": metadata.icc_profile, "exif": metadata.exif, "dpi": metadata.dpi}
-    return {name: value for name, value in options.items() if value}
-
-
-def _bytes_at(file: BinaryIO, start: int, length: int) -> bytes:
-    file.seek(start)
-    return file.read(length)
-
-
-def _of_png(head: bytes, name: str) -> Metadata:
-    """What the chunks of a PNG say, but for EXIF."""
-    stream = io.BytesIO(head)
-    chunks = {kind: head[start + 8 : end - 4] for kind, start, end in png_chunks(stream)}
-    colour = {kind: data for kind, data in chunks.items() if kind in _SRGB_COLOUR}
-    if b"sRGB" in chunks or b"iCCP" in chunks or b"cICP" in chunks:
-        colour = {kind: data for kind, data in colour.items() if kind == b"cICP"}
-    if all(_says_srgb(kind, data) for kind, data in colour.items()):
-        colour = {}
-    try:
-        with Image.open(stream, formats=["PNG"]) as image:
-            info = image.info
-    except DAMAGE_ERRORS as error:
-        logger.warning("%s: its profile and texts are damaged (%s): left out", name, error)
-        return Metadata(colour=colour)
-    text = {str(key): value for key, value in info.items() if isinstance(value, str)}
-    packet = text.pop(_XMP_KEY, "").encode() or None
-    text.pop(_TEXT_EXIF_KEY, None)  # Pillow reads it as EXIF
-    return Metadata(info.get("icc_profile"), xmp=packet, dpi=info.get("dpi"), text=text, colour=colour)
-
-
-def _says_srgb(kind: bytes, data: bytes) -> bool:
-    """Whether a colour chunk is sRGB's, give or take what programs round."""
-    expected = _SRGB_COLOUR[kind]
-    if kind == b"cICP" or len(data) != len(expected):
-        return data == expected
-    count = len(expected) // 4
-    pairs = zip(struct.unpack(f">{count}I", data), struct.unpack(f">{count}I", expected), strict=True)
-    return all(abs(value - other) <= 100 for value, other in pairs)
+def tiff_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
+    """A TIFF in strips with a directory by Pillow, as libvips writes no EXIF, in front of the same strips."""
+    layout, directory = Image.Exif(), Image.Exif()
+    layout.load(encoded)
+    directory.load(metadata.exif or b"")
+    directory.endian = layout.endian
+    _keep_description(directory)
+    offsets, lengths = (np.atleast_1d(layout[tag]) for tag in (_STRIP_OFFSETS, _STRIP_LENGTHS))
+    # what libvips says about a resolution that nobody knows is left out
+    tags = {tag: value for tag, value in layout.items() if tag not in _RESOLUTION}
+    tags[_STRIP_OFFSETS] = tuple((offsets - 8).tolist())  # counted from the directory's end
+    tags |= dict(zip(_RESOLUTION, (*metadata.dpi, 2), strict=True)) if metadata.dpi else {}
+    others = {700: metadata.xmp, 34675: metadata.icc_profile}
+    directory.update(tags | {tag: value for tag, value in others.items() if value})
+    return directory.tobytes().removeprefix(b"Exif\0\0") + encoded[8 : offsets[-1] + lengths[-1]]

@@ -13,13 +13,7 @@ _GAP, _LABEL = 8, 24  # pixels between panels, and above them
 def comparison_picture(
     source: Pixels, bicubic: Pixels, restored: Pixels, truth: Pixels | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Panels (H + 24, W', 3) side by side, labelled: input (nearest), bicubic, restored, and the original.
-
-    Args:
-        source: (h, w) or (h, w, 3), uint8 or uint16.
-        bicubic, restored: (H, W) or (H, W, 3).
-        truth: (H, W, 3), cropped or padded with black to the size of the result.
-    """
+    """Panels (H + 24, W', 3): input (h, w[, 3]), bicubic and restored (H, W[, 3]), and the original."""
     height, width = restored.shape[:2]
     rows = np.arange(height) * len(source) // height
     columns = np.arange(width) * source.shape[1] // width
@@ -30,7 +24,7 @@ def comparison_picture(
 
 
 def labelled_row(panels: dict[str, Pixels], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """A picture (height + 24, W', 3) of labelled panels, each cropped or padded with black to one size."""
+    """Labelled panels side by side, (height + 24, W', 3), each cropped or padded with black."""
     picture = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height + _LABEL), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
     for index, (name, pixels) in enumerate(panels.items()):
@@ -42,16 +36,8 @@ def labelled_row(panels: dict[str, Pixels], height: int, width: int) -> npt.NDAr
 
 
 def spread_colours(pixels: Pixels, alpha: Pixels) -> Pixels:
-    """Give every fully transparent pixel the colour of the nearest one that is not.
-
-    What lies hidden there would bleed into the edges of what is seen when the picture is resized.
-
-    Args:
-        pixels: (H, W) or (H, W, C), uint8 or uint16.
-        alpha: (H, W), 0 for transparent.
-
-    Returns: the same shape and dtype; pixels itself where nothing, or everything, is hidden.
-    """
+    """Give every pixel (H, W) or (H, W, C) with alpha 0 the colour of the nearest other one."""
+    # What lies hidden there would bleed into the edges of what is seen when the picture is resized.
     hidden = alpha == 0
     if hidden.all() or not hidden.any():
         return pixels

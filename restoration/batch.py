@@ -49,12 +49,11 @@ def restore_file(
     """Restore one file and write what belongs to it; returns a remark for the user, or "".
 
     Args:
-        progress: called with the finished part of the work.
         strip: leave out the metadata.
         background: red, green and blue in [0, 255] to put a transparent image on.
 
     Raises:
-        ValueError: a file that cannot be read, or a format that cannot hold the result: before the work.
+        ValueError: before the work, an unreadable file or a format that cannot hold the result.
         OSError: a result could not be written.
     """
     source = decode_image(task.source)

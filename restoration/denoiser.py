@@ -1,9 +1,8 @@
-"""The network on images of any size: clean estimates in overlapping windows that are blended at every step.
+"""The network on images of any size: overlapping windows, blended at every step.
 
 This is MultiDiffusion (Bar-Tal et al. 2023, Eq. 5) of clean estimates, which higher-order solvers remember.
 
-Shapes: B images, b windows that go through the network together, C channels, H x W pixels of the high
-resolution, h x w of the low one. Images are in [-1, 1].
+Shapes: B images, b windows together, C channels, H x W high and h x w low resolution, in [-1, 1].
 """
 
 import itertools
@@ -52,19 +51,12 @@ ALL_VIEWS = tuple(View(turns, mirrored) for mirrored in (False, True) for turns 
 
 @dataclass
 class Windows:
-    """How images are cut. Where memory runs out windows get smaller, and stay so.
+    """How images are cut. Where memory runs out windows get smaller, and stay so."""
 
-    Attributes:
-        side: in pixels of the result; 0 for one piece, None to decide by the size of the image.
-        overlap: pixels that neighbours share.
-        batch_size: windows that go through the network together.
-        multiple: of which beginnings and overlaps are multiples.
-    """
-
-    side: int | None
-    overlap: int
-    batch_size: int
-    multiple: int
+    side: int | None  # in pixels of the result; 0 for one piece, None to decide by the image's size
+    overlap: int  # pixels that neighbours share
+    batch_size: int  # windows that go through the network together
+    multiple: int  # of beginnings and overlaps
 
     def plan(self, height: int, width: int) -> list[Tile]:
         """The windows of an H x W image."""
@@ -79,7 +71,7 @@ class Windows:
         return plan_tiles(height, width, side, overlap, min(MARGIN, (overlap - 1) // 2))
 
     def rounded(self, side: int) -> int:
-        """The side of the windows where this one is asked for."""
+        """The side that windows have if this one is asked for."""
         return max(2, math.ceil(side / self.multiple)) * self.multiple
 
     def attempt(self, height: int, width: int, work: Callable[[list[Tile]], Result]) -> Result:
@@ -95,11 +87,7 @@ class Windows:
             self.use_less_memory(max(max(tile.window.shape) for tile in tiles))
 
     def use_less_memory(self, side: int) -> None:
-        """One window at a time from now on or, where it was one, half this side.
-
-        Raises:
-            torch.OutOfMemoryError: windows are as small as they can be.
-        """
+        """One window at a time or, if it was one, half this side; torch.OutOfMemoryError for the smallest."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.batch_size > 1:
@@ -117,8 +105,8 @@ class Base:
 
     Args:
         low_res: (B, C, h, w) on the generator's device.
-        windows: how to cut the images; the mean is the same in any.
-        views: what the mean and estimates are averaged over.
+        windows: how to cut; the mean is the same in any.
+        views: to average over.
     """
 
     def __init__(
@@ -146,8 +134,7 @@ class Base:
 
     def _predict(self, tiles: list[Tile]) -> Field:
         field = Field((*self.low_res.shape[:2], *self.size), self.low_res.device)
-        # Each window sees as far beyond its edges as the predictor reaches, and begins where a window of the
-        # whole image would, so that padding and folding are the same.
+        # The predictor sees all that it reaches, from where the whole image would be padded and folded alike.
         multiple = self.network.window_multiple
         halo = math.ceil(self.network.mean_reach / multiple) * multiple
         for tile, image in itertools.product(tiles, range(len(self.low_res))):
@@ -185,7 +172,7 @@ class TiledDenoiser:
 
     Args:
         base: of B images; the n-th that is denoised is its image n modulo B.
-        progress: called with the evaluations done so far, in fractions.
+        progress: called with the evaluations so far, in fractions.
     """
 
     def __init__(self, base: Base, progress: Callable[[float], None]) -> None:

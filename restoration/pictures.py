@@ -1,7 +1,4 @@
-"""Whatever a caller hands over to be restored as what the network takes, and back.
-
-Shapes: C channels, H x W pixels of the result, h x w of the input.
-"""
+"""What callers hand over, (h, w), as what the network takes, and results (H, W) back."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,20 +24,12 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Picture:
-    """An image on its way through the network.
+    """An image on its way through the network."""
 
-    Attributes:
-        low_res: (3, h, w) in [-1, 1]; grey is repeated.
-        alpha: (h, w), or None.
-        shape: (h, w), (h, w, 1) or (h, w, 3), of the pixels without alpha.
-        dtype: of the result.
-        metadata: of its file.
-    """
-
-    low_res: Tensor
-    alpha: Pixels | None
-    shape: tuple[int, ...]
-    dtype: npt.DTypeLike
+    low_res: Tensor  # (3, h, w) in [-1, 1]; grey is repeated
+    alpha: Pixels | None  # (h, w)
+    shape: tuple[int, ...]  # (h, w), (h, w, 1) or (h, w, 3), of the pixels without alpha
+    dtype: npt.DTypeLike  # of the result
     metadata: Metadata = field(default_factory=Metadata)
 
     def to_pixels(self, restored: Field) -> Pixels:
@@ -56,11 +45,7 @@ class Picture:
 
 
 def to_picture(image: Restorable) -> Picture:
-    """Any image that can be restored.
-
-    Raises:
-        ValueError: an unreadable file (UnreadableImageError), or another type, shape, dtype or range.
-    """
+    """Take any image; ValueError for another type, shape, dtype or range, or an unreadable file."""
     if isinstance(image, str | Path):
         return _from_decoded(decode_image(image))
     if isinstance(image, DecodedImage):

@@ -1,7 +1,6 @@
 """The one way to restore: options, results, and the network at work on whole images.
 
-Shapes: B images, C channels, H x W pixels of the high resolution, h x w of the low one. Images are in
-[-1, 1] inside and in [0, 1] once restored.
+Shapes: B images, C channels, H x W high and h x w low resolution; [-1, 1] inside, [0, 1] once restored.
 """
 
 import copy
@@ -95,19 +94,12 @@ class RestoreConfig(Options):
 
 @dataclass(frozen=True)
 class Restoration:
-    """A restored picture.
+    """A restored picture."""
 
-    Attributes:
-        pixels: (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16, as the input.
-        alpha: (H, W) of the same dtype, or None.
-        deviation: (H, W) float32 in [0, 1], over the samples, root mean square over the channels; or None.
-        metadata: of the input's file.
-    """
-
-    pixels: Pixels
-    alpha: Pixels | None = None
-    deviation: npt.NDArray[np.float32] | None = None
-    metadata: Metadata = field(default_factory=Metadata)
+    pixels: Pixels  # (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16, as the input
+    alpha: Pixels | None = None  # (H, W) of the same dtype
+    deviation: npt.NDArray[np.float32] | None = None  # (H, W) in [0, 1], over samples; RMS of the channels
+    metadata: Metadata = field(default_factory=Metadata)  # of the input's file
 
     def save(self, path: str | Path) -> None:
         """As imaging.files.write_image does."""
@@ -172,10 +164,9 @@ def blend(
 
 
 class Restorer:
-    """Restores images with one network and one configuration.
+    """Restores images with one network, which moves to the device, and one configuration.
 
     Args:
-        model: its network is moved to the device.
         precision: dtype to autocast the network to, None for float32.
 
     Attributes:
@@ -183,8 +174,7 @@ class Restorer:
         step_count, steps: of the sampler; none where the network's mean is the result.
 
     Raises:
-        ValueError: an untrained network or one not for RGB, or options that the model cannot follow
-            (OptionError).
+        ValueError: an untrained network or one not for RGB, or options it cannot follow (OptionError).
     """
 
     def __init__(
@@ -231,12 +221,12 @@ class Restorer:
         Args:
             image: the path of a file; a decoded file; a PIL image; pixels (h, w) or (h, w, 1, 3 or 4) of
                 uint8 or uint16; or a tensor (1, 3 or 4, h, w) of uint8 or of floats in [0, 1].
-            deviation: whether to measure the standard deviation over the samples.
-            progress: called with the finished part of the work, rising to 1.
+            deviation: measure the standard deviation over the samples.
+            progress: called with the finished part of the work, up to 1.
 
         Raises:
-            ValueError: the image is unreadable or none of these, or a deviation of one sample is asked.
-            OSError: the folder of temporary files has no room for a large image.
+            ValueError: an unreadable image or none of these, or the deviation of one sample.
+            OSError: no room in the folder of temporary files.
         """
         if deviation and self.config.budget.num_images < 2:
             raise ValueError("an uncertainty map needs num_images of at least 2")

@@ -1,6 +1,6 @@
 """Large images in pieces: overlapping windows, resizing them, and where the whole is kept.
 
-Shapes: B images, C channels, H x W pixels of the high resolution, h x w of the low one.
+Shapes: B images, C channels, H x W high and h x w low resolution.
 """
 
 import math
@@ -154,13 +154,9 @@ class Scale:
 
 
 class Field:
-    """A float32 array (B, C, H, W), zero at first, in memory or, if large, in an unnamed file.
+    """A float32 array (B, C, H, W) of zeros, in memory or, if large, in an unnamed file.
 
-    Args:
-        device: where windows are handed out.
-
-    Raises:
-        OSError: the folder of temporary files has no room.
+    Windows are handed out on the device; OSError where the folder of temporary files has no room.
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:

@@ -987,6 +987,20 @@ def test_exif_states_the_new_size(tmp_path, suffix):
     assert (written.get(0x0100, 60), written.get(0x0101, 50)) == (60, 50)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_the_directories_inside_exif_are_handed_on(tmp_path, suffix, endian):
+    exif = Image.Exif()
+    exif.endian = endian
+    exif[0x8769] = {0x9003: "2020:02:03 04:05:06", 0xA005: {1: "R98", 2: b"0100"}}
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0)}
+    Image.fromarray(random_pixels(3)).save(tmp_path / "i.jpg", exif=exif.tobytes())
+    write_image(tmp_path / f"o{suffix}", random_pixels(3), metadata=decode_image(tmp_path / "i.jpg").metadata)
+    written = parsed_exif(decode_image(tmp_path / f"o{suffix}").metadata.exif)
+    assert written.get_ifd(0x8825) == {1: "N", 2: (1.0, 2.0, 3.0)}
+    assert written.get_ifd(0xA005) == {1: "R98", 2: b"0100"}
+
+
 def test_exif_that_cannot_be_written_is_said_and_the_picture_is_written(tmp_path, caplog):
     write_image(tmp_path / "i.png", random_pixels(3), metadata=Metadata(exif=b"Exif\0\0garbage"))
     assert str(tmp_path / "i.png") in caplog.text

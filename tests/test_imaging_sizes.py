@@ -83,10 +83,10 @@ def test_a_cache_that_cannot_be_written_is_a_warning(folder, tmp_path, caplog):
 
 
 def test_a_full_disk_under_the_cache_is_a_warning(folder, tmp_path, caplog, monkeypatch):
-    def fail(path, write):
+    def fail(number):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sizes, "write_atomically", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     paths = sorted(folder.iterdir())
     assert image_sizes(paths, tmp_path / "cache") == image_sizes(paths)
     assert "No space left" in caplog.text
