@@ -347,7 +347,7 @@ class DiffusionModel:
             CheckpointError, NonFiniteError, WorkerError: see training.train.
         """
         _check_recordable(dataset)
-        state = new_state(model, config)
+        state = new_state(model, config, options.get("precision"))
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
         else:

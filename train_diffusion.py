@@ -17,14 +17,21 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 
 from degradation import Degradation, Photo, degradation_from_dict
 from diffusion import DiffusionModel, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, LoadedModel, load_model, load_weights, read_for_resume
-from engine.device import autocast_dtype, compile_network, is_out_of_memory
+from engine.cost import Cost, count_cost, training_memory
+from engine.device import (
+    Precision,
+    autocast_dtype,
+    compile_network,
+    is_out_of_memory,
+    tune_for_training,
+)
 from engine.options import (
     OptionError,
     Options,
@@ -43,7 +50,14 @@ from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
 from imaging.sizes import default_cache_dir
-from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError, learning_rate_at
+from training import (
+    BatchPlan,
+    NonFiniteError,
+    TrainingConfig,
+    WorkerError,
+    learning_rate_at,
+    optimizer_for,
+)
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import Augmentation, ImageDataset
 
@@ -72,7 +86,10 @@ class RunOptions(Options):
 
     residual_std: float | None = option(None, "what residuals are divided by; by default measured", above=0)
     device: str = option("auto", "auto, cuda, mps or cpu", fixed=False)
-    precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto is bf16 on CUDA", fixed=False)
+    precision: Precision = option(
+        "auto", "auto is bf16 on GPUs that have it; fp16 scales the loss, for those that do not", fixed=False
+    )
+    checkpoint_activations: bool = option(False, "less memory, a third more time", fixed=False)
     compile: bool = option(False, "torch.compile the network: a slow start", fixed=False)
     profile: bool = option(False, "write a trace of 5 steps into the logs", fixed=False)
     log_dir: str = option("./logs", "TensorBoard", fixed=False)
@@ -254,6 +271,7 @@ def make_model(settings: Settings, device: torch.device) -> UNet:
         load_weights(model, loaded.network.state_dict(), run.init_weights)
     if run.residual_std is not None:
         model.residual_std.fill_(run.residual_std)
+    model.checkpoint_activations = run.checkpoint_activations
     return model.to(memory_format=torch.channels_last).to(device)
 
 
@@ -292,6 +310,23 @@ def describe_model(model: UNet, settings: Settings, device: torch.device) -> str
     )
 
 
+def count_crop(settings: Settings) -> tuple[int, Cost]:
+    """The parameters of the network, and what one training crop costs."""
+    with torch.device("meta"):
+        model = UNet.from_config(settings.network)
+    model.checkpoint_activations = settings.run.checkpoint_activations
+    size = settings.data.img_size
+    low_size = round(size / settings.degradation.scale)
+    image, low_res = (torch.zeros(1, 3, side, side, device="meta") for side in (size, low_size))
+
+    def forward() -> torch.Tensor:
+        context, mean = model.encode_context(Condition(image, low_res))
+        output: torch.Tensor = model(image, torch.zeros(1, dtype=torch.long, device="meta"), context)
+        return output.sum() if mean is None else output.sum() + mean.sum()
+
+    return parameter_count(model), count_cost(model, forward)
+
+
 def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path, Path]:
     """For checkpoints and log: the resumed run's, or new ones named after mode and time."""
     run = settings.run
@@ -304,13 +339,30 @@ def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path
 
 
 def describe_run(
-    settings: Settings, plan: BatchPlan, config: TrainingConfig, training: ImageDataset, images: int
+    settings: Settings,
+    plan: BatchPlan,
+    config: TrainingConfig,
+    training: ImageDataset,
+    images: int,
+    device: torch.device,
 ) -> Iterator[str]:
+    """What a person should know before the first step."""
+    precision = autocast_dtype(device, settings.run.precision)
+    yield f"device {device}, {precision or torch.float32}, {plan.world_size} process(es)"
     yield f"{len(training)} training and {images} validation images, {len(training.left_out)} left out"
-    yield f"{config.max_steps} steps of up to {plan.group_size} crops, {plan.steps_per_epoch} steps per epoch"
-    if cast(int, config.max_steps) < FEWEST_STEPS:
+    steps, crops = cast(int, config.max_steps), min(plan.group_size, len(training))
+    epochs = steps / plan.steps_per_epoch
+    yield f"{steps} steps of up to {crops} crops, {plan.steps_per_epoch} steps per epoch, {epochs:.3g} epochs"
+    parameters, cost = count_crop(settings)
+    batch, optimizer = min(config.batch_size, len(training)), optimizer_for(config, device)
+    memory = training_memory(parameters, cost, batch, optimizer, precision is not None)
+    yield (
+        f"{parameters / 1e6:.2f} M parameters, {crops * cost.flops / 1e12:.3g} TFLOP per step, "
+        f"about {memory / 1e9:.2g} GB for each process"
+    )
+    if steps < FEWEST_STEPS:
         yield (
-            f"warning: {config.max_steps} steps teach a network little. For so few images take a recipe, "
+            f"warning: {steps} steps teach a network little. For so few images take a recipe, "
             "such as @recipes/x4.args, or --accumulation_steps 1 and --max_steps 4000 or more"
         )
     yield f"watch it: tensorboard --logdir {shlex.quote(settings.run.log_dir)}"
@@ -334,6 +386,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     device, options = processes.device, settings.run
     say = functools.partial(print, flush=True) if processes.is_main else _say_nothing
     precision = autocast_dtype(device, options.precision)
+    tune_for_training(device)
     held_out = None if checkpoint is None else checkpoint.content.get("held_out")
     training, validation = make_datasets(settings, held_out)
     plan = BatchPlan.of(settings.training, len(training), processes.world_size)
@@ -343,9 +396,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     say(describe_model(model, settings, device))
     if options.compile:
         compile_network(model, device)
-    say(f"device {device}, {'bf16 autocast' if precision else 'fp32'}, {processes.world_size} process(es)")
-    say(f"{parameter_count(model) / 1e6:.2f} M parameters")
-    for line in describe_run(settings, plan, config, training, len(validation)):
+    for line in describe_run(settings, plan, config, training, len(validation), device):
         say(line)
     for line in () if checkpoint is None else describe_resume(checkpoint, config):
         say(line)
@@ -406,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             "train_diffusion.py: error: out of memory: lower --batch_size and raise --accumulation_steps as "
-            "much; the checkpoints are as they were",
+            "much, or add --checkpoint_activations; the checkpoints are as they were",
             file=sys.stderr,
         )
         return 1

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from tqdm import tqdm
 
 from engine.checkpoint import Checkpoint, CheckpointError, load_weights
+from engine.device import default_workers
 from engine.options import Options, option
 from engine.processes import Processes
 from engine.run import RunFiles, RunLogger, profiled
@@ -97,7 +98,12 @@ class TrainingConfig(Options):
     keep_checkpoints: int = option(
         2, "how many of the newest checkpoints stay, besides the best", low=1, fixed=False
     )
-    num_workers: int = option(0, "processes that read images; 0 reads them in this one", low=0, fixed=False)
+    num_workers: int | None = option(
+        None,
+        "processes that read images; by default 0, this one, on a CPU, else by the cores",
+        low=0,
+        fixed=False,
+    )
 
     def resolved(self, steps_per_epoch: int) -> "TrainingConfig":
         max_steps = self.max_steps or self.epochs * steps_per_epoch
@@ -226,6 +232,7 @@ class TrainState:
         best_psnr: of `ema`, in dB.
         skipped: steps without finite loss or gradient.
         wrapped: for several processes.
+        scaler: of the loss, for float16, whose smallest gradients would be 0 (Micikevicius et al. 2018).
     """
 
     model: nn.Module
@@ -236,6 +243,7 @@ class TrainState:
     best_psnr: float = -math.inf
     skipped: int = 0
     wrapped: DistributedDataParallel | None = None
+    scaler: torch.amp.GradScaler = dataclasses.field(default_factory=lambda: _scaler("cpu", False))
 
     def content(self) -> dict[str, object]:
         """The loop's entries of a checkpoint."""
@@ -246,15 +254,22 @@ class TrainState:
             "step": self.step,
             "best_psnr": self.best_psnr,
             "skipped": self.skipped,
+            "scaler": self.scaler.state_dict(),
         }
 
 
-def new_state(model: nn.Module, config: TrainingConfig) -> TrainState:
+def new_state(model: nn.Module, config: TrainingConfig, precision: torch.dtype | None = None) -> TrainState:
     """At step 0, of a model on its device."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = list(model.parameters())
     name = optimizer_for(config, parameters[0].device)
-    return TrainState(model, ema, _optimizer(name, parameters, config), name)
+    scaler = _scaler(parameters[0].device.type, precision == torch.float16)
+    return TrainState(model, ema, _optimizer(name, parameters, config), name, scaler=scaler)
+
+
+def _scaler(kind: str, enabled: bool) -> torch.amp.GradScaler:
+    # From a scale at which no first step overflows; it doubles where it can.
+    return torch.amp.GradScaler(kind, init_scale=2.0**12, enabled=enabled)
 
 
 def optimizer_for(config: TrainingConfig, device: torch.device) -> str:
@@ -308,6 +323,8 @@ def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
         state.optimizer.load_state_dict(values)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the optimiser state of {path} does not fit: {error}") from error
+    if state.scaler.is_enabled() and content.get("scaler"):
+        state.scaler.load_state_dict(content["scaler"])
     state.step, state.skipped = int(content["step"]), int(content["skipped"])
     state.best_psnr = float(content["best_psnr"])
 
@@ -371,14 +388,15 @@ def train_step(
         generator.manual_seed(noise_seed(config.seed, state.step, micro_batch.number))
         apart = state.wrapped is not None and not micro_batch.is_last
         with state.wrapped.no_sync() if apart and state.wrapped else contextlib.nullcontext():
+            inputs = samples.to(device, non_blocking=True)
             with torch.autocast(device.type, precision, enabled=precision is not None):
-                losses = loss(
-                    state.wrapped or model, samples.to(device, non_blocking=True), generator
-                )  # (B,)
+                losses = loss(state.wrapped or model, inputs, generator)  # (B,)
             part = losses.float().sum() * micro_batch.weight
-            (part * processes.world_size).backward()  # gradients are averaged; the sum is wanted
+            state.scaler.scale(part * processes.world_size).backward()  # averaged, where the sum is wanted
         total += part.detach()
+    state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    state.scaler.update()
     shared = torch.stack([total, grad_norm / processes.world_size, torch.full_like(total, stopping())])
     mean_loss, norm, stops = processes.sum(shared).tolist()
     finite = math.isfinite(mean_loss) and math.isfinite(norm)
@@ -528,12 +546,15 @@ class _Batches:
         self, dataset: Samples, plan: BatchPlan, config: TrainingConfig, first_step: int, processes: Processes
     ) -> None:
         self.dataset = dataset
-        self.watched = _Watched(dataset, config.num_workers)
+        workers = config.num_workers
+        if workers is None:
+            workers = default_workers(processes.device, processes.world_size)
+        self.watched = _Watched(dataset, workers)
         last_step = cast(int, config.max_steps)
         loader = DataLoader(
             self.watched,
             batch_sampler=PlannedBatches(plan, first_step, last_step, processes.rank),
-            num_workers=config.num_workers,
+            num_workers=workers,
             pin_memory=processes.device.type == "cuda",
             worker_init_fn=leave_stopping_to_the_parent,
         )
@@ -585,6 +606,7 @@ class _Recorder:
         self._samples = 0
         self._since = time.perf_counter()
         self._skipped_in_a_row = 0
+        self._first = (state.step + 1, self._since)  # a step that warms up
 
     def stopping(self) -> bool:
         """Whether a signal came."""
@@ -597,6 +619,7 @@ class _Recorder:
         self._bar.update()
         best = f"{state.best_psnr:.2f} dB"
         self._bar.set_postfix(loss=f"{report.loss:.4f}", best=best, refresh=False)
+        self._tell_duration()
         self._raise_if_diverged(report, parts)
         self._losses.append(report.loss)
         self._samples += sum(len(part) for part in self.plan.micro_batches(state.step - 1))
@@ -608,6 +631,16 @@ class _Recorder:
             self._save()
         if state.step == config.max_steps:
             self.log.finish(state.step, {"final/best_psnr": state.best_psnr, "final/loss": report.loss})
+
+    def _tell_duration(self) -> None:
+        """Say after ten steps when the run ends."""
+        if self.state.step == self._first[0]:
+            self._first = (self.state.step, time.perf_counter())
+        if self.processes.is_main and self.state.step == self._first[0] + 9:
+            seconds = (time.perf_counter() - self._first[1]) / 9
+            left = seconds * (cast(int, self.config.max_steps) - self.state.step)
+            end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
+            logger.info("%.3g s per step: the run ends in %.2g hours, %s", seconds, left / 3600, end)
 
     @contextlib.contextmanager
     def saving_what_is_sound(self) -> Iterator[None]:

@@ -8,11 +8,12 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.options import OptionError, Options, option
 from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation, zero_
@@ -258,6 +259,7 @@ class UNet(nn.Module):
 
     Residual and transformer blocks, skip connections (Ronneberger et al. 2015; Ho et al. 2020, appendix B);
     takes the fields of UNetConfig. `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained.
+    With `checkpoint_activations`, stages are computed again in the backward pass: less memory, more time.
     """
 
     residual_std: Tensor
@@ -267,6 +269,7 @@ class UNet(nn.Module):
         super().__init__()
         config = UNetConfig(*values, **options)  # type: ignore[arg-type]  # the one listing of the options
         self.config = config
+        self.checkpoint_activations = False
         self.register_buffer("residual_std", torch.zeros(()))
         self.register_buffer("scale", torch.zeros(()))
         dims = [config.base_dim * mult for mult in config.dim_mults]
@@ -359,9 +362,9 @@ class UNet(nn.Module):
             raise ValueError("the condition has no upscaled image, which this network is conditioned on")
         folded = self._fold(condition.upscaled)
         if self.upscaled_stem is not None:
-            return self.context_blocks(self.upscaled_stem(folded)), None
+            return self._run(self.context_blocks, self.upscaled_stem(folded)), None
         assert self.predictor is not None
-        mean, features = self.predictor(folded)
+        mean, features = self._run(self.predictor, folded)
         return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
 
     def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
@@ -414,17 +417,23 @@ class UNet(nn.Module):
 
         skips: list[Tensor] = []
         for level, stage in enumerate(self.encoder):
-            x = attend(stage(x, embedding), level)
+            x = attend(self._run(stage, x, embedding), level)
             skips.append(x)
             if level < last:
                 x = self.downsample[level](x)  # (B, D_{i+1}, half, half)
         x = self.bottleneck[0](x, embedding)
         x = self.bottleneck[1](attend(x, last), embedding)
         for level, stage in zip(range(last, -1, -1), self.decoder, strict=True):
-            x = attend(stage(torch.cat([x, skips.pop()], dim=1), embedding), level)
+            x = attend(self._run(stage, torch.cat([x, skips.pop()], dim=1), embedding), level)
             if level > 0:
                 x = F.pixel_shuffle(self.upsample[last - level](x), 2)  # (B, D_{i-1}, double, double)
         return x
+
+    def _run(self, part: nn.Module, *inputs: Tensor) -> Any:  # noqa: ANN401  # what the part gives
+        """A part of the network, which may forget its activations (Chen et al. 2016)."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
 
     def _fold(self, image: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C p p, H / p, W / p), edges repeated to whole tokens."""

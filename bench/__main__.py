@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from bench import data, networks
-from bench.contenders import NAMES, OURS, RECIPE, contenders
+from bench.contenders import NAMES, OURS, RECIPE, contenders, our_network
+from bench.restorers import RESTORERS
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from engine.device import select_device
@@ -29,7 +30,7 @@ from imaging.atomic import write_text_atomically
 from unet import parameter_count
 
 RESULTS = Path("bench/RESULTS.md")
-SECTIONS = ("training", "restoring", "floor", "reading", "quality")
+SECTIONS = ("training", "restoring", "enlarging", "floor", "reading", "quality")
 PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "Pillow", "opencv-python-headless", "numpy")
 
 
@@ -86,6 +87,32 @@ def speed_of_restoring(device: torch.device, rounds: int) -> list[str]:
         "Ten times one denoising step; the condition is encoded before, once per image.",
         "",
         *table(["network", "seconds (range)", "time over ours"], rows),
+    ]
+
+
+def speed_of_enlarging(device: torch.device) -> list[str]:
+    """From 256² to 1024², beside networks that do it in one pass, each once."""
+    ours = our_network(device).eval()
+    works = {
+        f"{OURS}, {name}": networks.restoration(ours, 256, steps, device)
+        for name, steps in (("1 step", 1), ("10 steps", 10))
+    }
+    sizes = {name: parameter_count(ours) for name in works}
+    for name, build in RESTORERS.items():
+        network = build().eval().to(device).to(memory_format=torch.channels_last)
+        works[name], sizes[name] = networks.one_pass(network, 256, device), parameter_count(network)
+    timings = in_turns(works, 1, device, warm_up=int(device.type == "cuda"))
+    first = next(iter(works))
+    rows = [
+        [name, f"{sizes[name] / 1e6:.2f}", timing.seconds(), ratios(timings, first)[name]]
+        for name, timing in timings.items()
+    ]
+    return [
+        "## Enlarging 256² to 1024²: seconds",
+        "",
+        "The others are untrained, built from their papers: what they restore is not compared here.",
+        "",
+        *table(["network", "M parameters", "seconds (range)", "time over ours"], rows),
     ]
 
 
@@ -173,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections: dict[str, Callable[[], list[str]]] = {
         "training": lambda: speed_of_training(device, args.rounds),
         "restoring": lambda: speed_of_restoring(device, args.rounds),
+        "enlarging": lambda: speed_of_enlarging(device),
         "floor": lambda: floor(device),
         "reading": lambda: reading(photos, device),
         "quality": lambda: quality(device, args.seconds, photos, args.networks),

@@ -75,6 +75,30 @@ def denoising_step(network: nn.Module, size: int, device: torch.device) -> Calla
     return step
 
 
+def restoration(network: nn.Module, size: int, steps: int, device: torch.device) -> Callable[[], None]:
+    """Restoring one image (1, 3, size, size) in so many steps, from its file's pixels on."""
+    cast(Network, network).residual_std.fill_(0.1)
+    cast(Network, network).scale.fill_(SCALE)
+    low_res = torch.zeros(1, 3, size, size)
+    generator = ResidualGenerator(device=device, precision=torch.bfloat16 if device.type == "cuda" else None)
+
+    def restore() -> None:
+        generator.generate_images(cast(Network, network), low_res, 1, steps, seed=0)
+
+    return restore
+
+
+def one_pass(network: nn.Module, size: int, device: torch.device) -> Callable[[], None]:
+    """A network on one image (1, 3, size, size)."""
+    low_res = torch.zeros(1, 3, size, size, device=device)
+
+    def restore() -> None:
+        with torch.inference_mode(), autocast(device):
+            network(low_res)
+
+    return restore
+
+
 def floating_point_operations(work: Callable[[], None]) -> int:
     """Those of a piece of work in convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:

@@ -2,7 +2,8 @@
 
 import errno
 import logging
-from typing import Literal
+import os
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def select_device(name: str = "auto") -> torch.device:
@@ -31,16 +32,29 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
 
     ValueError for an unknown precision, or bf16 that cannot be had.
     """
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ValueError(f"precision must be auto, fp32 or bf16, not {precision!r}")
-    if precision == "fp32":
-        return None
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+    if precision in ("fp32", "fp16"):
+        return None if precision == "fp32" else torch.float16
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         return torch.bfloat16 if native else None
     if native or device.type == "cpu":  # virtual machines that announce AMX without having it end with SIGILL
         return torch.bfloat16
-    raise ValueError(f"bf16 is not available on {device.type} here; use auto or fp32")
+    raise ValueError(f"bf16 is not available on {device.type} here; use auto, fp16 or fp32")
+
+
+def tune_for_training(device: torch.device) -> None:
+    """On CUDA, matrix products in TF32 and the fastest convolutions for crops of one size."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def default_workers(device: torch.device, world_size: int) -> int:
+    """How many processes read images for one that computes: none on a CPU, which has no time to spare."""
+    return 0 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // world_size))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,18 +1,21 @@
 """Tests of bench/: that what is timed is what is said, without the packages it compares with."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from bench.contenders import Peer, our_network
 from bench.data import resizers
 from bench.networks import denoising_step, floating_point_operations, one_step_psnr, training_step
+from bench.restorers import RESTORERS
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from bicubic import downscale_image
 from evaluation.images import Picture
 from examples.dead_leaves import dead_leaves
 from tests.networks import tiny_unet
+from unet import parameter_count
 
 CPU = torch.device("cpu")
 
@@ -40,6 +43,16 @@ def test_operations_are_counted_as_arithmetic_says():
     convolution, image = nn.Conv2d(3, 8, 3, padding=1), torch.ones(1, 3, 16, 16)
     with torch.no_grad():
         assert floating_point_operations(lambda: convolution(image)) == 2 * 8 * 3 * 9 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("RLFN", 0.317e6), ("RFDN", 0.433e6), ("ESRGAN generator", 16.7e6)]
+)
+def test_a_rebuilt_network_has_the_published_size_and_enlarges_by_4(name, published):
+    with torch.device("meta"):
+        network = RESTORERS[name]()
+    assert parameter_count(network) == pytest.approx(published, rel=2e-3)
+    assert network(torch.ones(1, 3, 24, 32, device="meta")).shape == (1, 3, 96, 128)
 
 
 def test_a_training_step_trains():

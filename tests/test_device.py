@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.device import autocast_dtype, compile_network, is_out_of_memory, select_device
+from engine.device import (
+    autocast_dtype,
+    compile_network,
+    default_workers,
+    is_out_of_memory,
+    select_device,
+)
 from tests.networks import tiny_unet
 from unet import Condition
 from util import ResidualBlock
@@ -40,8 +46,15 @@ def test_precisions():
     assert autocast_dtype(cpu, "fp32") is None
     assert autocast_dtype(cpu, "auto") is None
     assert autocast_dtype(cpu, "bf16") == torch.bfloat16
-    with pytest.raises(ValueError, match="fp16"):
-        autocast_dtype(cpu, "fp16")
+    assert autocast_dtype(cpu, "fp16") == torch.float16
+    with pytest.raises(ValueError, match="fp8"):
+        autocast_dtype(cpu, "fp8")
+
+
+def test_a_cpu_reads_its_images_itself_and_a_gpu_has_workers_for_it():
+    assert default_workers(cpu := torch.device("cpu"), 1) == default_workers(cpu, 8) == 0
+    assert 1 <= default_workers(torch.device("cuda"), 1) <= 8
+    assert default_workers(torch.device("cuda"), 10_000) == 1
 
 
 def test_bf16_is_refused_where_it_cannot_be_had():

@@ -212,12 +212,38 @@ def test_a_run_that_never_recovers_is_stopped(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
 
 
+def test_half_precision_learns_what_single_precision_does(tmp_path):
+    losses = []
+    for precision in (None, torch.float16):
+        state = new_state(small_model(), config(), precision)
+        run_training(tmp_path / str(precision), config(), state, precision=precision)
+        losses.append(list(logged(tmp_path / str(precision)).values()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+
+
+def test_after_ten_steps_it_is_said_when_the_run_ends(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_training(tmp_path, config(max_steps=9))
+    assert "per step" not in caplog.text
+    run_training(tmp_path / "longer", config(max_steps=12))
+    assert caplog.text.count("s per step: the run ends in") == 1
+
+
 # ------------------------------------------------------------------------------------------------- resume
 
 
-def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
-    whole, _ = run_training(tmp_path / "whole", config(batch_size=3, accumulation_steps=2))
-    part = new_state(small_model(), config(batch_size=3, accumulation_steps=2))
+@pytest.mark.parametrize("precision", [None, torch.float16], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, precision):
+    def state():
+        new = new_state(small_model(), config(batch_size=3, accumulation_steps=2), precision)
+        if precision is not None:  # a scale that the first gradients overflow at
+            new.scaler.load_state_dict({**new.scaler.state_dict(), "scale": 2.0**18})
+        return new
+
+    settings = config(batch_size=3, accumulation_steps=2)
+    whole, _ = run_training(tmp_path / "whole", settings, state(), precision=precision)
+    part = state()
 
     class PulledPlugError(Exception):
         pass
@@ -229,11 +255,14 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
 
     settings = config(batch_size=3, accumulation_steps=2, validate_every=2, save_every=5)
     with pytest.raises(PulledPlugError):
-        run_training(tmp_path / "part", settings, part, validate=pull_the_plug)
-    resumed = new_state(small_model(), settings)
+        run_training(tmp_path / "part", settings, part, validate=pull_the_plug, precision=precision)
+    resumed = new_state(small_model(), settings, precision)
     restore_state(resumed, read_for_resume(run_in(tmp_path / "part").last))
     assert resumed.step == 5  # in the middle of the third epoch
-    run_training(tmp_path / "part", config(batch_size=3, accumulation_steps=2), resumed)
+    run_training(tmp_path / "part", config(batch_size=3, accumulation_steps=2), resumed, precision=precision)
+    assert whole.scaler.state_dict() == resumed.scaler.state_dict()
+    assert whole.skipped == resumed.skipped
+    assert (whole.skipped == 0) == (precision is None)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name])
     for name, value in whole.ema.state_dict().items():

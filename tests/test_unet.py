@@ -173,6 +173,22 @@ def test_every_weight_learns():
     assert silent == []
 
 
+@pytest.mark.parametrize("settings", [{"context_blocks": 1}, {"predictor_blocks": 2}], ids=str)
+def test_forgetting_activations_changes_memory_and_no_gradient(settings):
+    noisy, t, condition = inputs(16, 16)
+    kept, gradients = [], []
+    for forget in (False, True):
+        unet, seen = tiny_unet(**settings), []
+        unet.checkpoint_activations = forget
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, seen=seen: seen.append(x) or x, lambda x: x):
+            output = unet(noisy, t, condition)
+        output.square().mean().backward()
+        kept.append(sum(tensor.numel() for tensor in seen))
+        gradients.append([parameter.grad for parameter in unet.parameters()])
+    assert kept[1] < 0.7 * kept[0]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.slow
 def test_a_batch_is_overfitted():
     torch.manual_seed(0)
