@@ -304,7 +304,7 @@ def open_model(args: argparse.Namespace) -> tuple[LoadedModel[UNet], Path]:
             raise ValueError(f"--strength blends {path} with other weights: give --weights photo or a file")
         model = blend(load_model(clean, UNet), model, args.strength)
         warn(f"weights: {args.strength:g} of the way from {clean} to {path}")
-    elif str(path) != args.weights_path:
+    elif path != Path(args.weights_path or ""):
         warn(f"weights: {path}")
     return model, path
 
