@@ -313,6 +313,7 @@ def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel[UNe
     """The models that the flags name; said, by the main process, where they name none by its file."""
     paths = find_weights(args.weights_path, args.scale)
     models = [load_model(path, UNet) for path in paths]
+    named = paths == [Path(args.weights_path or "")]
     said = ", ".join(map(str, paths))
     if args.strength is not None:
         clean = released_model(float(models[0].network.scale))
@@ -320,7 +321,7 @@ def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel[UNe
             raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
         models[0] = blend(load_model(clean, UNet), models[0], args.strength)
         said = f"{args.strength:g} of the way from {clean} to {said}"
-    if is_main and said != args.weights_path:
+    if is_main and (args.strength is not None or not named):
         warn(f"weights: {said}")
     return models
 

@@ -57,7 +57,9 @@ def find_weights(name: str | Path | None = None, scale: float | None = None) -> 
         return [Path(name)]
     kind = str(name or "clean")
     wanted = 4.0 if scale is None else scale
-    chain = dict.fromkeys(plan_chain(wanted, released_scales(kind) or [4.0]))  # without any, the next line says so
+    chain = dict.fromkeys(
+        plan_chain(wanted, released_scales(kind) or [4.0])
+    )  # without any, the next line says so
     paths = [released_model(factor, kind) for factor in chain]
     if name is None and next(iter(chain)) in released_scales("photo"):
         paths[0] = released_model(next(iter(chain)), "photo")
