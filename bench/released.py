@@ -14,7 +14,6 @@ import torch
 
 from bench.tables import table
 from degradation import Kind
-from engine.checkpoint import released_model
 from engine.device import select_device
 from evaluation.config import EvaluationConfig
 from evaluation.evaluation import TrainedModel, evaluate
@@ -22,6 +21,7 @@ from evaluation.images import ImageSet
 from evaluation.table import BY_NAME
 from imaging.atomic import write_text_atomically
 from restoration import PRESETS, RestoreConfig
+from restoration.rescaled import find_weights
 
 RESULTS = Path("weights/RESULTS.md")
 METRICS = [BY_NAME[name] for name in ("psnr", "ssim", "lr_psnr", "lpips", "hf_energy", "swd")]
@@ -50,6 +50,7 @@ CASES = (
     Case("BSD100", 4, "photo", {"clean": ["fidelity"], "photo": ["fidelity", "detail"]}),
     Case("Set5", 2, "bicubic", {"clean": [*MODES, *CONSISTENT]}),
     Case("BSD100", 2, "bicubic", {"clean": ["fidelity"]}),
+    *(Case(name, 3, "bicubic", {"clean": ["fidelity"]}) for name in ("Set5", "BSD100")),
 )
 
 
@@ -59,7 +60,7 @@ def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
     images = ImageSet(photos / "test" / case.images, config)
     methods = {}
     for kind, modes in case.rows.items():
-        model = TrainedModel(released_model(case.scale, kind), device)
+        model = TrainedModel(find_weights(kind, case.scale)[0], device)
         for mode in modes:
             methods[f"{kind}, {mode}"] = model.method((MODES | CONSISTENT)[mode], case.scale)
     report = evaluate(images, config, list(methods.values()), device=device, progress=True)
