@@ -116,6 +116,7 @@ def restore(
     *,
     device: str = "auto",
     precision: str = "auto",
+    progress: Progress | None = None,
 ) -> Restoration:
     """Restore one picture.
 
@@ -123,6 +124,7 @@ def restore(
         image: see Restorer.restore.
         model: loaded, or the path of its file; None is the x4 model that comes with the project.
         device, precision: see engine.device.
+        progress: see Restorer.restore.
 
     Raises:
         ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
@@ -131,9 +133,9 @@ def restore(
     dtype = autocast_dtype(chosen, precision)
     config = config or RestoreConfig()
     if isinstance(model, LoadedModel):
-        return Restorer(model, config, chosen, dtype).restore(image)
+        return Restorer(model, config, chosen, dtype).restore(image, progress=progress)
     loaded = load_model(released_model() if model is None else model, UNet)
-    return Restorer(loaded, config, chosen, dtype).restore(image)
+    return Restorer(loaded, config, chosen, dtype).restore(image, progress=progress)
 
 
 class Restorer:
