@@ -38,7 +38,7 @@ from engine.signals import STOPPING
 from evaluation.pairs import find_original
 from imaging.files import WRITABLE_SUFFIXES, list_images
 from restoration import RestoreConfig, Restorer, blend
-from restoration.batch import Task, restore_file
+from restoration.batch import FILE_ERRORS, Task, describe_failure, one_line, restore_file
 from restoration.rescaled import AnyScale, find_weights, restorer_to
 from restoration.restorer import Progress
 from unet import UNet
@@ -256,10 +256,8 @@ def restore_all(
         try:
             with shown(f"[{number + 1}/{len(tasks)}] {task.source.name}", processes.is_main) as progress:
                 remark = restore_file(task, restorer, progress, strip=args.strip, background=background)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                raise
-            failures.append(_failure(task, error))
+        except FILE_ERRORS as error:
+            failures.append(describe_failure(error, task.source, task.target))
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 failures.append("the disk is full: free some room, then go on with --skip_existing")
                 break
@@ -276,16 +274,6 @@ def restore_all(
     if done < len(tasks):
         warn(f"{len(tasks) - done} of {len(tasks)} images not restored")
     return 0 if done == len(tasks) else 1 if done else 2
-
-
-def _failure(task: Task, error: BaseException) -> str:
-    """One line that names the file."""
-    line = _one_line(error)
-    if is_out_of_memory(error):
-        return f"{task.source}: out of memory ({line}); close other programs or cut it into pieces"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{task.target}: {error.strerror}"
-    return line if str(task.source) in line or str(task.target) in line else f"{task.source}: {line}"
 
 
 @contextlib.contextmanager
@@ -380,10 +368,6 @@ def warn(text: str) -> None:
         print(f"infer.py: {text}", file=sys.stderr, flush=True)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 @contextlib.contextmanager
 def stopping_at_signals() -> Iterator[None]:
     """Signals raise Stopped; a second one ends the process at once."""
@@ -419,11 +403,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptionError as error:
         warn(f"error: {with_flag(error, [RestoreConfig])}")
     except (ValueError, OSError) as error:
-        warn(f"error: {_one_line(error)}")
+        warn(f"error: {one_line(error)}")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        warn(f"error: out of memory: {_one_line(error)}")
+        warn(f"error: out of memory: {one_line(error)}")
     except (KeyboardInterrupt, Stopped) as error:
         number = signal.Signals(error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
         warn(f"stopped by {number.name}; finished images are whole, --skip_existing does the others")

@@ -8,12 +8,15 @@ from typing import cast
 import numpy as np
 
 from bicubic import upscale_image
+from engine.device import is_out_of_memory
 from imaging.atomic import write_atomically
 from imaging.files import DecodedImage, Pixels, check_format, decode_image, read_rgb, write_image
 from imaging.metadata import Metadata
 from imaging.pictures import comparison_picture
 from restoration.rescaled import AnyScale
 from restoration.restorer import Progress, Restoration, Restorer
+
+FILE_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # what one picture may fail with
 
 
 @dataclass(frozen=True)
@@ -101,3 +104,20 @@ def write_results(
         white = max(float(deviation.max()), 1e-9)  # the largest
         write_image(picture, np.round(deviation / white * 255).astype(np.uint8))
     restoration.save(task.target)
+
+
+def describe_failure(error: BaseException, source: Path, target: Path) -> str:
+    """One line that names the file; raises the error where neither file nor disk nor memory are its cause."""
+    if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        raise error
+    line = one_line(error)
+    if is_out_of_memory(error):
+        return f"{source}: out of memory ({line}); close other programs or cut it into pieces"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{target}: {error.strerror}"
+    return line if str(source) in line or str(target) in line else f"{source}: {line}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or what it is."""
+    return " ".join(str(error).split()) or type(error).__name__

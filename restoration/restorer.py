@@ -115,6 +115,7 @@ def restore(
     scale: float | None = None,
     device: str = "auto",
     precision: str = "auto",
+    progress: Progress | None = None,
 ) -> Restoration:
     """Restore one picture.
 
@@ -124,6 +125,7 @@ def restore(
             photo, or clean where there is none.
         scale: the enlargement, above 1 and at most 16; None is the model's, or 4.
         device, precision: see engine.device.
+        progress: see Restorer.restore.
 
     Raises:
         ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
@@ -132,10 +134,11 @@ def restore(
     dtype = autocast_dtype(chosen, precision)
     config = config or RestoreConfig()
     if isinstance(model, LoadedModel):
-        return restorer_to(scale, [Restorer(model, config, chosen, dtype)]).restore(image)
-    paths = find_weights(model, scale)
-    restorers = [Restorer(load_model(path, UNet), config, chosen, dtype) for path in paths]
-    return restorer_to(scale, restorers).restore(image)
+        restorers = [Restorer(model, config, chosen, dtype)]
+    else:
+        paths = find_weights(model, scale)
+        restorers = [Restorer(load_model(path, UNet), config, chosen, dtype) for path in paths]
+    return restorer_to(scale, restorers).restore(image, progress=progress)
 
 
 def blend(

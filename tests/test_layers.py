@@ -15,9 +15,9 @@ LAYERS = [
     {"diffusion"},
     {"restoration"},
     {"evaluation"},
-    {"train_diffusion", "infer", "evaluate", "examples", "bench"},
+    {"train_diffusion", "infer", "evaluate", "app", "examples", "bench"},
 ]
-SCRIPTS = {"train_diffusion", "infer", "evaluate"}
+SCRIPTS = {"train_diffusion", "infer", "evaluate", "app"}
 PLACES = set().union(*LAYERS)
 FILES = sorted(
     path
