@@ -31,9 +31,10 @@ from imaging.files import to_unit_range
 from samplers import DEFAULT_SCHEDULER, Sampler, SchedulerName, Step, draw_noise, noise_stream, sample
 from training import LoopOptions, TrainingConfig, TrainState, new_state, restore_state, train
 from unet import Condition
-from util import CropDataset, ImageDataset, degrade
+from util import CropDataset, Described, ImageDataset, degrade
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
+Contexts = tuple[object, ...]  # encoded conditions: with tokens and, for guidance, without
 
 # --------------------------------------------------------------------------------------------------
 # Schedules: timesteps T -> signal_scale and noise_scale, each (T,) float64
@@ -175,6 +176,9 @@ class LossConfig(Options):
     timestep_density: str = option(
         "uniform", "which noise levels are trained most", choices=TIMESTEP_DENSITIES
     )
+    token_dropout: float = option(
+        0.1, "share of samples trained without their tokens (Ho & Salimans 2022)", low=0, high=1
+    )
 
 
 class Network(Protocol):
@@ -229,7 +233,7 @@ class DiffusionModel:
         device: where the tables live.
         mode: what the network predicts, see MODES.
         schedule: see SCHEDULES.
-        min_snr_gamma, timestep_density: see LossConfig.
+        min_snr_gamma, timestep_density, token_dropout: see LossConfig.
 
     Attributes:
         signal_scale, noise_scale: (T,) float32.
@@ -246,9 +250,10 @@ class DiffusionModel:
         schedule: str = "cosine",
         min_snr_gamma: float | None = None,
         timestep_density: str = "uniform",
+        token_dropout: float = 0.1,
     ) -> None:
         self.process = ProcessConfig(timesteps, mode, schedule)
-        self.objective = LossConfig(min_snr_gamma, timestep_density)
+        self.objective = LossConfig(min_snr_gamma, timestep_density, token_dropout)
         self.device = torch.device(device)
         self.timesteps, self.mode = timesteps, mode
         signal, noise = self.process.scales()
@@ -334,15 +339,19 @@ class DiffusionModel:
 
     def restoration_loss(
         self, degradation: Degradation
-    ) -> Callable[[nn.Module, Tensor, torch.Generator], Tensor]:
+    ) -> Callable[[nn.Module, Tensor | Described, torch.Generator], Tensor]:
         """The loss of uint8 crops (B, C, H, W): degrade them on their device, then denoise the residual."""
 
-        def loss(model: nn.Module, crops: Tensor, generator: torch.Generator) -> Tensor:
+        def loss(model: nn.Module, batch: Tensor | Described, generator: torch.Generator) -> Tensor:
             network = network_of(model)
+            crops, tokens = (batch, None) if isinstance(batch, Tensor) else batch
+            if tokens is not None:
+                draws = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
+                tokens = tokens * (draws >= self.objective.token_dropout)
             with torch.autocast(crops.device.type, enabled=False):
                 sample = degrade(crops, degradation)
                 clean = sample.residual / network.residual_std
-            context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res))
+            context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res, tokens))
             return self.loss(model, clean, context, generator, mean=mean)
 
         return loss
@@ -455,6 +464,8 @@ class ResidualGenerator:
         precision: dtype to autocast the network to, None for float32.
         scheduler: see samplers.Sampler.
         schedule: noise schedule of the training.
+        guidance: how far estimates go from what is seen without tokens, 0, to what is seen with them, 1, and
+            beyond (Ho & Salimans 2022, Eq. 6); another than 1 needs a second evaluation.
     """
 
     def __init__(
@@ -467,7 +478,9 @@ class ResidualGenerator:
         precision: torch.dtype | None = None,
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
         schedule: str = "cosine",
+        guidance: float = 1.0,
     ) -> None:
+        self.guidance = guidance
         self.img_channels = img_channels
         self.img_size = img_size
         self.device = torch.device(device)
@@ -482,6 +495,7 @@ class ResidualGenerator:
         device: torch.device | str,
         precision: torch.dtype | None = None,
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
+        guidance: float = 1.0,
     ) -> "ResidualGenerator":
         """The generator for a process, as a checkpoint describes it."""
         return cls(
@@ -491,6 +505,7 @@ class ResidualGenerator:
             precision=precision,
             scheduler=scheduler,
             schedule=process.schedule,
+            guidance=guidance,
         )
 
     def generate_images(
@@ -502,6 +517,7 @@ class ResidualGenerator:
         *,
         seed: int | None = None,
         eta: float = 0.0,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """Restore images.
 
@@ -513,6 +529,7 @@ class ResidualGenerator:
                 predictor predicts without noise.
             seed: of the noise; the noise of an image depends on nothing else. None draws one.
             eta: fresh noise per step, for the scheduler "ddim": 0 for none, 1 for the variance of DDPM.
+            tokens: (B, N, E) on the device, which describe the images.
 
         Returns:
             (B * num_images, C, H, W) in [0, 1], the restorations of one image next to each other.
@@ -520,8 +537,9 @@ class ResidualGenerator:
         Raises:
             ValueError: a wrong shape or range, an untrained network, or a step count outside [1, T].
         """
-        low_res, upscaled = self._inputs(model, low_resolution_image)
-        residuals = self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
+        condition = Condition(*self._inputs(model, low_resolution_image), tokens)
+        residuals = self._residuals(model, condition, num_images, num_inference_steps, seed, eta)
+        upscaled = cast(Tensor, condition.upscaled)
         return to_unit_range((upscaled.repeat_interleave(num_images, dim=0) + residuals).clamp(-1, 1))
 
     def generate_residuals(
@@ -533,28 +551,35 @@ class ResidualGenerator:
         *,
         seed: int | None = None,
         eta: float = 0.0,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """As generate_images, but what is to be added to the upscaled image: in [-2, 2]."""
-        low_res, upscaled = self._inputs(model, low_resolution_image)
-        return self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
+        condition = Condition(*self._inputs(model, low_resolution_image), tokens)
+        return self._residuals(model, condition, num_images, num_inference_steps, seed, eta)
 
     def plan(self, steps: int, eta: float = 0.0) -> tuple[Step, ...]:
         """The steps of the sampler, none for 0; ValueError for a number it or the process cannot take."""
         return self.sampler.steps(steps, eta) if steps else ()
 
-    def encode(self, model: Network, condition: Condition) -> tuple[object, Tensor | None]:
+    def encode(self, model: Network, condition: Condition) -> tuple[Contexts, Tensor | None]:
         """The condition as `estimate` takes it, and the mean that the network predicts from it, or None."""
         with self.autocast():
-            return model.encode_context(condition)
+            context, mean = model.encode_context(condition)
+            if self.guidance == 1 or condition.tokens is None:
+                return (context,), mean
+            silent = condition._replace(tokens=torch.zeros_like(condition.tokens))
+            return (context, model.encode_context(silent)[0]), mean
 
-    def estimate(self, model: Network, noisy: Tensor, timestep: int, context: object, base: Tensor) -> Tensor:
+    def estimate(
+        self, model: Network, noisy: Tensor, timestep: int, contexts: Contexts, base: Tensor
+    ) -> Tensor:
         """One evaluation of the network: the clean residual of unit variance it sees in a noisy one.
 
         Args:
             model: a trained network.
             noisy: (B, C, H, W), as the process makes it of unit variance.
             timestep: of the noisy image, in [0, T).
-            context: what `encode` made of the condition.
+            contexts: what `encode` made of the condition.
             base: (B, C, H, W), what the residual is added to: upscaled + residual_std * mean.
 
         Returns:
@@ -562,7 +587,9 @@ class ResidualGenerator:
         """
         t = torch.full((len(noisy),), timestep, device=noisy.device)
         with self.autocast():
-            output = model(noisy, t, context).float()
+            output, *without = (model(noisy, t, context).float() for context in contexts)
+        if without:
+            output = without[0] + self.guidance * (output - without[0])
         clean = self.diffusion.clean_estimate(output, noisy, t)
         # residual_std stays on its device: reading it here would make a GPU wait at every step.
         return clean.clamp((-1 - base) / model.residual_std, (1 - base) / model.residual_std)
@@ -572,7 +599,7 @@ class ResidualGenerator:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     def _inputs(self, model: Network, low_res: Tensor) -> tuple[Tensor, Tensor]:
-        """Check the input, move it to the device and upscale it."""
+        """Check the input, move it to the device: (upscaled, low_res)."""
         if low_res.ndim != 4 or low_res.shape[1] != self.img_channels:
             raise ValueError(
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
@@ -581,13 +608,12 @@ class ResidualGenerator:
             raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
         low_res = low_res.to(self.device, torch.float32)
         scale = exact_scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
-        return low_res, upscale_image(low_res, float(scale)).clamp(-1, 1)
+        return upscale_image(low_res, float(scale)).clamp(-1, 1), low_res
 
     def _residuals(
         self,
         model: Network,
-        low_res: Tensor,
-        upscaled: Tensor,
+        condition: Condition,
         num_images: int,
         steps: int,
         seed: int | None,
@@ -595,9 +621,9 @@ class ResidualGenerator:
     ) -> Tensor:
         """(B * num_images, C, H, W) residuals in [-2, 2], those of one image next to each other."""
         seed = torch.seed() % 2**62 if seed is None else seed
-        plan = self.plan(steps, eta)
+        plan, images = self.plan(steps, eta), range(len(cast(Tensor, condition.upscaled)))
         residuals = [
-            self._residual(model, low_res, upscaled, plan, [noise_stream(seed, number) for _ in upscaled])
+            self._residual(model, condition, plan, [noise_stream(seed, number) for _ in images])
             for number in range(num_images)
         ]
         return torch.stack(residuals, dim=1).flatten(0, 1)
@@ -606,15 +632,15 @@ class ResidualGenerator:
     def _residual(
         self,
         model: Network,
-        low_res: Tensor,
-        upscaled: Tensor,
+        condition: Condition,
         plan: Sequence[Step],
         streams: Sequence[torch.Generator],
     ) -> Tensor:
         """One sample of each image, its noise from its own stream: residuals (B, C, H, W) in [-2, 2]."""
         if float(model.residual_std) <= 0:
             raise ValueError("this network has no residual_std: load trained weights into it first")
-        context, mean = self.encode(model, Condition(upscaled, low_res))
+        upscaled = cast(Tensor, condition.upscaled)
+        contexts, mean = self.encode(model, condition)
         base = upscaled if mean is None else upscaled + model.residual_std * mean.float()
         if not plan:
             if mean is None:
@@ -626,7 +652,7 @@ class ResidualGenerator:
             return draw_noise(streams, channels, height, width).to(self.device)
 
         def denoise(noisy: Tensor, timestep: int) -> Tensor:
-            return self.estimate(model, noisy, timestep, context, base)
+            return self.estimate(model, noisy, timestep, contexts, base)
 
         def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
             return step.advance(noisy, cleans, noise() if step.noise_weight else None)

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Never, Protocol, TypedDict, Unpack, cast
+from typing import Any, Literal, NamedTuple, Never, Protocol, Self, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
@@ -33,8 +33,16 @@ from samplers import noise_seed
 
 logger = logging.getLogger(__name__)
 
-LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+LossFunction = Callable[[nn.Module, Any, torch.Generator], Tensor]  # of a Batch
 MAX_SKIPPED_IN_A_ROW = 5
+
+
+class Batch(Protocol):
+    """Samples that go through the network together: a Tensor, or a tuple with a `to` of its own."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """The same on a device."""
+        ...
 
 
 class Samples(Protocol):
@@ -44,8 +52,8 @@ class Samples(Protocol):
         """How many samples an epoch has."""
         ...
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        """The sample of (epoch, index)."""
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        """The sample of (epoch, index); DataLoader collates them."""
         ...
 
     def name(self, index: int) -> str:
@@ -368,7 +376,7 @@ class StepReport(NamedTuple):
 def train_step(
     state: TrainState,
     loss: LossFunction,
-    micro_batches: Iterator[tuple[MicroBatch, Tensor]],
+    micro_batches: Iterator[tuple[MicroBatch, Batch]],
     config: TrainingConfig,
     processes: Processes,
     precision: torch.dtype | None = None,
@@ -520,14 +528,14 @@ class _Watch(NamedTuple):
     bar: "tqdm[Never]"
 
 
-class _Watched(Dataset[Tensor]):
+class _Watched(Dataset[Batch]):
     """A dataset that notes, where all processes see it, which sample each worker is reading."""
 
     def __init__(self, dataset: Samples, workers: int) -> None:
         self.dataset = dataset
         self.reading = torch.full((max(1, workers),), -1).share_memory_()
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
         worker = get_worker_info()
         slot = 0 if worker is None else worker.id
         self.reading[slot] = key[1]
@@ -563,12 +571,12 @@ class _Batches:
         self.iterator = iter(loader)
         self.seconds_waited = 0.0
 
-    def of(self, parts: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+    def of(self, parts: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Batch]]:
         """The micro-batches of a step with their samples, which must be those that come next."""
         for part in parts:
             started = time.perf_counter()
             try:
-                samples: Tensor = next(self.iterator)
+                samples: Batch = next(self.iterator)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise WorkerError(str(error)) from error

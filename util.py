@@ -20,6 +20,7 @@ from bicubic import upscale_image
 from degradation import Bicubic, Degradation
 from imaging.files import UnreadableImageError, list_images, read_rgb, to_model_range
 from imaging.sizes import image_sizes
+from imaging.tokens import read_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,17 @@ def check_crop_size(img_size: int, downscale_factor: float) -> None:
         )
 
 
+class Described(NamedTuple):
+    """Crops and what is said of their images."""
+
+    crops: Tensor  # (..., 3, H, W) uint8
+    tokens: Tensor  # (..., N, E)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Described":
+        """Both on a device, as Tensor.to does."""
+        return Described(*(part.to(device, non_blocking=non_blocking) for part in self))
+
+
 class ImageDataset(Dataset[Sample]):
     """A folder of photos as samples: `dataset[index]` of epoch 0, `dataset[epoch, index]` of any.
 
@@ -194,9 +206,10 @@ class ImageDataset(Dataset[Sample]):
         reader: path -> (H, W, 3) uint8.
         cache_dir: remembers the sizes of the images.
         degradation: makes the low resolution; by default bicubic by downscale_factor.
+        tokens: folder of tokens, see imaging.tokens.
 
     Raises:
-        ValueError: no usable image, or an impossible crop.
+        ValueError: no usable image, an impossible crop, or images of the same name where there are tokens.
     """
 
     def __init__(
@@ -212,6 +225,7 @@ class ImageDataset(Dataset[Sample]):
         reader: Callable[[Path], npt.NDArray[np.uint8]] = read_rgb,
         cache_dir: Path | None = None,
         degradation: Degradation | None = None,
+        tokens: str | Path | None = None,
     ) -> None:
         self.degradation = degradation or Bicubic(scale=downscale_factor)
         downscale_factor = self.degradation.scale
@@ -229,6 +243,9 @@ class ImageDataset(Dataset[Sample]):
                 f"none of {len(found)} images can be used{first}: "
                 f"give images of at least {img_size}x{img_size} or a smaller img_size"
             )
+        self.token_folder = tokens
+        if tokens is not None and len({path.stem for path in self.paths}) < len(self.paths):
+            raise ValueError(f"{tokens}: tokens belong to images by name, and two images have the same name")
         self.failed = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -256,6 +273,15 @@ class ImageDataset(Dataset[Sample]):
             window = np.rot90(window, int(random.integers(4)))
         return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
 
+    def tokens(self, position: int) -> Tensor | None:
+        """(N, E) of the image whose crop was read last for this index, or None without tokens."""
+        if self.token_folder is None:
+            return None
+        order = ((position + offset) % len(self.paths) for offset in range(len(self.paths)))
+        return read_tokens(
+            self.token_folder, self.paths[next(each for each in order if not self.failed[each])]
+        )
+
     def _read(self, position: int) -> npt.NDArray[np.uint8]:
         """The image at a position, or the next that can be read."""
         for offset in range(len(self.paths)):
@@ -273,7 +299,7 @@ class ImageDataset(Dataset[Sample]):
         raise RuntimeError(f"none of the {len(self.paths)} images can be read any more")
 
 
-class CropDataset(Dataset[Tensor]):
+class CropDataset(Dataset[Tensor | Described]):
     """The crops of an ImageDataset: what workers send."""  # resizing then runs batched on the device
 
     def __init__(self, images: ImageDataset) -> None:
@@ -282,9 +308,11 @@ class CropDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Tensor:
-        """(3, img_size, img_size) uint8."""
-        return self.images.crop(index)
+    def __getitem__(self, index: int | tuple[int, int]) -> Tensor | Described:
+        """(3, img_size, img_size) uint8, with the tokens of the image if there are any."""
+        crop, position = self.images.crop(index), index[1] if isinstance(index, tuple) else index
+        tokens = self.images.tokens(position)
+        return crop if tokens is None else Described(crop, tokens)
 
     def name(self, index: int) -> str:
         """The path of the image."""

@@ -1,6 +1,7 @@
 """Validation during training: a fixed set of images, restored and measured with the averaged weights."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -59,6 +60,13 @@ class Validator:
             degrade(some.to(self.processes.device), dataset.degradation, dataset.upscale_function)
             for some in crops.split(VALIDATION_BATCH)
         ]
+        described = [dataset.tokens(index) for index in range(len(dataset))]
+        tokens = None if described[0] is None else torch.stack(cast(list[Tensor], described))
+        self.tokens: Sequence[Tensor | None] = (
+            [None] * len(self.batches)
+            if tokens is None
+            else tokens.to(self.processes.device).split(VALIDATION_BATCH)
+        )
         bicubic = [self._scores(batch, to_unit_range(batch.upscaled)) for batch in self.batches]
         self.bicubic_psnr = [scores["psnr"] for scores in bicubic]
         self.counted = self._choose_counted()
@@ -76,12 +84,17 @@ class Validator:
         """Restore, measure, and draw."""
         scalars = self._measure_all(network)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
+        tokens = None if self.tokens[0] is None else self.tokens[0][:GRID_IMAGES]
         sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
         images = {
-            "low_bicubic_mean_original": comparison_grid(first, self._restore(network, first, FAITHFUL)),
-            "low_bicubic_sample_original": comparison_grid(first, self._restore(network, first, sampled)),
+            "low_bicubic_mean_original": comparison_grid(
+                first, self._restore(network, first, FAITHFUL, tokens)
+            ),
+            "low_bicubic_sample_original": comparison_grid(
+                first, self._restore(network, first, sampled, tokens)
+            ),
         }
-        curves = {"loss_by_timestep": self._loss_by_timestep(cast(Network, network), first)}
+        curves = {"loss_by_timestep": self._loss_by_timestep(cast(Network, network), first, tokens)}
         return Validation(scalars["psnr"], scalars, images, curves)
 
     def _measure_all(self, model: nn.Module) -> dict[str, float]:
@@ -90,7 +103,7 @@ class Validator:
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
             batch, counted = self.batches[index], self.counted[index]
-            scores = self._scores(batch, self._restore(model, batch, FAITHFUL))
+            scores = self._scores(batch, self._restore(model, batch, FAITHFUL, self.tokens[index]))
             scores["psnr_over_bicubic"] = scores["psnr"] - self.bicubic_psnr[index]
             values = [*(scores[name] for name in names), torch.ones(len(counted))]
             sums += torch.stack([value[counted].double().sum() for value in values])
@@ -109,18 +122,21 @@ class Validator:
             if metric.of_image is not None
         }
 
-    def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig) -> Tensor:
+    def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig, tokens: Tensor | None) -> Tensor:
         """(B, C, H, W) in [0, 1] on the CPU."""
         loaded = LoadedModel(model, self.diffusion.process.to_dict(), self.degradation.to_dict(), 0)
-        restored = Restorer(loaded, how, self.processes.device, self.precision)(to_unit_range(batch.low_res))
+        restorer = Restorer(loaded, how, self.processes.device, self.precision)
+        restored = restorer(to_unit_range(batch.low_res), tokens)
         if not torch.isfinite(restored).all():
             raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
         return restored
 
     @torch.inference_mode()
-    def _loss_by_timestep(self, model: Network, batch: Sample) -> tuple[list[float], list[float]]:
+    def _loss_by_timestep(
+        self, model: Network, batch: Sample, tokens: Tensor | None
+    ) -> tuple[list[float], list[float]]:
         """Right edges of even stretches of timesteps, and the unweighted loss in the middle of each."""
-        context, mean = model.encode_context(Condition(batch.upscaled, batch.low_res))
+        context, mean = model.encode_context(Condition(batch.upscaled, batch.low_res, tokens))
         clean = batch.residual / float(model.residual_std) - (0 if mean is None else mean)
         bars = min(LOSS_BARS, self.diffusion.timesteps)
         edges = [self.diffusion.timesteps * (bar + 1) / bars for bar in range(bars)]
