@@ -9,6 +9,7 @@ Tokens are the static word vectors that wordllama carries; extra `words`.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
@@ -79,22 +80,14 @@ def measure(folder: Path, weights: Path) -> None:
     right = [path.with_suffix(".txt").read_text() for path in paths]
     wrong = [list(FILLS)[list(FILLS).index(word) - 1] for word in right]
     model = load_model(weights, UNet)
+    rows = [("none", None, 1.0), ("right", right, 1.0), ("right", right, 2.0), ("wrong", wrong, 1.0)]
     print("| mode | words | guidance | PSNR | LPIPS |\n|---|---|---:|---:|---:|")
-    for mode in ("fidelity", "detail"):
-        for name, captions in (("none", None), ("right", right), ("wrong", wrong)):
-            for guidance in (1.0,) if captions is None else (1.0, 2.0):
-                tokens = (
-                    None
-                    if captions is None
-                    else torch.from_numpy(np.stack([word_tokens(one) for one in captions]))
-                )
-                how = RestoreConfig(mode=mode, guidance=guidance)
-                restored = Restorer(model, how, torch.device("cpu"))(low_res, tokens)
-                scores = [
-                    float(score.mean())
-                    for score in (psnr(restored, truth, Protocol(0)), lpips(restored, truth))
-                ]
-                print(f"| {mode} | {name} | {guidance:g} | {scores[0]:.2f} | {scores[1]:.3f} |", flush=True)
+    for mode, (name, captions, guidance) in itertools.product(("fidelity", "detail"), rows):
+        tokens = None if captions is None else torch.from_numpy(np.stack(list(map(word_tokens, captions))))
+        how = RestoreConfig(mode=mode, guidance=guidance)  # type: ignore[arg-type]  # the two are presets
+        restored = Restorer(model, how, torch.device("cpu"))(low_res, tokens)
+        error, distance = psnr(restored, truth, Protocol(0)).mean(), lpips(restored, truth).mean()
+        print(f"| {mode} | {name} | {guidance:g} | {error:.2f} | {distance:.3f} |", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
