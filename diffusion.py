@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bicubic import exact_scale, upscale_image
-from degradation import Bicubic, Degradation
+from degradation import Degradation
 from engine.checkpoint import Checkpoint, CheckpointError, load_model, load_weights, read_for_resume
 from engine.options import Options, Plain, option
 from engine.run import RunFiles
@@ -33,6 +33,7 @@ from unet import Condition
 from util import CropDataset, Crops, ImageDataset
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
+Contexts = tuple[object, ...]  # encoded conditions: with tokens and, for guidance, without
 
 # --------------------------------------------------------------------------------------------------
 # Schedules: timesteps T -> signal_scale and noise_scale, each (T,) float64
@@ -172,6 +173,9 @@ class LossConfig(Options):
     timestep_density: str = option(
         "uniform", "which noise levels are trained most", choices=TIMESTEP_DENSITIES
     )
+    token_dropout: float = option(
+        0.1, "share of samples trained without their tokens (Ho & Salimans 2022)", low=0, high=1
+    )
 
 
 class Network(Protocol):
@@ -227,9 +231,10 @@ class DiffusionModel:
         schedule: str = "cosine",
         min_snr_gamma: float | None = None,
         timestep_density: str = "uniform",
+        token_dropout: float = 0.1,
     ) -> None:
         self.process = ProcessConfig(timesteps, mode, schedule)
-        self.objective = LossConfig(min_snr_gamma, timestep_density)
+        self.objective = LossConfig(min_snr_gamma, timestep_density, token_dropout)
         self.device = torch.device(device)
         self.timesteps, self.mode = timesteps, mode
         signal, noise = self.process.scales()
@@ -307,17 +312,18 @@ class DiffusionModel:
 
     def restoration_loss(
         self, degradation: Degradation
-    ) -> Callable[[nn.Module, Tensor | Crops, torch.Generator], Tensor]:
-        """The loss of what CropDataset sends; crops alone, (B, C, H, W) uint8, are shrunk on their device."""
+    ) -> Callable[[nn.Module, Crops, torch.Generator], Tensor]:
+        """The loss of what CropDataset sends; crops without low resolution are shrunk on their device."""
 
-        def loss(model: nn.Module, crops: Tensor | Crops, generator: torch.Generator) -> Tensor:
-            network = network_of(model)
+        def loss(model: nn.Module, crops: Crops, generator: torch.Generator) -> Tensor:
+            network, tokens = network_of(model), crops.tokens
+            if tokens is not None:
+                draws = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
+                tokens = tokens * (draws >= self.objective.token_dropout)
             with torch.autocast(self.device.type, enabled=False):
-                if not isinstance(crops, Crops):
-                    crops = Crops(cast(Bicubic, degradation)(crops), crops)
-                sample = crops.sample(degradation.scale)
+                sample = crops.sample(degradation)
                 clean = sample.residual / network.residual_std
-            context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res))
+            context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res, tokens))
             return self.loss(model, clean, context, generator, mean=mean)
 
         return loss
@@ -413,6 +419,8 @@ class ResidualGenerator:
         img_size: longer side of a result, for networks without a scale.
         num_train_timesteps, predict_mode, schedule: of the training.
         precision: dtype to autocast to, None for float32.
+        guidance: estimates go from those without tokens, 0, to those with them, 1, and beyond (Ho & Salimans
+            2022, Eq. 6); another than 1 costs a second evaluation.
     """
 
     def __init__(
@@ -425,7 +433,9 @@ class ResidualGenerator:
         precision: torch.dtype | None = None,
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
         schedule: str = "cosine",
+        guidance: float = 1.0,
     ) -> None:
+        self.guidance = guidance
         self.img_channels = img_channels
         self.img_size = img_size
         self.device = torch.device(device)
@@ -440,6 +450,7 @@ class ResidualGenerator:
         device: torch.device | str,
         precision: torch.dtype | None = None,
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
+        guidance: float = 1.0,
     ) -> "ResidualGenerator":
         return cls(
             device=device,
@@ -448,6 +459,7 @@ class ResidualGenerator:
             precision=precision,
             scheduler=scheduler,
             schedule=process.schedule,
+            guidance=guidance,
         )
 
     def generate_images(
@@ -459,6 +471,7 @@ class ResidualGenerator:
         *,
         seed: int | None = None,
         eta: float = 0.0,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """Restore images.
 
@@ -468,6 +481,7 @@ class ResidualGenerator:
             num_inference_steps: more give a sample; 1 the posterior mean; 0 the mean of a predictor.
             seed: of the noise; None draws one.
             eta: of "ddim": 0 none, 1 as DDPM.
+            tokens: (B, N, E) on the device, which describe the images.
 
         Returns:
             (B * num_images, C, H, W) in [0, 1], those of one image next to each other.
@@ -475,8 +489,9 @@ class ResidualGenerator:
         Raises:
             ValueError: a wrong shape, range or step count, or an untrained network.
         """
-        low_res, upscaled = self._inputs(model, low_resolution_image)
-        residuals = self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
+        condition = Condition(*self._inputs(model, low_resolution_image), tokens)
+        residuals = self._residuals(model, condition, num_images, num_inference_steps, seed, eta)
+        upscaled = cast(Tensor, condition.upscaled)
         return to_unit_range((upscaled.repeat_interleave(num_images, dim=0) + residuals).clamp(-1, 1))
 
     def generate_residuals(
@@ -488,31 +503,40 @@ class ResidualGenerator:
         *,
         seed: int | None = None,
         eta: float = 0.0,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """As generate_images, but what is added to the upscaled image, in [-2, 2]."""
-        low_res, upscaled = self._inputs(model, low_resolution_image)
-        return self._residuals(model, low_res, upscaled, num_images, num_inference_steps, seed, eta)
+        condition = Condition(*self._inputs(model, low_resolution_image), tokens)
+        return self._residuals(model, condition, num_images, num_inference_steps, seed, eta)
 
     def plan(self, steps: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
         """The steps of the sampler, none for 0; ValueError for a number it or the process cannot take."""
         return self.sampler.steps(steps, eta, detail) if steps else ()
 
-    def encode(self, model: Network, condition: Condition) -> tuple[object, Tensor | None]:
+    def encode(self, model: Network, condition: Condition) -> tuple[Contexts, Tensor | None]:
         """The condition for `estimate`, and the predicted mean or None."""
         with self.autocast():
-            return model.encode_context(condition)
+            context, mean = model.encode_context(condition)
+            if self.guidance == 1 or condition.tokens is None:
+                return (context,), mean
+            silent = condition._replace(tokens=torch.zeros_like(condition.tokens))
+            return (context, model.encode_context(silent)[0]), mean
 
-    def estimate(self, model: Network, noisy: Tensor, timestep: int, context: object, base: Tensor) -> Tensor:
+    def estimate(
+        self, model: Network, noisy: Tensor, timestep: int, contexts: Contexts, base: Tensor
+    ) -> Tensor:
         """The network's clean residual (B, C, H, W) of unit variance.
 
         Args:
             noisy: (B, C, H, W).
-            context: see `encode`.
+            contexts: see `encode`.
             base: (B, C, H, W), upscaled + residual_std * mean; base + residual is clipped to [-1, 1].
         """
         t = torch.full((len(noisy),), timestep, device=noisy.device)
         with self.autocast():
-            output = model(noisy, t, context).float()
+            output, *without = (model(noisy, t, context).float() for context in contexts)
+        if without:
+            output = without[0] + self.guidance * (output - without[0])
         clean = self.diffusion.clean_estimate(output, noisy, t)
         # residual_std stays on its device: reading it here would make a GPU wait at every step.
         return clean.clamp((-1 - base) / model.residual_std, (1 - base) / model.residual_std)
@@ -521,6 +545,7 @@ class ResidualGenerator:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     def _inputs(self, model: Network, low_res: Tensor) -> tuple[Tensor, Tensor]:
+        """Check the input, move it to the device: (upscaled, low_res)."""
         if low_res.ndim != 4 or low_res.shape[1] != self.img_channels:
             raise ValueError(
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
@@ -531,13 +556,12 @@ class ResidualGenerator:
             raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
         low_res = low_res.to(self.device, torch.float32)
         scale = exact_scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
-        return low_res, upscale_image(low_res, float(scale)).clamp(-1, 1)
+        return upscale_image(low_res, float(scale)).clamp(-1, 1), low_res
 
     def _residuals(
         self,
         model: Network,
-        low_res: Tensor,
-        upscaled: Tensor,
+        condition: Condition,
         num_images: int,
         steps: int,
         seed: int | None,
@@ -545,9 +569,9 @@ class ResidualGenerator:
     ) -> Tensor:
         """(B * num_images, C, H, W) in [-2, 2]."""
         seed = torch.seed() % 2**62 if seed is None else seed
-        plan = self.plan(steps, eta)
+        plan, images = self.plan(steps, eta), range(len(cast(Tensor, condition.upscaled)))
         residuals = [
-            self._residual(model, low_res, upscaled, plan, [noise_stream(seed, number) for _ in upscaled])
+            self._residual(model, condition, plan, [noise_stream(seed, number) for _ in images])
             for number in range(num_images)
         ]
         return torch.stack(residuals, dim=1).flatten(0, 1)
@@ -556,13 +580,13 @@ class ResidualGenerator:
     def _residual(
         self,
         model: Network,
-        low_res: Tensor,
-        upscaled: Tensor,
+        condition: Condition,
         plan: Sequence[Step],
         streams: Sequence[torch.Generator],
     ) -> Tensor:
         """One sample of each image: (B, C, H, W) in [-2, 2]."""
-        context, mean = self.encode(model, Condition(upscaled, low_res))
+        upscaled = cast(Tensor, condition.upscaled)
+        contexts, mean = self.encode(model, condition)
         base = upscaled if mean is None else upscaled + model.residual_std * mean.float()
         if not plan:
             if mean is None:
@@ -574,7 +598,7 @@ class ResidualGenerator:
             return draw_noise(streams, channels, height, width).to(self.device)
 
         def denoise(noisy: Tensor, timestep: int) -> Tensor:
-            return self.estimate(model, noisy, timestep, context, base)
+            return self.estimate(model, noisy, timestep, contexts, base)
 
         def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
             return step.advance(noisy, cleans, noise() if step.noise_weight else None)

@@ -103,13 +103,15 @@ def _add_file_flags(add: Callable[..., object]) -> None:
         "MAP is a folder"
     )
     add("--uncertainty", metavar="MAP", help=uncertainty)
+    tokens = "folder of tokens that describe the images, NAME.safetensors or NAME.npy, for models trained so"
+    add("--tokens", metavar="DIR", help=tokens)
     export = "write the model as MODEL.safetensors (half precision); without inputs, nothing else"
     add("--export", metavar="MODEL", help=export)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """ValueError for wrong values of the script's own flags, before anything is read."""
-    for name in ("inputs", "input", "weights_path", "output", "compare", "uncertainty", "export"):
+    for name in ("inputs", "input", "weights_path", "output", "compare", "uncertainty", "tokens", "export"):
         values = getattr(args, name)
         if "" in (values if isinstance(values, list) else [values]):
             flag = "an input" if name in ("inputs", "input") else f"--{name}"
@@ -204,7 +206,8 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
             comparison = target.with_name(f"{target.stem}_compare.png")
         if isinstance(args.compare, str):
             truth = original_of(relative, Path(args.compare), scale, len(found))
-        tasks.append(Task(source, target, comparison, truth, uncertainty))
+        tokens = None if args.tokens is None else Path(args.tokens)
+        tasks.append(Task(source, target, comparison, truth, uncertainty, tokens))
     return tasks
 
 

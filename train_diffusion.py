@@ -76,6 +76,12 @@ class DataOptions(Options):
     )
     val_fraction: float = option(0.05, "share to validate on, at most 64 images", above=0, high=0.9)
     img_size: int = option(256, "side of the high-resolution training crops", low=8)
+    tokens: str | None = option(
+        None,
+        "folder of tokens (N, E) that describe the images, NAME.safetensors or NAME.npy; needs "
+        "--conditioning tokens and --context_dim E",
+        fixed=False,
+    )
     augment: Augmentation = option("flip", "flip: left-right; dihedral: all 8 flips and rotations")
     cache_gb: float = option(4.0, "disk for decoded images; 0 decodes each time", low=0, fixed=False)
 
@@ -173,7 +179,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
 
 def _make_absolute(args: argparse.Namespace) -> None:
     """For a run resumed from another folder."""
-    for name in ("image_folder", "val_folder", "log_dir", "checkpoint_dir", "init_weights"):
+    for name in ("image_folder", "val_folder", "tokens", "log_dir", "checkpoint_dir", "init_weights"):
         value = getattr(args, name, None)
         if value is not None:
             setattr(args, name, os.path.abspath(_named(name, value)))
@@ -215,6 +221,8 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
     `held_out` names, below the image folder, what a resumed run validates on; None chooses.
     """
     data, seed = settings.data, settings.training.seed
+    if data.tokens is not None and (kind := settings.network.conditioning) != "tokens":
+        raise OptionError("conditioning", kind, "choose tokens where there are --tokens")
     reader = CachedReader(round(data.cache_gb * 2**30))
 
     def dataset(paths: Sequence[Path], train: bool) -> ImageDataset:
@@ -227,6 +235,7 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
             reader=reader,
             cache_dir=default_cache_dir(),
             degradation=settings.degradation,
+            tokens=data.tokens,
         )
 
     root = Path(data.image_folder)

@@ -38,7 +38,7 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 
 class Batch(Protocol):
-    """Samples as they are collated: a tensor, or a NamedTuple of tensors that moves like one."""
+    """Samples as they are collated: a tensor, or what moves like one."""
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
         """On another device."""
@@ -54,6 +54,10 @@ class Samples(Protocol):
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         """The sample of (epoch, index)."""
+        ...
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """A batch of them."""
         ...
 
     def name(self, index: int) -> str:
@@ -555,6 +559,7 @@ class _Batches:
             self.watched,
             batch_sampler=PlannedBatches(plan, first_step, last_step, processes.rank),
             num_workers=workers,
+            collate_fn=dataset.collate,
             pin_memory=processes.device.type == "cuda",
             worker_init_fn=leave_stopping_to_the_parent,
         )

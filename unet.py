@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.options import OptionError, Options, option
 from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation, zero_
 
-Conditioning = Literal["none", "concat", "cross_attention", "both"]
+Conditioning = Literal["none", "concat", "cross_attention", "both", "tokens"]
 KeysValues = tuple[Tensor, Tensor]
 
 
@@ -41,7 +41,9 @@ class UNetConfig(Options):
     )
     predictor_dim: int | None = option(None, "width of the predictor; by default base_dim", low=4)
     conditioning: Conditioning = option(
-        "both", "concat: the upscaled image at the stem; cross_attention: tokens of the low resolution"
+        "both",
+        "concat: the upscaled image at the stem; cross_attention: tokens of the low resolution; tokens: the "
+        "upscaled image, and tokens of another encoder",
     )
     norm: Norm = option("pixel", "pixel: over the channels of each pixel, which makes tiles exact; or group")
     attention_window: int = option(8, "side in tokens of the windows of self-attention; 0: everything", low=0)
@@ -60,11 +62,11 @@ class UNetConfig(Options):
 
     @property
     def concatenates(self) -> bool:
-        return self.conditioning in ("concat", "both")
+        return self.conditioning in ("concat", "both", "tokens")
 
     @property
     def cross_attends(self) -> bool:
-        return self.conditioning in ("cross_attention", "both")
+        return self.conditioning in ("cross_attention", "both", "tokens")
 
     @property
     def size_multiple(self) -> int:
@@ -80,7 +82,7 @@ class Condition(NamedTuple):
 
     upscaled: Tensor | None = None  # (B, C, H, W) in [-1, 1]
     low_res: Tensor | None = None  # (B, C, h, w) in [-1, 1]
-    tokens: Tensor | None = None  # (B, N, E), in place of those of low_res
+    tokens: Tensor | None = None  # (B, N, E), in place of those of low_res; zeros say nothing
 
 
 class Context(NamedTuple):
@@ -319,7 +321,9 @@ class UNet(nn.Module):
         self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if plain else None
         self.context_blocks = _residual_blocks(width, config.context_blocks if plain else 0, config)
         self.context_extractor = (
-            ImageContextExtractor(config.in_channels, config.context_dim) if config.cross_attends else None
+            ImageContextExtractor(config.in_channels, config.context_dim)
+            if config.conditioning in ("cross_attention", "both")
+            else None
         )
 
     def _build_levels(self, config: UNetConfig, dims: list[int]) -> None:
@@ -369,13 +373,18 @@ class UNet(nn.Module):
 
     def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
         """Of each transformer block, or ()."""
-        if self.context_extractor is None:
+        tokens, kind = condition.tokens, self.config.conditioning
+        if not self.config.cross_attends:
+            if tokens is not None:
+                raise ValueError(f"conditioning {kind!r} takes no tokens: train with conditioning 'tokens'")
             return ()
-        if condition.tokens is None and condition.low_res is None:
-            raise ValueError(
-                f"conditioning {self.config.conditioning!r} needs a low-resolution image or tokens"
-            )
-        tokens = self.context_extractor(condition.low_res) if condition.tokens is None else condition.tokens
+        if tokens is None and self.context_extractor is not None:
+            if condition.low_res is None:
+                raise ValueError(f"conditioning {kind!r} needs a low-resolution image or tokens")
+            tokens = self.context_extractor(condition.low_res)
+        if tokens is None:  # nothing is said
+            assert condition.upscaled is not None
+            tokens = condition.upscaled.new_zeros(len(condition.upscaled), 1, self.config.context_dim)
         if tokens.ndim != 3 or tokens.shape[-1] != self.config.context_dim:
             raise ValueError(f"tokens must be (B, N, {self.config.context_dim}), not {tuple(tokens.shape)}")
         blocks = (one.block for one in self.transformers if isinstance(one, WindowTransformer))

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from bicubic import exact_scale, upscale_image
 from degradation import Bicubic, Degradation
 from imaging.files import UnreadableImageError, list_images, read_rgb, to_model_range
 from imaging.sizes import image_sizes
+from imaging.tokens import read_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -154,23 +155,31 @@ class Sample(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """Both resolutions of a crop or a batch of crops, uint8."""
+    """A crop or a batch of crops, uint8, and what is said of their images."""
 
-    low_res: Tensor  # (..., 3, h, w)
     high_res: Tensor  # (..., 3, H, W)
+    low_res: Tensor | None = None  # (..., 3, h, w); None: the degradation, which is not random, makes it
+    tokens: Tensor | None = None  # (..., N, E)
+
+    @classmethod
+    def stack(cls, crops: Sequence["Crops"]) -> "Crops":
+        """A batch of crops that have the same parts."""
+        return cls._make(None if one[0] is None else torch.stack(one) for one in zip(*crops, strict=True))
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Crops":
         """On another device, as a tensor would be."""
-        return Crops(*(image.to(device, non_blocking=non_blocking) for image in self))
+        return self._make(None if one is None else one.to(device, non_blocking=non_blocking) for one in self)
 
-    def sample(self, scale: float, upscale_function: UpscaleFunction = upscale_image) -> Sample:
+    def sample(self, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image) -> Sample:
         """What the network trains on; ValueError unless the sides are whole multiples of the scale."""
-        low_res, original = (to_model_range(image.float() / 255) for image in self)
-        upscaled = upscale_function(low_res, scale).clamp(-1, 1)
+        low_res = cast(Bicubic, degradation)(self.high_res) if self.low_res is None else self.low_res
+        low_res, original = (to_model_range(image.float() / 255) for image in (low_res, self.high_res))
+        upscaled = upscale_function(low_res, degradation.scale).clamp(-1, 1)
         if upscaled.shape != original.shape:
             raise ValueError(
                 f"the upscale function gave {tuple(upscaled.shape)} for an original of "
-                f"{tuple(original.shape)}: the sides must be whole multiples of the scale {scale:g}"
+                f"{tuple(original.shape)}: the sides must be whole multiples of the scale "
+                f"{degradation.scale:g}"
             )
         return Sample(low_res, upscaled, original, original - upscaled)
 
@@ -200,9 +209,10 @@ class ImageDataset(Dataset[Sample]):
         reader: path -> (H, W, 3) uint8.
         cache_dir: remembers the sizes of the images.
         degradation: makes the low resolution; by default bicubic by downscale_factor.
+        tokens: folder of tokens, see imaging.tokens.
 
     Raises:
-        ValueError: no usable image, or an impossible crop.
+        ValueError: no usable image, an impossible crop, or images of the same name where there are tokens.
     """
 
     def __init__(
@@ -218,6 +228,7 @@ class ImageDataset(Dataset[Sample]):
         reader: Callable[[Path], npt.NDArray[np.uint8]] = read_rgb,
         cache_dir: Path | None = None,
         degradation: Degradation | None = None,
+        tokens: str | Path | None = None,
     ) -> None:
         self.degradation = degradation or Bicubic(scale=downscale_factor)
         downscale_factor = self.degradation.scale
@@ -235,6 +246,9 @@ class ImageDataset(Dataset[Sample]):
                 f"none of {len(found)} images can be used{first}: "
                 f"give images of at least {img_size}x{img_size} or a smaller img_size"
             )
+        self.token_folder = tokens
+        if tokens is not None and len({path.stem for path in self.paths}) < len(self.paths):
+            raise ValueError(f"{tokens}: tokens belong to images by name, and two images have the same name")
         self.failed = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -243,32 +257,32 @@ class ImageDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> Sample:
         """The sample of an index or of (epoch, index)."""
-        return self.pair(index).sample(self.downscale_factor, self.upscale_function)
+        return self.pair(index).sample(self.degradation, self.upscale_function)
 
     def pair(self, index: int | tuple[int, int]) -> Crops:
-        """Both resolutions, (3, h, w) and (3, img_size, img_size): what the degradation made, cut."""
-        window, random = self._window(index)
-        low_res = self.degradation(window, random)
+        """Both resolutions, (3, img_size, img_size) and (3, h, w): what the degradation made, cut."""
+        crops, random = self._window(index)
+        low_res = self.degradation(crops.high_res, random)
         ratio = exact_scale(self.downscale_factor)
-        spare = [(n - self.img_size) // ratio.numerator for n in window.shape[-2:]]
+        spare = [(n - self.img_size) // ratio.numerator for n in crops.high_res.shape[-2:]]
         places = [int(random.integers(rest + 1)) if self.train else rest // 2 for rest in spare]
         low_size = round(self.img_size / ratio)
-        return Crops(
-            _cut(low_res, [place * ratio.denominator for place in places], low_size),
-            _cut(window, [place * ratio.numerator for place in places], self.img_size),
+        return crops._replace(
+            high_res=_cut(crops.high_res, [place * ratio.numerator for place in places], self.img_size),
+            low_res=_cut(low_res, [place * ratio.denominator for place in places], low_size),
         )
 
-    def crop(self, index: int | tuple[int, int]) -> Tensor:
-        """The high-resolution crop alone, (3, img_size, img_size) uint8, for what needs no margin."""
+    def crop(self, index: int | tuple[int, int]) -> Crops:
+        """Without low resolution, for a degradation that needs no margin."""
         return self._window(index)[0]
 
-    def _window(self, index: int | tuple[int, int]) -> tuple[Tensor, np.random.Generator]:
-        """A crop with the degradation's margin, (3, H, W) uint8, and its generator for what follows."""
+    def _window(self, index: int | tuple[int, int]) -> tuple[Crops, np.random.Generator]:
+        """A crop with the degradation's margin, and its generator for what follows."""
         epoch, position = index if isinstance(index, tuple) else (0, index)
         if not 0 <= position < len(self.paths):
             raise IndexError(f"index {position} of {len(self.paths)} images")
         random = np.random.default_rng((self.seed, epoch, position))
-        pixels = self._read(position)
+        pixels, path = self._read(position)
         multiple = exact_scale(self.downscale_factor).numerator
         margin = self.degradation.margin * self.downscale_factor
         sizes = [
@@ -283,10 +297,12 @@ class ImageDataset(Dataset[Sample]):
             window = window[:, ::-1]
         if augment == "dihedral":
             window = np.rot90(window, int(random.integers(4)))
-        return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1))), random
+        high_res = torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
+        tokens = None if self.token_folder is None else read_tokens(self.token_folder, path)
+        return Crops(high_res, tokens=tokens), random
 
-    def _read(self, position: int) -> npt.NDArray[np.uint8]:
-        """The image at a position, or the next that can be read."""
+    def _read(self, position: int) -> tuple[npt.NDArray[np.uint8], Path]:
+        """The image at a position, or the next that can be read, and its file."""
         for offset in range(len(self.paths)):
             candidate = (position + offset) % len(self.paths)
             if self.failed[candidate]:
@@ -295,14 +311,14 @@ class ImageDataset(Dataset[Sample]):
                 pixels = self.reader(self.paths[candidate])
                 if min(pixels.shape[:2]) < self.img_size:
                     raise UnreadableImageError(f"{self.paths[candidate]}: shrank to {pixels.shape[:2]}")
-                return pixels
+                return pixels, self.paths[candidate]
             except (UnreadableImageError, OSError) as error:
                 self.failed[candidate] = True
                 logger.warning("left out from now on: %s", error)
         raise RuntimeError(f"none of the {len(self.paths)} images can be read any more")
 
 
-class CropDataset(Dataset[Tensor | Crops]):
+class CropDataset(Dataset[Crops]):
     """The crops of an ImageDataset: what workers send. What is random is degraded here, the rest batched."""
 
     def __init__(self, images: ImageDataset) -> None:
@@ -311,9 +327,13 @@ class CropDataset(Dataset[Tensor | Crops]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Tensor | Crops:
-        """(3, img_size, img_size) uint8, with its low resolution where its degradation is random."""
+    def __getitem__(self, index: int | tuple[int, int]) -> Crops:
+        """A crop, with its low resolution where its degradation is random."""
         return self.images.pair(index) if self.images.degradation.random else self.images.crop(index)
+
+    def collate(self, samples: Sequence[Crops]) -> Crops:
+        """A batch of them."""
+        return Crops.stack(samples)
 
     def name(self, index: int) -> str:
         """The path of the image."""

@@ -20,7 +20,7 @@ from evaluation.images import Picture
 from imaging.files import to_model_range
 from training import TrainingConfig
 from unet import Condition
-from util import ImageDataset
+from util import Crops, ImageDataset
 
 SCALE = 4
 TIMESTEP = 500
@@ -45,7 +45,7 @@ def training_step(network: nn.Module, batch: int, size: int, device: torch.devic
     cast(Network, network).residual_std.fill_(0.1)
     loss = DiffusionModel(device=device).restoration_loss(Bicubic(scale=SCALE))
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
-    crops = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    crops = Crops(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device))
     generator = torch.Generator(device)
 
     def step() -> None:

@@ -49,11 +49,13 @@ class Validator:
         self.precision = precision
         self.degradation = dataset.degradation
         self.conditions = Conditions(Protocol(crop=round(dataset.downscale_factor)))
-        pairs = Crops(*map(torch.stack, zip(*map(dataset.pair, range(len(dataset))), strict=True)))
-        self.batches = [
-            Crops(*some).to(self.processes.device).sample(dataset.downscale_factor, dataset.upscale_function)
-            for some in zip(*(image.split(VALIDATION_BATCH) for image in pairs), strict=True)
+        pairs, size = [dataset.pair(index) for index in range(len(dataset))], VALIDATION_BATCH
+        batches = [
+            Crops.stack(pairs[start : start + size]).to(self.processes.device)
+            for start in range(0, len(pairs), size)
         ]
+        self.batches = [some.sample(dataset.degradation, dataset.upscale_function) for some in batches]
+        self.tokens = [some.tokens for some in batches]
         bicubic = [self._scores(batch, to_unit_range(batch.upscaled)) for batch in self.batches]
         self.bicubic_psnr = [scores["psnr"] for scores in bicubic]
         self.counted = self._choose_counted()
@@ -70,12 +72,17 @@ class Validator:
     def __call__(self, network: nn.Module) -> Validation:
         scalars = self._measure_all(network)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
+        tokens = None if self.tokens[0] is None else self.tokens[0][:GRID_IMAGES]
         sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
         images = {
-            "low_bicubic_mean_original": comparison_grid(first, self._restore(network, first, FAITHFUL)),
-            "low_bicubic_sample_original": comparison_grid(first, self._restore(network, first, sampled)),
+            "low_bicubic_mean_original": comparison_grid(
+                first, self._restore(network, first, FAITHFUL, tokens)
+            ),
+            "low_bicubic_sample_original": comparison_grid(
+                first, self._restore(network, first, sampled, tokens)
+            ),
         }
-        curves = {"loss_by_timestep": self._loss_by_timestep(cast(Network, network), first)}
+        curves = {"loss_by_timestep": self._loss_by_timestep(cast(Network, network), first, tokens)}
         return Validation(scalars["psnr"], scalars, images, curves)
 
     def _measure_all(self, model: nn.Module) -> dict[str, float]:
@@ -84,7 +91,7 @@ class Validator:
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
             batch, counted = self.batches[index], self.counted[index]
-            scores = self._scores(batch, self._restore(model, batch, FAITHFUL))
+            scores = self._scores(batch, self._restore(model, batch, FAITHFUL, self.tokens[index]))
             scores["psnr_over_bicubic"] = scores["psnr"] - self.bicubic_psnr[index]
             values = [*(scores[name] for name in names), torch.ones(len(counted))]
             sums += torch.stack([value[counted].double().sum() for value in values])
@@ -103,18 +110,21 @@ class Validator:
             if metric.of_image is not None
         }
 
-    def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig) -> Tensor:
+    def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig, tokens: Tensor | None) -> Tensor:
         """(B, C, H, W) in [0, 1] on the CPU."""
         loaded = LoadedModel(model, self.diffusion.process.to_dict(), self.degradation.to_dict(), 0)
-        restored = Restorer(loaded, how, self.processes.device, self.precision)(to_unit_range(batch.low_res))
+        restorer = Restorer(loaded, how, self.processes.device, self.precision)
+        restored = restorer(to_unit_range(batch.low_res), tokens if restorer.steps else None)
         if not torch.isfinite(restored).all():
             raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
         return restored
 
     @torch.inference_mode()
-    def _loss_by_timestep(self, model: Network, batch: Sample) -> tuple[list[float], list[float]]:
+    def _loss_by_timestep(
+        self, model: Network, batch: Sample, tokens: Tensor | None
+    ) -> tuple[list[float], list[float]]:
         """Right edges of even stretches of timesteps, and the loss in their middles."""
-        context, mean = model.encode_context(Condition(batch.upscaled, batch.low_res))
+        context, mean = model.encode_context(Condition(batch.upscaled, batch.low_res, tokens))
         clean = batch.residual / float(model.residual_std) - (0 if mean is None else mean)
         bars = min(LOSS_BARS, self.diffusion.timesteps)
         edges = [self.diffusion.timesteps * (bar + 1) / bars for bar in range(bars)]

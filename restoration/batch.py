@@ -13,6 +13,7 @@ from imaging.atomic import write_atomically
 from imaging.files import DecodedImage, Pixels, check_format, decode_image, read_rgb, write_image
 from imaging.metadata import Metadata
 from imaging.pictures import comparison_picture
+from imaging.tokens import read_tokens
 from restoration.rescaled import AnyScale
 from restoration.restorer import Progress, Restoration, Restorer
 
@@ -28,6 +29,7 @@ class Task:
     comparison: Path | None = None  # for a picture of input, bicubic, result and original
     truth: Path | None = None  # the original, to be read
     uncertainty: Path | None = None  # for the standard deviation; .png and .npy are added
+    tokens: Path | None = None  # the folder of those that describe it
 
     @property
     def maps(self) -> list[Path]:
@@ -68,7 +70,9 @@ def restore_file(
     has_alpha, dtype = source.alpha is not None, source.pixels.dtype
     check_format(task.target, height, width, dtype, has_alpha=has_alpha, metadata=source.metadata)
     truth = None if task.truth is None else read_rgb(task.truth)
-    restoration = restorer.restore(source, deviation=task.uncertainty is not None, progress=progress)
+    tokens = None if task.tokens is None else read_tokens(task.tokens, task.source)
+    deviation = task.uncertainty is not None
+    restoration = restorer.restore(source, deviation=deviation, progress=progress, tokens=tokens)
     write_results(task, source, restoration, float(restorer.scale), truth)
     return f"first of {source.frames} frames" if source.frames > 1 else ""
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from diffusion import Network, ResidualGenerator
+from diffusion import Contexts, Network, ResidualGenerator
 from engine.device import is_out_of_memory
 from restoration.tiling import Field, Scale, Tile, Window, plan_tiles
 from unet import Condition
@@ -107,6 +107,7 @@ class Base:
         low_res: (B, C, h, w) on the generator's device.
         windows: how to cut; the mean is the same in any.
         views: to average over.
+        tokens: (B, N, E) that describe the images.
     """
 
     def __init__(
@@ -116,9 +117,10 @@ class Base:
         low_res: Tensor,
         windows: Windows,
         views: Sequence[View],
+        tokens: Tensor | None = None,
     ) -> None:
         self.generator, self.network, self.low_res = generator, network, low_res
-        self.windows, self.views = windows, views
+        self.windows, self.views, self.tokens = windows, views, tokens
         self.scale = Scale(float(network.scale))
         self.size = self.scale.high_size(*low_res.shape[-2:])
         self._field = windows.attempt(*self.size, self._predict) if network.mean_reach else None
@@ -164,7 +166,7 @@ class Prepared(NamedTuple):
     """What a batch of windows needs at every step."""
 
     base: Tensor  # (b, C, height, width)
-    contexts: tuple[object, ...]  # one for each view
+    contexts: tuple[Contexts, ...]  # one for each view
 
 
 class TiledDenoiser:
@@ -180,7 +182,10 @@ class TiledDenoiser:
         self.evaluations = 0
         with base.generator.autocast():
             # (B, N, E) of the whole images for each view, which all windows share; or None.
-            self.tokens = [base.network.encode_tokens(view.apply(base.low_res)) for view in base.views]
+            self.tokens = [
+                base.network.encode_tokens(view.apply(base.low_res)) if base.tokens is None else base.tokens
+                for view in base.views
+            ]
         self.tiles: list[Tile] = []
         self.prepared: dict[int, Prepared] = {}  # by the batch's place in the list
 
@@ -220,9 +225,9 @@ class TiledDenoiser:
         """The mean over the views, (b, C, height, width)."""
         generator, network, views = self.base.generator, self.base.network, self.base.views
         total = torch.zeros_like(noisy)
-        for view, context in zip(views, prepared.contexts, strict=True):
+        for view, contexts in zip(views, prepared.contexts, strict=True):
             seen, base = view.apply(noisy), view.apply(prepared.base)
-            total += view.undo(generator.estimate(network, seen, timestep, context, base))
+            total += view.undo(generator.estimate(network, seen, timestep, contexts, base))
         return total / len(views)
 
     def _batches(self, images: int) -> list[list[Job]]:

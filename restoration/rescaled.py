@@ -89,14 +89,20 @@ class AnyScale:
         self._excess = Scale(reached / scale)
 
     def restore(
-        self, image: Restorable, *, deviation: bool = False, progress: "Progress | None" = None
+        self,
+        image: Restorable,
+        *,
+        deviation: bool = False,
+        progress: "Progress | None" = None,
+        tokens: Tensor | None = None,
     ) -> "Restoration":
         """As Restorer.restore; ValueError where a deviation is asked of more than one model in a row."""
         if deviation and len(self.restorers) > 1:
             raise ValueError(f"an uncertainty map needs one pass: scale {float(self.scale):g} takes several")
         done, size = 0.0, (0, 0)
         for restorer, part in zip(self.restorers, self._parts, strict=True):
-            found = restorer.restore(image, deviation=deviation, progress=_part_of(progress, done, part))
+            report = _part_of(progress, done, part)
+            found = restorer.restore(image, deviation=deviation, progress=report, tokens=tokens)
             if not done:  # a length is at most that of the result over the scale
                 height, width = (int(length / restorer.scale.fraction) for length in found.pixels.shape[:2])
                 size = self.scale.high_size(height, width)
@@ -109,11 +115,11 @@ class AnyScale:
             deviation=None if found.deviation is None else self._shrink_array(found.deviation, size).clip(0),
         )
 
-    def __call__(self, low_res: Tensor) -> Tensor:
+    def __call__(self, low_res: Tensor, tokens: Tensor | None = None) -> Tensor:
         """As Restorer.__call__: (..., C, h, w) in [0, 1] to (..., C, H, W), on the CPU."""
         restored = low_res
         for restorer in self.restorers:
-            restored = restorer(restored)
+            restored = restorer(restored, tokens)
         return self._shrink(restored, self.scale.high_size(*low_res.shape[-2:])).clamp(0, 1)
 
     def _shrink_array(self, image: ArrayT, size: tuple[int, int]) -> ArrayT:

@@ -80,6 +80,9 @@ class RestoreConfig(Options):
         False, "make the bicubic downscale of the result equal the input; for inputs that bicubic shrank"
     )
     self_ensemble: bool = option(False, "average over 8 flips and rotations, 8 times the work")
+    guidance: float = option(
+        1.0, "how much tokens steer: 1 as trained, 2 doubles what they change, at twice the work", low=0
+    )
 
     @property
     def budget(self) -> Budget:
@@ -116,6 +119,7 @@ def restore(
     device: str = "auto",
     precision: str = "auto",
     progress: Progress | None = None,
+    tokens: Tensor | None = None,
 ) -> Restoration:
     """Restore one picture.
 
@@ -125,7 +129,7 @@ def restore(
             photo, or clean where there is none.
         scale: the enlargement, above 1 and at most 16; None is the model's, or 4.
         device, precision: see engine.device.
-        progress: see Restorer.restore.
+        progress, tokens: see Restorer.restore.
 
     Raises:
         ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
@@ -138,7 +142,7 @@ def restore(
     else:
         paths = find_weights(model, scale)
         restorers = [Restorer(load_model(path, UNet), config, chosen, dtype) for path in paths]
-    return restorer_to(scale, restorers).restore(image, progress=progress)
+    return restorer_to(scale, restorers).restore(image, progress=progress, tokens=tokens)
 
 
 def blend(
@@ -190,7 +194,7 @@ class Restorer:
         self.network = cast(Network, model.network.to(device))
         self.config, self.device = config, device
         process = ProcessConfig.from_dict(model.process)
-        self.generator = ResidualGenerator.of(process, device, precision, config.scheduler)
+        self.generator = ResidualGenerator.of(process, device, precision, config.scheduler, config.guidance)
         self.step_count = self._step_count()
         self.steps = self.generator.plan(self.step_count, config.eta, config.budget.detail)
         self.border = _border(model.degradation) if config.consistency else None
@@ -217,7 +221,12 @@ class Restorer:
         return 1
 
     def restore(
-        self, image: Restorable, *, deviation: bool = False, progress: Progress | None = None
+        self,
+        image: Restorable,
+        *,
+        deviation: bool = False,
+        progress: Progress | None = None,
+        tokens: Tensor | None = None,
     ) -> Restoration:
         """Restore one picture: grey stays grey, 16 bits stay 16, alpha is restored too.
 
@@ -226,15 +235,18 @@ class Restorer:
                 uint8 or uint16; or a tensor (1, 3 or 4, h, w) of uint8 or of floats in [0, 1].
             deviation: measure the standard deviation over the samples.
             progress: called with the finished part of the work, up to 1.
+            tokens: (N, E) that describe the image, of the encoder that the network was trained with.
 
         Raises:
-            ValueError: an unreadable image or none of these, or the deviation of one sample.
+            ValueError: an unreadable image or none of these, the deviation of one sample, or tokens that the
+                network does not take.
             OSError: no room in the folder of temporary files.
         """
         if deviation and self.config.budget.num_images < 2:
             raise ValueError("an uncertainty map needs num_images of at least 2")
         picture = to_picture(image)
-        mean, variance = self._restore(picture.low_res[None], deviation, progress or _silent)
+        described = None if tokens is None else tokens[None]
+        mean, variance = self._restore(picture.low_res[None], deviation, progress or _silent, described)
         return Restoration(
             picture.to_pixels(mean),
             None if picture.alpha is None else self._restore_alpha(picture.alpha),
@@ -242,11 +254,12 @@ class Restorer:
             picture.metadata,
         )
 
-    def __call__(self, low_res: Tensor) -> Tensor:
+    def __call__(self, low_res: Tensor, tokens: Tensor | None = None) -> Tensor:
         """What `restore` does, before it rounds; all images of a batch have the same noise.
 
         Args:
             low_res: (C, h, w) or (B, C, h, w) in [0, 1], C 1 or 3; ValueError otherwise.
+            tokens: (B, N, E), see `restore`.
 
         Returns:
             (C, H, W) or (B, C, H, W) float32 in [0, 1], on the CPU.
@@ -256,7 +269,7 @@ class Restorer:
                 f"low_res is {tuple(low_res.shape)}: expected (C, h, w) or (B, C, h, w), C 1 or 3"
             )
         batch = to_input(low_res if low_res.ndim == 4 else low_res[None]).float()
-        mean, _ = self._restore(batch, False, _silent)
+        mean, _ = self._restore(batch, False, _silent, tokens)
         restored = mean.read(Window(0, mean.shape[2], 0, mean.shape[3])).cpu()  # (B, 3, H, W)
         if low_res.shape[-3] == 1:
             restored = restored.mean(dim=1, keepdim=True)
@@ -274,12 +287,20 @@ class Restorer:
         return mask.to_pixels(mean)
 
     @torch.inference_mode()
-    def _restore(self, low_res: Tensor, deviation: bool, progress: Progress) -> tuple[Field, Field | None]:
+    def _restore(
+        self, low_res: Tensor, deviation: bool, progress: Progress, tokens: Tensor | None
+    ) -> tuple[Field, Field | None]:
         """(B, C, h, w) in [-1, 1] to mean and variance (B, C, H, W) of the samples in [0, 1]."""
-        low_res = low_res.to(self.device)
+        if tokens is None and self.config.guidance != 1:
+            raise OptionError(
+                "guidance", self.config.guidance, "it strengthens tokens: give some, or leave it out"
+            )
+        if tokens is not None and not self.steps:
+            raise OptionError("steps", 0, "the predicted mean takes no tokens: give 1 or more, or no tokens")
+        low_res, tokens = low_res.to(self.device), None if tokens is None else tokens.to(self.device)
         count = self.config.budget.num_images
         mean, variance = self._average(
-            low_res, self.steps, count, deviation, lambda samples: progress(samples / count)
+            low_res, self.steps, count, deviation, lambda samples: progress(samples / count), tokens
         )
         if self.border is not None:
             project(mean, to_unit_range(low_res), self.scale, self.border)
@@ -287,14 +308,20 @@ class Restorer:
         return mean, variance
 
     def _average(
-        self, low_res: Tensor, steps: Sequence[Step], count: int, deviation: bool, progress: Progress
+        self,
+        low_res: Tensor,
+        steps: Sequence[Step],
+        count: int,
+        deviation: bool,
+        progress: Progress,
+        tokens: Tensor | None = None,
     ) -> tuple[Field, Field | None]:
         """Mean and, if wanted, variance of `count` samples (Welford 1962)."""
         shape = (*low_res.shape[:2], *self.scale.high_size(*low_res.shape[-2:]))
         remembered = max((len(step.clean_weights) + 1 for step in steps), default=0)
         check_room(shape, fields=remembered + 1 + deviation + (self.network.mean_reach > 0))
         views = ALL_VIEWS if self.config.self_ensemble else UPRIGHT
-        base = Base(self.generator, self.network, low_res, self.windows, views)
+        base = Base(self.generator, self.network, low_res, self.windows, views, tokens)
         mean = Field(shape, self.device)
         variance = Field(shape, self.device) if deviation else None
         for number, (residuals, first) in enumerate(self._samples(base, steps, count, progress)):

@@ -15,7 +15,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 # Where the name that is imported is not the name that is installed.
 DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "pillow", "skimage": "scikit-image"}
-OPTIONAL = {"gradio"}
+OPTIONAL = {"gradio", "wordllama"}
 
 
 def names(requirements):

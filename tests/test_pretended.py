@@ -14,10 +14,10 @@ from samplers import SCHEDULERS
 from tests.networks import PROCESS, tiny_unet
 from tests.pretended import pretended_device
 from training import MicroBatch, TrainingConfig, new_state, train_step
-from util import ImageDataset
+from util import Crops, ImageDataset
 
 SCALE, SIZE = 2.0, 32
-CONDITIONINGS = ("none", "concat", "cross_attention", "both")
+CONDITIONINGS = ("none", "concat", "cross_attention", "both", "tokens")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def predictor_blocks(request):
 
 
 def crops(device, count=2):
-    return torch.zeros(count, 3, SIZE, SIZE, dtype=torch.uint8, device=device)
+    return Crops(torch.zeros(count, 3, SIZE, SIZE, dtype=torch.uint8, device=device))
 
 
 def reads_between_evaluations(network, pretended):

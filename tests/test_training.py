@@ -46,6 +46,9 @@ class Numbers(Dataset):
     def failures(self):
         return 0
 
+    def collate(self, samples):
+        return torch.stack(samples)
+
     def __getitem__(self, key):
         epoch, index = key
         return torch.randn(3, generator=torch.Generator().manual_seed(1000 * epoch + index))

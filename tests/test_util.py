@@ -161,8 +161,8 @@ def test_a_wrong_upscale_function_is_named(photo_folder):
 
 def test_degrading_a_batch_equals_degrading_each(photo_folder):
     dataset = ImageDataset(photo_folder, 32, 4)
-    crops = torch.stack([dataset.crop(index) for index in range(4)])
-    batch = Crops(dataset.degradation(crops), crops).sample(4)
+    crops = Crops.stack([dataset.crop(index) for index in range(4)])
+    batch = crops.sample(dataset.degradation)
     for index in range(4):
         for ours, theirs in zip(batch, dataset[index], strict=True):
             torch.testing.assert_close(ours[index], theirs, atol=2e-6, rtol=0)
@@ -172,32 +172,39 @@ def test_validation_takes_the_central_crop_unflipped(photo_folder):
     dataset = ImageDataset(photo_folder, 32, 4, train=False)
     pixels = np.asarray(Image.open(dataset.paths[2]))
     expected = pixels[8:40, 12:44].transpose(2, 0, 1)
-    assert np.array_equal(dataset.crop(2).numpy(), expected)
-    assert torch.equal(dataset.crop((5, 2)), dataset.crop(2))
+    assert np.array_equal(dataset.crop(2).high_res.numpy(), expected)
+    assert torch.equal(dataset.crop((5, 2)).high_res, dataset.crop(2).high_res)
 
 
 def test_training_crops_differ_between_epochs_and_repeat_with_the_seed(photo_folder):
     first, second = ImageDataset(photo_folder, 32, 4, seed=3), ImageDataset(photo_folder, 32, 4, seed=3)
-    assert torch.equal(first.crop((7, 1)), second.crop((7, 1)))
-    assert not torch.equal(first.crop((7, 1)), first.crop((8, 1)))
-    assert not torch.equal(first.crop((7, 1)), ImageDataset(photo_folder, 32, 4, seed=4).crop((7, 1)))
+    assert torch.equal(first.crop((7, 1)).high_res, second.crop((7, 1)).high_res)
+    assert not torch.equal(first.crop((7, 1)).high_res, first.crop((8, 1)).high_res)
+    assert not torch.equal(
+        first.crop((7, 1)).high_res, ImageDataset(photo_folder, 32, 4, seed=4).crop((7, 1)).high_res
+    )
 
 
 def test_samples_do_not_depend_on_the_worker(photo_folder):
     dataset = CropDataset(ImageDataset(photo_folder, 32, 4))
     order = [(epoch, index) for epoch in range(2) for index in range(6)]
-    here = torch.stack([dataset[key] for key in order])
-    loader = DataLoader(dataset, batch_sampler=[order[:5], order[5:]], num_workers=2)
-    assert torch.equal(torch.cat(list(loader)), here)
+    here = torch.stack([dataset[key].high_res for key in order])
+    loader = DataLoader(
+        dataset, batch_sampler=[order[:5], order[5:]], num_workers=2, collate_fn=dataset.collate
+    )
+    assert torch.equal(torch.cat([batch.high_res for batch in loader]), here)
 
 
 def test_random_degradations_depend_on_seed_epoch_and_index_alone(photo_folder):
     dataset = CropDataset(ImageDataset(photo_folder, 32, degradation=Photo(clean_share=0)))
     order = [(epoch, index) for epoch in range(2) for index in range(6)]
     here = [dataset[key] for key in order]
-    loader = DataLoader(dataset, batch_sampler=[order[:5], order[5:]], num_workers=2)
-    for batches, ours in zip(zip(*loader, strict=True), zip(*here, strict=True), strict=True):
-        assert torch.equal(torch.cat(batches), torch.stack(ours))
+    loader = DataLoader(
+        dataset, batch_sampler=[order[:5], order[5:]], num_workers=2, collate_fn=dataset.collate
+    )
+    for batch, ours in zip(loader, (here[:5], here[5:]), strict=True):
+        assert torch.equal(batch.high_res, torch.stack([one.high_res for one in ours]))
+        assert torch.equal(batch.low_res, torch.stack([one.low_res for one in ours]))
     again, other = (ImageDataset(photo_folder, 32, degradation=Photo(), seed=seed) for seed in (0, 1))
     assert torch.equal(CropDataset(again)[0, 1].low_res, CropDataset(again)[0, 1].low_res)
     assert not torch.equal(CropDataset(again)[0, 1].low_res, CropDataset(again)[1, 1].low_res)
@@ -213,7 +220,7 @@ def test_both_resolutions_of_a_crop_lie_over_each_other(tmp_path, scale, train):
         tmp_path, 72, augment="dihedral", train=train, degradation=Photo(scale=scale, clean_share=1)
     )
     for epoch in range(10):
-        low_res, high_res = dataset.pair((epoch, 0))
+        high_res, low_res, _ = dataset.pair((epoch, 0))
         assert high_res.shape == (3, 72, 72)
         expected = Bicubic(scale=scale)(high_res)
         assert low_res.shape == expected.shape
@@ -233,7 +240,7 @@ def test_augmentations_are_the_flips_and_rotations_they_say(tmp_path, augment, c
     pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     write_image(tmp_path / "only.png", pixels)
     dataset = ImageDataset(tmp_path, 16, 2, augment=augment)
-    seen = {dataset.crop((epoch, 0)).numpy().tobytes() for epoch in range(100)}
+    seen = {dataset.crop((epoch, 0)).high_res.numpy().tobytes() for epoch in range(100)}
     turned = [np.rot90(pixels, k) for k in range(4)]
     all_eight = turned + [image[:, ::-1] for image in turned]
     allowed = {np.ascontiguousarray(image.transpose(2, 0, 1)).tobytes() for image in all_eight}
@@ -299,7 +306,7 @@ def test_a_file_that_breaks_later_is_replaced_and_marked(tmp_path, caplog):
         write_image(tmp_path / f"{index}.png", np.full((16, 16, 3), 50 * index, np.uint8))
     dataset = ImageDataset(tmp_path, 16, 4)
     (tmp_path / "1.png").unlink()
-    assert int(dataset.crop(1)[0, 0, 0]) == 100
+    assert int(dataset.crop(1).high_res[0, 0, 0]) == 100
     assert dataset.failed.tolist() == [False, True, False]
     assert "1.png" in caplog.text
 

@@ -1,0 +1,218 @@
+"""Tests of tokens from any encoder: files, training, guidance, restoring."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import infer
+import train_diffusion
+from degradation import Bicubic, Photo
+from diffusion import DiffusionModel, ProcessConfig, ResidualGenerator
+from engine.checkpoint import LoadedModel
+from engine.options import OptionError
+from imaging.files import write_image
+from imaging.tokens import read_tokens
+from restoration import RestoreConfig, Restorer, restore
+from restoration.rescaled import restorer_to
+from samplers import SCHEDULERS
+from tests.networks import PROCESS, tiny_unet
+from training import TrainingConfig
+from unet import Condition, UNet
+from util import CropDataset, Crops, ImageDataset
+
+CPU = torch.device("cpu")
+LOW_RES = torch.rand(2, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1))
+
+
+@lru_cache  # each tiny_unet is another one
+def described_model():
+    return LoadedModel(tiny_unet(conditioning="tokens"), PROCESS, {}, 1)
+
+
+def restored(tokens, **options):
+    return Restorer(described_model(), RestoreConfig(**{"steps": 2, "overlap": 8} | options), CPU)(
+        LOW_RES, tokens
+    )
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_tokens_are_read_by_the_name_of_the_image(tmp_path, suffix):
+    path = tmp_path / f"a.b{suffix}"
+    if suffix == ".npy":
+        np.save(path, TOKENS[0].double().numpy())
+    else:
+        save_file({"anything": TOKENS[0].half()}, path)
+    found = read_tokens(tmp_path, tmp_path / "elsewhere" / "a.b.jpg")
+    torch.testing.assert_close(found, TOKENS[0], rtol=1e-3, atol=1e-3)
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros(3), np.full((2, 3), np.nan), np.array([[None]]), np.zeros((0, 4))]
+)
+def test_a_file_without_tokens_is_named(tmp_path, array):
+    np.save(tmp_path / "wrong.npy", array)
+    with pytest.raises(ValueError, match=r"wrong\.npy"):
+        read_tokens(tmp_path, tmp_path / "wrong.png")
+
+
+def test_missing_tokens_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"lost\.npy"):
+        read_tokens(tmp_path, tmp_path / "lost.png")
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("tile", [0, 16])
+def test_guidance_goes_from_no_tokens_through_tokens_and_beyond(scheduler, tile):
+    options = {"scheduler": scheduler, "tile": tile, "steps": 3}
+    silent, with_tokens = restored(None, **options), restored(TOKENS, **options)
+    assert (with_tokens - silent).abs().mean() > 1e-3
+    torch.testing.assert_close(restored(TOKENS, guidance=0.0, **options), silent)
+    beyond = restored(TOKENS, guidance=2.0, **options)
+    assert ((beyond - with_tokens) * (with_tokens - silent)).mean() > 0
+    # Every image of a batch has its own tokens.
+    swapped = restored(TOKENS.flip(0), **options)
+    assert (swapped - with_tokens).abs().mean() > 1e-3
+
+
+def test_guidance_is_linear_in_the_clean_estimate():
+    model, noisy, base = described_model().network, torch.randn(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
+    condition = Condition(torch.zeros(2, 3, 16, 16), tokens=TOKENS)
+
+    def estimate(guidance, condition):
+        generator = ResidualGenerator.of(ProcessConfig(), "cpu", guidance=guidance)
+        with torch.no_grad():
+            return generator.estimate(model, noisy, 100, generator.encode(model, condition)[0], base)
+
+    silent, said = estimate(1.0, condition._replace(tokens=None)), estimate(1.0, condition)
+    expected = (silent + 3 * (said - silent)).clamp(-1 / 0.1, 1 / 0.1)
+    torch.testing.assert_close(estimate(3.0, condition), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_generator_and_the_restorer_agree_about_tokens():
+    generator = ResidualGenerator(guidance=2.0)
+    expected = generator.generate_images(
+        described_model().network, 2 * LOW_RES - 1, 1, 2, seed=0, tokens=TOKENS
+    )
+    torch.testing.assert_close(restored(TOKENS, guidance=2.0), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_without_tokens_and_tokens_without_attention_are_refused():
+    with pytest.raises(OptionError, match=r"guidance is 2\.0"):
+        restored(None, guidance=2.0)
+    deaf = LoadedModel(tiny_unet(conditioning="concat"), PROCESS, {}, 1)
+    with pytest.raises(ValueError, match="'concat'"):
+        restore(np.zeros((8, 8, 3), np.uint8), deaf, tokens=TOKENS[0], device="cpu")
+
+
+def test_dropped_tokens_change_nothing_and_kept_ones_do():
+    network, crops = tiny_unet(conditioning="tokens"), torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+
+    def loss(dropout, tokens):
+        of_batch = DiffusionModel(token_dropout=dropout).restoration_loss(Bicubic(scale=2.0))
+        return of_batch(network, Crops(crops, tokens=tokens), torch.Generator().manual_seed(0))
+
+    assert torch.equal(loss(1.0, TOKENS), loss(1.0, -TOKENS))
+    assert not torch.equal(loss(0.0, TOKENS), loss(0.0, -TOKENS))
+
+
+def test_a_predicted_mean_takes_no_tokens():
+    model = LoadedModel(tiny_unet(conditioning="tokens", predictor_blocks=2), PROCESS, {}, 1)
+    with pytest.raises(OptionError, match="steps is 0"):
+        Restorer(model, RestoreConfig(mode="fidelity"), CPU)(LOW_RES, TOKENS)
+
+
+@pytest.mark.parametrize("scale", [1.5, 3.0])
+def test_tokens_steer_at_any_scale(scale):
+    steered = restorer_to(scale, [Restorer(described_model(), RestoreConfig(steps=1), CPU)])
+    pixels = (255 * LOW_RES[0]).byte()
+    assert not torch.equal(steered(LOW_RES, TOKENS), steered(LOW_RES))
+    found = [steered.restore(pixels, tokens=tokens).pixels for tokens in (TOKENS[0], None)]
+    assert not np.array_equal(*found)
+
+
+def test_crops_carry_the_tokens_of_the_image_they_are_from(stripes):
+    dataset = ImageDataset(stripes, 16, tokens=stripes, degradation=Photo(scale=2.0))
+    (stripes / "0.png").unlink()
+    crops = CropDataset(dataset)
+    batch = crops.collate([crops[0, 0], crops[0, 1], crops[0, 2]]).to(CPU)
+    assert batch.tokens[:, 0, 0].tolist() == [-1, -1, 1]  # the next image took the place of the first
+    assert batch.low_res.shape == (3, 3, 8, 8)
+    losses = DiffusionModel().restoration_loss(dataset.degradation)(
+        tiny_unet(conditioning="tokens"), batch, torch.Generator()
+    )
+    assert losses.shape == (3,)
+
+
+@pytest.fixture
+def stripes(tmp_path):
+    """Images of stripes that vanish at half the size; tokens alone tell which of two phases they have."""
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        sign = 1 - 2 * (index % 2)
+        rows = sign * 40.0 * np.tile([1, -1], 16)[:, None, None]
+        image = rng.uniform(100, 150) + rows + np.zeros((32, 32, 3))
+        write_image(tmp_path / f"{index}.png", image.round().astype(np.uint8))
+        np.save(tmp_path / f"{index}.npy", np.full((1, 16), float(sign)))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_network_learns_what_only_tokens_tell(stripes, tmp_path_factory):
+    torch.manual_seed(0)
+    unet = UNet(base_dim=16, dim_mults=(1, 2), context_dim=16, conditioning="tokens", blocks_per_level=1)
+    folder = tmp_path_factory.mktemp("run")
+    diffusion = DiffusionModel(mode="clean")
+    config = TrainingConfig(max_steps=80, batch_size=8, learning_rate=3e-3, ema_decay=0.9)
+    dataset = ImageDataset(stripes, 32, 2, augment="none", tokens=stripes)
+    diffusion.train(unet, dataset, config, checkpoint_dir=folder, log_dir=folder, progress=False)
+    low_res, _, original, _ = dataset[0]
+    restorer = Restorer(LoadedModel(unet.eval(), diffusion.process.to_dict(), {}, 80), RestoreConfig(), CPU)
+
+    def error(tokens):
+        return float((restorer((low_res + 1) / 2, tokens) - (original + 1) / 2).square().mean())
+
+    tokens = dataset.pair(0).tokens[None]
+    assert error(tokens) < 0.5 * error(None)
+    assert error(None) < error(-tokens)
+
+
+@pytest.mark.slow
+def test_the_scripts_train_and_restore_with_tokens(stripes, tmp_path_factory, capsys):
+    folder = tmp_path_factory.mktemp("run")
+    size = "--img_size 32 --downscale_factor 2 --unet_base_dim 8 --predictor_blocks 0".split()
+    places = [
+        "--image_folder",
+        str(stripes),
+        "--checkpoint_dir",
+        str(folder),
+        "--log_dir",
+        str(folder / "logs"),
+    ]
+    run = [
+        *size,
+        *places,
+        "--max_steps",
+        "2",
+        "--batch_size",
+        "4",
+        "--tokens",
+        str(stripes),
+        "--device",
+        "cpu",
+    ]
+    assert train_diffusion.main([*run, "--context_dim", "16"]) == 2
+    assert "--conditioning is 'both'" in capsys.readouterr().err
+    assert train_diffusion.main([*run, "--context_dim", "16", "--conditioning", "tokens"]) == 0
+    weights = next(folder.glob("*/*_last.pth"))
+    restoring = [str(stripes / "0.png"), "--weights_path", str(weights), "--device", "cpu"]
+    target = folder / "restored.png"
+    assert infer.main([*restoring, "--output", str(target), "--tokens", str(stripes), "--guidance", "2"]) == 0
+    assert infer.main([*restoring, "--output", str(folder / "other.png"), "--tokens", str(folder)]) == 2
+    assert "0.npy" in capsys.readouterr().err
+    assert infer.main([*restoring, "--output", str(folder / "other.png"), "--guidance", "2"]) == 2
+    assert "guidance is 2.0" in capsys.readouterr().err
