@@ -33,7 +33,7 @@ def test_the_files_are_small_and_their_cards_name_them(scale, weights):
 
 
 def test_an_enlargement_that_is_not_there_is_named():
-    with pytest.raises(CheckpointError, match="x3 .*x2, x4"):
+    with pytest.raises(CheckpointError, match=r"x3 .*x2, x4"):
         released_model(3)
 
 
