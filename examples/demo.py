@@ -15,7 +15,6 @@ import evaluate
 import infer
 import train_diffusion
 from bicubic import downscale_image
-from engine.checkpoint import released_model
 from examples.dead_leaves import draw_dead_leaves_folder
 from imaging.files import read_rgb, write_image
 
@@ -65,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run("evaluate.py", evaluate.main, *model, *data)
     print("\nThe same with the weights that come with the project, which have learnt from photos:")
     released = (OUTPUT / "restored_released", "--mode", "fidelity", "--overwrite")
-    run("infer.py", infer.main, "--input", OUTPUT / "low_res", "--output", *released)
-    run("evaluate.py", evaluate.main, "--weights_path", released_model(SCALE), *data)
+    run("infer.py", infer.main, "--weights", "clean", "--input", OUTPUT / "low_res", "--output", *released)
+    run("evaluate.py", evaluate.main, "--weights", "clean", *data)
     print(f"\nside by side: {OUTPUT / 'restored'}")
     print(f"{time.perf_counter() - started:.0f} seconds. Watch the training:")
     print(f"  .venv/bin/tensorboard --logdir {OUTPUT / 'logs'}")

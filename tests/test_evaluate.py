@@ -632,7 +632,7 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
         (["--data", "small", "--crop", "20"], "51 "),
         (["--low_res", "empty"], "empty: "),
         (["--low_res", "wrong_size"], "0.png is 30x32"),
-        (["--scale", "3", "--weights_path", "MODEL"], "scale 2, not 3"),
+        (["--scale", "17", "--weights_path", "MODEL"], "--scale is 17"),
         (["--steps", "1", "1001", "--weights_path", "MODEL"], "1001"),
         (["--weights_path", "missing.pth"], "missing.pth"),
         (["--weights_path", "small/small.png"], "small.png"),

@@ -109,7 +109,7 @@ def test_a_signal_to_torchrun_ends_the_job_and_saves(photo_folder, tmp_path):
     job = subprocess.Popen(
         [*TORCHRUN, SCRIPT, *flags(photo_folder, tmp_path, *more)], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while not list(tmp_path.glob("checkpoints/*/*_best.pth")) and time.monotonic() < deadline:
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)

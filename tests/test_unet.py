@@ -177,8 +177,10 @@ def test_every_weight_learns():
 def test_forgetting_activations_changes_memory_and_no_gradient(settings):
     noisy, t, condition = inputs(16, 16)
     kept, gradients = [], []
+    unet = tiny_unet(**settings)
     for forget in (False, True):
-        unet, seen = tiny_unet(**settings), []
+        seen = []
+        unet.zero_grad()
         unet.checkpoint_activations = forget
         with torch.autograd.graph.saved_tensors_hooks(lambda x, seen=seen: seen.append(x) or x, lambda x: x):
             output = unet(noisy, t, condition)
