@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -164,11 +164,13 @@ class Crops(NamedTuple):
     @classmethod
     def stack(cls, crops: Sequence["Crops"]) -> "Crops":
         """A batch of crops that have the same parts."""
-        return cls._make(None if one[0] is None else torch.stack(one) for one in zip(*crops, strict=True))
+        parts = zip(*crops, strict=True)
+        return cls(*cast(Any, [None if one[0] is None else torch.stack(one) for one in parts]))
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Crops":
         """On another device, as a tensor would be."""
-        return self._make(None if one is None else one.to(device, non_blocking=non_blocking) for one in self)
+        parts = [None if one is None else one.to(device, non_blocking=non_blocking) for one in self]
+        return Crops(*cast(Any, parts))
 
     def sample(self, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image) -> Sample:
         """What the network trains on; ValueError unless the sides are whole multiples of the scale."""
