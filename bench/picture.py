@@ -1,6 +1,7 @@
 """The pictures of the pages, from the released weights: python -m bench.picture
 
-The photo is NASA's portrait of Eileen Collins, in the public domain, as scikit-image ships it.
+The photos are NASA's portrait of Eileen Collins, in the public domain, and Stefan van der Walt's Chelsea, CC0,
+as scikit-image ships them.
 """
 
 import sys
@@ -8,48 +9,56 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from skimage.data import astronaut
+from skimage.data import astronaut, chelsea
 
 from bicubic import upscale_image
-from degradation import Bicubic, Photo
+from degradation import Bicubic, Degradation, Photo
 from imaging.files import Pixels, write_image
 from imaging.pictures import labelled_row
 from restoration import RestoreConfig, restore
 
 SCALE = 4
-TOP, LEFT, SIDE = 16, 144, 192
+SIDE = 192
+FACES = {"astronaut": (16, 144), "photo": (64, 112)}  # top and left of what is shown
 SEED = 0
 
 
-def row(photo: Pixels, low_res: Pixels, restored: dict[str, Pixels]) -> Pixels:
-    """The crop of the input, its bicubic, what was restored and the original, side by side."""
+def write_row(name: str, photo: Pixels, low_res: Pixels, restored: dict[str, Pixels]) -> None:
+    """docs/<name>.png: crops of the input, its bicubic, what was restored and the original, side by side."""
+    top, left = FACES[name]
     images = {
         "input": np.repeat(np.repeat(low_res, SCALE, axis=0), SCALE, axis=1),
         "bicubic": np.asarray(upscale_image(low_res, SCALE)),
         **restored,
         "original": photo,
     }
-    crop = np.s_[TOP : TOP + SIDE, LEFT : LEFT + SIDE]
-    return labelled_row({name: image[crop].astype(np.uint8) for name, image in images.items()}, SIDE, SIDE)
+    crop = np.s_[top : top + SIDE, left : left + SIDE]
+    panels: dict[str, Pixels] = {label: image[crop].astype(np.uint8) for label, image in images.items()}
+    write_image(Path(f"docs/{name}.png"), labelled_row(panels, SIDE, SIDE))
+
+
+def shrink(photo: Pixels, degradation: Degradation) -> Pixels:
+    """(H, W, 3) to (h, w, 3), uint8."""
+    planes = torch.from_numpy(photo.transpose(2, 0, 1).copy())
+    return degradation(planes, np.random.default_rng(SEED)).permute(1, 2, 0).numpy()
 
 
 def main() -> int:
     """Write docs/astronaut.png, of a bicubic input, and docs/photo.png, of a degraded one."""
-    photo = astronaut()
-    planes = torch.from_numpy(photo).permute(2, 0, 1)  # (3, H, W)
     fidelity, detail = RestoreConfig(mode="fidelity"), RestoreConfig(mode="detail")
-    clean = Bicubic(scale=SCALE)(planes).permute(1, 2, 0).numpy()
+    photo = astronaut()
+    low_res = shrink(photo, Bicubic(scale=SCALE))
     modes = {"fidelity": fidelity, "detail": detail}
-    restored = {name: restore(clean, "clean", config).pixels for name, config in modes.items()}
-    write_image(Path("docs/astronaut.png"), row(photo, clean, restored))
-    random = np.random.default_rng(SEED)
-    degraded = Photo(scale=SCALE, clean_share=0.0)(planes, random).permute(1, 2, 0).numpy()
+    restored = {name: restore(low_res, "clean", config).pixels for name, config in modes.items()}
+    write_row("astronaut", photo, low_res, restored)
+    photo = chelsea()[:300, :448]  # whole multiples of the scale
+    low_res = shrink(photo, Photo(scale=SCALE, clean_share=0.0))
     restored = {
-        "clean weights": restore(degraded, "clean", fidelity).pixels,
-        "photo: fidelity": restore(degraded, "photo", fidelity).pixels,
-        "photo: detail": restore(degraded, "photo", detail).pixels,
+        "clean weights": restore(low_res, "clean", fidelity).pixels,
+        "photo: fidelity": restore(low_res, "photo", fidelity).pixels,
+        "photo: detail": restore(low_res, "photo", detail).pixels,
     }
-    write_image(Path("docs/photo.png"), row(photo, degraded, restored))
+    write_row("photo", photo, low_res, restored)
     return 0
 
 
