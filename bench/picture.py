@@ -1,7 +1,7 @@
 """The pictures of the pages, from the released weights: python -m bench.picture
 
-The photos are NASA's portrait of Eileen Collins, in the public domain, and Stefan van der Walt's Chelsea, CC0,
-as scikit-image ships them.
+The photos are NASA's portrait of Eileen Collins (public domain) and Stefan van der Walt's Chelsea (CC0), as
+scikit-image ships them.
 """
 
 import sys
