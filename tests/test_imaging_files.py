@@ -404,14 +404,13 @@ def test_16_bit_images_are_turned_as_8_bit_ones(tmp_path, channels, orientation)
 
 
 def tiff_with_orientation(path, orientation):
-    """Turn the maker's entry of a TIFF (tag 271, written by ``exif_block``) into an orientation (tag 274)."""
+    """A TIFF with another orientation (tag 274) in its directory."""
     encoded = bytearray(path.read_bytes())
     (directory,) = struct.unpack_from("<I", encoded, 4)
     (count,) = struct.unpack_from("<H", encoded, directory)
-    entries = [bytes(encoded[directory + 2 + 12 * i : directory + 14 + 12 * i]) for i in range(count)]
-    tags = [struct.unpack_from("<H", entry)[0] for entry in entries]
-    entries[tags.index(271)] = struct.pack("<HHIHH", 274, 3, 1, orientation, 0)
-    encoded[directory + 2 : directory + 2 + 12 * count] = b"".join(sorted(entries, key=lambda e: e[:2][::-1]))
+    places = [directory + 2 + 12 * entry for entry in range(count)]
+    (place,) = (place for place in places if struct.unpack_from("<H", encoded, place)[0] == 274)
+    struct.pack_into("<HHIHH", encoded, place, 274, 3, 1, orientation, 0)
     return bytes(encoded)
 
 
