@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from engine.checkpoint import RELEASED, LoadedModel, load_model
-from imaging.files import as_rgb8, decode_image
+from imaging.files import Pixels, as_rgb8, decode_image
 from restoration import PRESETS, RestoreConfig, restore
 from restoration.batch import FILE_ERRORS, describe_failure
 from unet import UNet
@@ -52,18 +52,19 @@ def restore_upload(upload: str | None, weights: str, mode: str, report: Any) -> 
             model = loaded(Path(weights))
             target = target.with_name(f"{source.stem}_x{float(model.network.scale):g}.png")
             config = RestoreConfig(mode=mode)  # type: ignore[arg-type]  # one of PRESETS; checked there
-            result = restore(source, model, config, progress=report)
+            image = decode_image(source)
+            result = restore(image, model, config, progress=report)
             result.save(target)
-            pictures = slides(source, target)
+            pictures = slides(image.pixels, result.pixels)
         except FILE_ERRORS as error:
             sentence = describe_failure(error, source, target).replace(f"{source.parent}{os.sep}", "")
             raise gradio.Error(html.escape(sentence), duration=None, print_exception=False) from error
         yield pictures, str(target)
 
 
-def slides(source: Path, target: Path) -> tuple[Image.Image, Image.Image]:
+def slides(source: Pixels, result: Pixels) -> tuple[Image.Image, Image.Image]:
     """Input, enlarged by bicubic, and result: at most SIDE pixels of each side, in 8 bits without alpha."""
-    before, after = (Image.fromarray(as_rgb8(decode_image(path).pixels)) for path in (source, target))
+    before, after = (Image.fromarray(as_rgb8(pixels)) for pixels in (source, result))
     after.thumbnail((SIDE, SIDE))
     return before.resize(after.size, Image.Resampling.BICUBIC), after
 
