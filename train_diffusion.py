@@ -298,18 +298,24 @@ def _check_start(loaded: LoadedModel[UNet], settings: Settings, path: str) -> No
         logger.warning("%s has learnt from another degradation: %s", path, loaded.degradation)
 
 
+def blank_crop(settings: Settings, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+    """What the network takes of one crop: image, timestep and condition."""
+    size = settings.data.img_size
+    sides = (size, round(size / settings.degradation.scale))
+    image, low_res = (torch.zeros(1, 3, side, side, device=device) for side in sides)
+    return image, torch.zeros(1, dtype=torch.long, device=device), Condition(image, low_res)
+
+
 def describe_model(model: UNet, settings: Settings, device: torch.device) -> str:
     """torchinfo's table, for one crop."""
     from torchinfo import summary
 
-    size = settings.data.img_size
-    low_size = round(size / settings.degradation.scale)
-    image = torch.zeros(1, 3, size, size, device=device)
+    image, t, condition = blank_crop(settings, device)
     return str(
         summary(
             model,
-            input_data=(image, torch.zeros(1, dtype=torch.long, device=device)),
-            context=Condition(image, torch.zeros(1, 3, low_size, low_size, device=device)),
+            input_data=(image, t),
+            context=condition,
             depth=2,
             row_settings=("var_names",),
             col_names=("output_size", "num_params", "mult_adds"),
@@ -324,13 +330,11 @@ def count_crop(settings: Settings) -> tuple[int, Cost]:
     with torch.device("meta"):
         model = UNet.from_config(settings.network)
     model.checkpoint_activations = settings.run.checkpoint_activations
-    size = settings.data.img_size
-    low_size = round(size / settings.degradation.scale)
-    image, low_res = (torch.zeros(1, 3, side, side, device="meta") for side in (size, low_size))
+    image, t, condition = blank_crop(settings, torch.device("meta"))
 
     def forward() -> torch.Tensor:
-        context, mean = model.encode_context(Condition(image, low_res))
-        output: torch.Tensor = model(image, torch.zeros(1, dtype=torch.long, device="meta"), context)
+        context, mean = model.encode_context(condition)
+        output: torch.Tensor = model(image, t, context)
         return output.sum() if mean is None else output.sum() + mean.sum()
 
     return parameter_count(model), count_cost(model, forward)
@@ -402,13 +406,15 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     config = settings.training.resolved(plan.steps_per_epoch)
     diffusion = DiffusionModel.of(settings.process, device, settings.objective)
     model = make_model(settings, device)
-    say(describe_model(model, settings, device))
+    if processes.is_main:  # the others need not count
+        say(describe_model(model, settings, device))
     if options.compile:
         compile_network(model, device)
-    for line in describe_run(settings, plan, config, training, len(validation), device):
-        say(line)
-    for line in () if checkpoint is None else describe_resume(checkpoint, config):
-        say(line)
+    if processes.is_main:
+        for line in describe_run(settings, plan, config, training, len(validation), device):
+            say(line)
+        for line in () if checkpoint is None else describe_resume(checkpoint, config):
+            say(line)
     root = Path(settings.data.image_folder)
     names = [path.relative_to(root).as_posix() for path in validation.paths if path.is_relative_to(root)]
     checkpoint_dir, log_dir = run_folders(settings, checkpoint) if processes.is_main else (Path(), Path())
