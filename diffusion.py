@@ -33,6 +33,7 @@ from unet import Condition
 from util import CropDataset, Crops, ImageDataset
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
+Distance = Callable[[Tensor, Tensor], Tensor]  # two (B, C, H, W) in [-1, 1] -> (B,)
 Contexts = tuple[object, ...]  # encoded conditions: with tokens and, for guidance, without
 
 # --------------------------------------------------------------------------------------------------
@@ -141,6 +142,7 @@ MODES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
 # --------------------------------------------------------------------------------------------------
 
 HIGH_NOISE_SHIFT = 3.0
+LARGEST_PERCEIVED = 4.0  # noise level above which clean estimates are means, not pictures
 TIMESTEP_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda share: share,
     # The logit is a standard normal variable, which favours the middle (Esser et al. 2024, section 3.1).
@@ -175,6 +177,9 @@ class LossConfig(Options):
     )
     token_dropout: float = option(
         0.1, "share of samples trained without their tokens (Ho & Salimans 2022)", low=0, high=1
+    )
+    perceptual_weight: float = option(
+        0.0, "of the perceptual distance (VGG16) of clean estimates, where noise is weak enough", low=0
     )
 
 
@@ -232,9 +237,10 @@ class DiffusionModel:
         min_snr_gamma: float | None = None,
         timestep_density: str = "uniform",
         token_dropout: float = 0.1,
+        perceptual_weight: float = 0.0,
     ) -> None:
         self.process = ProcessConfig(timesteps, mode, schedule)
-        self.objective = LossConfig(min_snr_gamma, timestep_density, token_dropout)
+        self.objective = LossConfig(min_snr_gamma, timestep_density, token_dropout, perceptual_weight)
         self.device = torch.device(device)
         self.timesteps, self.mode = timesteps, mode
         signal, noise = self.process.scales()
@@ -290,6 +296,7 @@ class DiffusionModel:
         *,
         mean: Tensor | None = None,
         t: Tensor | None = None,
+        distance: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """(B,) float32: squared error of the prediction, and absolute error of the mean.
 
@@ -299,6 +306,7 @@ class DiffusionModel:
             generator: of timesteps and noise, on the device.
             mean: (B, C, H, W); the diffusion models what it leaves (Whang et al. 2022, section 3), without
             gradient. t: (B,); None draws them.
+            distance: of a clean estimate, (B, C, H, W) -> (B,), added where noise_scale < 4 signal_scale.
         """
         if t is None:
             t = self.draw_timesteps(len(clean), generator)
@@ -308,12 +316,23 @@ class DiffusionModel:
         output = denoiser(noisy, t, context).float()
         error = output - self.target(left, noisy, t)
         loss = self.weight[t] * error.square().flatten(1).mean(1)
+        if distance is not None:
+            near = self.noise_scale[t] < LARGEST_PERCEIVED * self.signal_scale[t]
+            loss = loss + near * self.objective.perceptual_weight * distance(
+                self.clean_estimate(output, noisy, t)
+            )
         return loss if mean is None else loss + (mean.float() - clean).abs().flatten(1).mean(1)
 
     def restoration_loss(
-        self, degradation: Degradation
+        self, degradation: Degradation, perceptual: Distance | None = None
     ) -> Callable[[nn.Module, Crops, torch.Generator], Tensor]:
-        """The loss of what CropDataset sends; crops without low resolution are shrunk on their device."""
+        """The loss of what CropDataset sends; crops without low resolution are shrunk on their device.
+
+        ValueError: a perceptual weight without a distance.
+        """
+        weighed = self.objective.perceptual_weight > 0
+        if weighed and perceptual is None:
+            raise ValueError("perceptual_weight needs a perceptual distance")
 
         def loss(model: nn.Module, crops: Crops, generator: torch.Generator) -> Tensor:
             network, tokens = network_of(model), crops.tokens
@@ -324,7 +343,14 @@ class DiffusionModel:
                 sample = crops.sample(degradation)
                 clean = sample.residual / network.residual_std
             context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res, tokens))
-            return self.loss(model, clean, context, generator, mean=mean)
+
+            def distance(left: Tensor) -> Tensor:
+                residual = left if mean is None else left + mean.detach()
+                restored = sample.upscaled + network.residual_std * residual
+                return cast(Distance, perceptual)(restored, sample.original)
+
+            judge = distance if weighed else None
+            return self.loss(model, clean, context, generator, mean=mean, distance=judge)
 
         return loss
 
@@ -339,12 +365,14 @@ class DiffusionModel:
         resume: Path | Checkpoint | None = None,
         sections: Mapping[str, dict[str, Plain]] | None = None,
         held_out: Sequence[str] = (),
+        perceptual: Distance | None = None,
         **options: Unpack[LoopOptions],
     ) -> tuple[RunFiles, int | None]:
         """Train a Network on this model's device to restore what the dataset degrades.
 
         Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `sections` and the
-        names `held_out`. `validate` of the options is an evaluation.validation.Validator.
+        names `held_out`. `perceptual` is the distance that perceptual_weight weighs, as
+        evaluation.lpips.perceptual_distance; `validate` of the options an evaluation.validation.Validator.
 
         Returns the run's files, and None or the signal that ended it.
 
@@ -362,7 +390,7 @@ class DiffusionModel:
         records = {name: one.to_dict() for name, one in {**own, "degradation": dataset.degradation}.items()}
         name, others = f"diffusion_model_{self.mode}", {"held_out": list(held_out)}
         run = RunFiles(checkpoint_dir, log_dir, name, {**records, **(sections or {})}, others)
-        loss = self.restoration_loss(dataset.degradation)
+        loss = self.restoration_loss(dataset.degradation, perceptual)
         return run, train(state, loss, CropDataset(dataset), config, run, **options)
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:

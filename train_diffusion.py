@@ -46,6 +46,7 @@ from engine.options import (
 from engine.processes import Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
+from evaluation.lpips import MetricUnavailableError, perceptual_distance
 from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
@@ -100,6 +101,9 @@ class RunOptions(Options):
     profile: bool = option(False, "write a trace of 5 steps into the logs", fixed=False)
     log_dir: str = option("./logs", "TensorBoard", fixed=False)
     checkpoint_dir: str = option("./checkpoints", "receives a folder for each run", fixed=False)
+    perceptual_features: str | None = option(
+        None, "for --perceptual_weight: VGG16's features as torchvision names them; else fetched", fixed=False
+    )
     init_weights: str | None = option(None, "a model whose weights a new run starts from", fixed=False)
 
 
@@ -179,7 +183,15 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
 
 def _make_absolute(args: argparse.Namespace) -> None:
     """For a run resumed from another folder."""
-    for name in ("image_folder", "val_folder", "tokens", "log_dir", "checkpoint_dir", "init_weights"):
+    for name in (
+        "image_folder",
+        "val_folder",
+        "tokens",
+        "log_dir",
+        "checkpoint_dir",
+        "init_weights",
+        "perceptual_features",
+    ):
         value = getattr(args, name, None)
         if value is not None:
             setattr(args, name, os.path.abspath(_named(name, value)))
@@ -418,6 +430,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     root = Path(settings.data.image_folder)
     names = [path.relative_to(root).as_posix() for path in validation.paths if path.is_relative_to(root)]
     checkpoint_dir, log_dir = run_folders(settings, checkpoint) if processes.is_main else (Path(), Path())
+    weight = settings.objective.perceptual_weight
     with locked(checkpoint_dir) if processes.is_main else contextlib.nullcontext():
         run, received = diffusion.train(
             model,
@@ -431,6 +444,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
             precision=precision,
             sections={"data": settings.data.to_dict(), "run": options.to_dict()},
             held_out=names,
+            perceptual=perceptual_distance(device, options.perceptual_features) if weight else None,
             profile=options.profile,
         )
     return report_end(run, received, say)
@@ -464,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = with_flag(error, kinds) if isinstance(error, OptionError) else str(error)
         print(f"train_diffusion.py: error: {message}", file=sys.stderr)
         return 2
-    except (NonFiniteError, WorkerError) as error:
+    except (NonFiniteError, WorkerError, MetricUnavailableError) as error:
         print(f"train_diffusion.py: error: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:

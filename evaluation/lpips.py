@@ -4,7 +4,9 @@ import hashlib
 import os
 import pickle
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -40,17 +42,7 @@ class Lpips:
     ) -> None:
         weights = weights or os.environ.get(WEIGHTS_VARIABLE)
         path = Path(weights) if weights else None
-        try:
-            features = None if path is None else read_features(path)
-            self._network = _build_network(path is None, timeout)
-            if features is not None:
-                backbone = self._network.get_submodule("net")
-                # slice2.3.weight is torchvision's features.3.weight
-                names = {name: f"features.{name.split('.', 1)[1]}" for name in backbone.state_dict()}
-                backbone.load_state_dict({name: features[original] for name, original in names.items()})
-        except BAD_FILE as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} does not hold torchvision's AlexNet features: {reason}") from error
+        self._network = _load_network("alex", path, timeout)
         self._network.to(device)
         self._device = torch.device(device)
         self._source = f"{path.name} (SHA-256 {file_digest(path)})" if path else "torchvision's"
@@ -73,7 +65,43 @@ class Lpips:
         return distances.flatten().double().cpu()
 
 
-def _build_network(fetch: bool, timeout: float) -> nn.Module:
+def perceptual_distance(
+    device: torch.device | str = "cpu", weights: str | Path | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS of the first three stages of VGG16, to train with: two (B, 3, H, W) in [-1, 1] -> (B,).
+
+    As Lpips, which is of another network: `weights` has VGG16's features, or they are fetched (528 MB).
+    """
+    network = _load_network("vgg", Path(weights) if weights else None).to(device)
+    network.L = 3  # type: ignore[assignment]  # how many stages it sums
+    for name in ("slice4", "slice5"):
+        setattr(network.net, name, nn.Identity())
+
+    def distance(restored: Tensor, truth: Tensor) -> Tensor:
+        distances: Tensor = network(restored, truth)  # (B, 1, 1, 1)
+        return distances.flatten()
+
+    return distance
+
+
+def _load_network(kind: Literal["alex", "vgg"], path: Path | None, timeout: float = 20.0) -> nn.Module:
+    """With features of a file, or fetched."""
+    name = {"alex": "AlexNet", "vgg": "VGG16"}[kind]
+    try:
+        features = None if path is None else read_features(path)
+        network = _build_network(kind, path is None, timeout)
+        if features is not None:
+            backbone = network.get_submodule("net")
+            # slice2.3.weight is torchvision's features.3.weight
+            names = {own: f"features.{own.split('.', 1)[1]}" for own in backbone.state_dict()}
+            backbone.load_state_dict({own: features[original] for own, original in names.items()})
+    except BAD_FILE as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not hold torchvision's {name} features: {reason}") from error
+    return network
+
+
+def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
     """Its features are fetched, or random."""
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)  # what fetches the weights sets no bound of its own
@@ -81,7 +109,7 @@ def _build_network(fetch: bool, timeout: float) -> nn.Module:
         # Its public class always fetches; this one, which it wraps, can leave the features to us (pnet_rand).
         from torchmetrics.functional.image.lpips import _LPIPS
 
-        network: nn.Module = _LPIPS(net="alex", pnet_rand=not fetch)
+        network: nn.Module = _LPIPS(net=kind, pnet_rand=not fetch)
     except (ImportError, OSError, RuntimeError) as error:
         # Not installed; no network, no space or no permission; a download that fails its checksum.
         reason = " ".join(str(error).split())
