@@ -22,7 +22,7 @@ from typing import NamedTuple, cast
 import torch
 
 from degradation import Degradation, Photo, degradation_from_dict
-from diffusion import DiffusionModel, LossConfig, ProcessConfig
+from diffusion import DiffusionModel, Distance, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, LoadedModel, load_model, load_weights, read_for_resume
 from engine.cost import Cost, count_cost, training_memory
 from engine.device import (
@@ -427,10 +427,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
             say(line)
         for line in () if checkpoint is None else describe_resume(checkpoint, config):
             say(line)
-    root = Path(settings.data.image_folder)
-    names = [path.relative_to(root).as_posix() for path in validation.paths if path.is_relative_to(root)]
     checkpoint_dir, log_dir = run_folders(settings, checkpoint) if processes.is_main else (Path(), Path())
-    weight = settings.objective.perceptual_weight
     with locked(checkpoint_dir) if processes.is_main else contextlib.nullcontext():
         run, received = diffusion.train(
             model,
@@ -443,11 +440,23 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
             processes=processes,
             precision=precision,
             sections={"data": settings.data.to_dict(), "run": options.to_dict()},
-            held_out=names,
-            perceptual=perceptual_distance(device, options.perceptual_features) if weight else None,
+            held_out=names_below(Path(settings.data.image_folder), validation.paths),
+            perceptual=make_perceptual(settings, device),
             profile=options.profile,
         )
     return report_end(run, received, say)
+
+
+def names_below(root: Path, paths: Sequence[Path]) -> list[str]:
+    """Of those below the folder."""
+    return [path.relative_to(root).as_posix() for path in paths if path.is_relative_to(root)]
+
+
+def make_perceptual(settings: Settings, device: torch.device) -> Distance | None:
+    """If it has any weight."""
+    if settings.objective.perceptual_weight == 0:
+        return None
+    return perceptual_distance(device, settings.run.perceptual_features)
 
 
 def report_end(run: RunFiles, received: int | None, say: Callable[[str], None]) -> int:

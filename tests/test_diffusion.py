@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bicubic import resize
+from degradation import Bicubic
 from diffusion import (
     MODES,
     SCHEDULES,
@@ -27,7 +28,7 @@ from samplers import SCHEDULERS, Step, draw_noise, noise_stream, sample
 from tests.networks import random_model, tiny_unet
 from training import TrainingConfig, new_state
 from unet import Condition, UNet
-from util import ImageDataset, Sample
+from util import Crops, ImageDataset, Sample
 
 
 def fixed(*shape, seed=0):
@@ -216,6 +217,39 @@ def test_min_snr_weighs_errors_of_the_clean_estimate_by_the_bounded_snr(mode, sc
 def test_an_impossible_gamma_is_refused():
     with pytest.raises(ValueError, match=r"0\.0"):
         DiffusionModel(min_snr_gamma=0.0)
+
+
+@pytest.mark.parametrize("predictor_blocks", [0, 2])
+def test_the_perceptual_distance_is_weighed_and_of_images_near_enough_to_judge(predictor_blocks):
+    """Of what the clean estimate gives the upscaled image; strong noise leaves nothing to judge."""
+    network = tiny_unet(predictor_blocks=predictor_blocks)
+    crops, judged = Crops(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)), []
+
+    def distance(restored, truth):
+        judged.append((restored, truth))
+        return (restored - truth).abs().flatten(1).mean(1)
+
+    def losses(weight):
+        diffusion = DiffusionModel(mode="clean", perceptual_weight=weight)
+        loss = diffusion.restoration_loss(Bicubic(scale=2.0), distance)
+        return diffusion, loss(network, crops, torch.Generator().manual_seed(0))
+
+    _, plain = losses(0)
+    assert not judged
+    diffusion, with_distance = losses(2)
+    (restored, truth), *_ = judged
+    torch.testing.assert_close(truth, crops.high_res / 127.5 - 1)
+    t = diffusion.draw_timesteps(8, torch.Generator().manual_seed(0))
+    near = diffusion.noise_scale[t] < 4 * diffusion.signal_scale[t]
+    assert 0 < near.sum() < 8
+    torch.testing.assert_close(with_distance - plain, 2 * near * distance(restored, truth))
+    with_distance.sum().backward()
+    assert network.out.weight.grad.any()
+
+
+def test_a_perceptual_weight_without_a_distance_is_refused():
+    with pytest.raises(ValueError, match="perceptual_weight"):
+        DiffusionModel(perceptual_weight=1.0).restoration_loss(Bicubic())
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -20,7 +20,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from bicubic import resize
-from evaluation.lpips import Lpips, MetricUnavailableError
+from evaluation.lpips import Lpips, MetricUnavailableError, perceptual_distance
 from evaluation.metrics import (
     Protocol,
     high_frequency_energy,
@@ -567,6 +567,27 @@ def test_lpips_of_wrong_weights_is_refused_and_not_replaced_by_a_download(untrai
 def nothing_fetched(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("SR_LPIPS_WEIGHTS", raising=False)
+
+
+def test_the_perceptual_distance_is_that_of_three_stages_of_vgg16_and_has_a_gradient(tmp_path):
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = _LPIPS(net="vgg", pnet_rand=True)
+    # net.slice2.5.weight is torchvision's features.5.weight
+    named = {name.split(".", 2)[2]: value for name, value in whole.state_dict().items() if ".slice" in name}
+    save_file({f"features.{name}": value for name, value in named.items()}, tmp_path / "vgg16.safetensors")
+    distance = perceptual_distance("cpu", tmp_path / "vgg16.safetensors")
+    truth = (2 * texture(0, height=32, width=48) - 1).float()
+    restored = noisy(truth, 0.1).float().requires_grad_()
+    _, stages = whole(restored, truth, retperlayer=True)
+    found = distance(restored, truth)
+    torch.testing.assert_close(found, sum(stages[:3]).flatten())
+    (gradient,) = torch.autograd.grad(found.sum(), restored)
+    assert gradient.any()
+    with pytest.raises(ValueError, match="VGG16"):
+        perceptual_distance("cpu", tmp_path / "missing.safetensors")
 
 
 def test_lpips_without_network_says_so(monkeypatch, nothing_fetched):
