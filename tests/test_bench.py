@@ -9,11 +9,13 @@ from bench.contenders import Peer, our_network
 from bench.data import resizers
 from bench.networks import denoising_step, floating_point_operations, one_step_psnr, training_step
 from bench.restorers import RESTORERS
+from bench.sweep import BUDGETS, CHANGES, SIZES, Trial, run, scaling_trials
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from bicubic import downscale_image
 from evaluation.images import Picture
 from examples.dead_leaves import dead_leaves
+from imaging.files import write_image
 from tests.networks import tiny_unet
 from unet import parameter_count
 
@@ -93,3 +95,30 @@ def test_every_resizer_makes_the_size_it_is_asked_for():
 def test_our_network_is_the_recipe_s():
     config = our_network(CPU).config
     assert (config.patch_size, config.base_dim) == (4, 64)
+
+
+def test_each_size_gets_each_budget_of_operations():
+    trials = scaling_trials()
+    assert len(trials) == len(SIZES) * len(BUDGETS)
+    found = [trial.tflop for trial in trials]
+    assert found == pytest.approx(BUDGETS * len(SIZES), rel=0.03)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_is_one_that_the_script_takes(change):
+    assert Trial("", change.split(), 1).tflop > 0
+
+
+@pytest.mark.slow
+def test_a_trial_is_trained_once_and_measured(tmp_path, photo_folder):
+    small = "--unet_base_dim 8 --predictor_blocks 1 --batch_size 2 --img_size 32".split()
+    trial = Trial("small", small, 2)
+    others = tmp_path / "others"
+    others.mkdir()
+    write_image(
+        others / "a.png", dead_leaves((64, 64), np.random.default_rng(9), min_radius=2, max_radius=24)
+    )
+    first = run(trial, str(photo_folder), str(others), tmp_path)
+    assert first.seconds > 0
+    assert first.psnr > 10
+    assert run(trial, "nowhere", "nowhere", tmp_path) == first
