@@ -10,12 +10,12 @@ import argparse
 import contextlib
 import errno
 import io
+import itertools
 import logging
 import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -53,17 +53,10 @@ class Stopped(BaseException):
     """A signal asked to stop; its number is the argument."""
 
 
-# ---------------------------------------------------------------------------------------------------- flags
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag of the script."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     _add_file_flags(parser.add_argument_group("files").add_argument)
-    restoring = parser.add_argument_group("restoring")
-    add_flags(restoring, RestoreConfig, skip=["tile"])
-    tile = "side of the windows a large image is restored in; 0: in one piece (default: auto, by its size)"
-    restoring.add_argument("--tile", default="auto", help=tile)
+    add_flags(parser.add_argument_group("restoring"), RestoreConfig)
     add = parser.add_argument_group("computing").add_argument
     add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the network (default: auto)")
@@ -111,11 +104,11 @@ def _add_file_flags(add: Callable[..., object]) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """ValueError for wrong values of the script's own flags, before anything is read."""
-    for name in ("inputs", "input", "weights_path", "output", "compare", "uncertainty", "tokens", "export"):
-        values = getattr(args, name)
-        if "" in (values if isinstance(values, list) else [values]):
-            flag = "an input" if name in ("inputs", "input") else f"--{name}"
-            raise ValueError(f"{flag} is '': give a name")
+    if "" in (*args.inputs, *args.input):
+        raise ValueError("an input is '': give a name")
+    for name, value in vars(args).items():
+        if value == "":
+            raise ValueError(f"--{name} is '': give a name")
     if args.overwrite and args.skip_existing:
         raise ValueError("--overwrite and --skip_existing: give one of the two")
     if args.export is not None and Path(args.export).suffix != ".safetensors":
@@ -125,19 +118,8 @@ def check_flags(args: argparse.Namespace) -> None:
             ImageColor.getrgb(args.background)
         except ValueError as error:
             raise ValueError(f"--background is {args.background!r}: give white or #ff8800") from error
-
-
-def make_config(args: argparse.Namespace) -> RestoreConfig:
-    """The flags as a RestoreConfig; ValueError for a wrong one."""
-    if args.tile != "auto" and not args.tile.isdecimal():
-        raise ValueError(f"--tile is {args.tile!r}: give auto, 0 or a number of pixels")
-    config = from_args(RestoreConfig, args, tile=None if args.tile == "auto" else int(args.tile))
-    if args.uncertainty is not None and config.budget.num_images < 2:
+    if args.uncertainty is not None and args.num_images < 2:
         raise ValueError("--uncertainty measures how samples differ: give --num_images of at least 2")
-    return config
-
-
-# ------------------------------------------------------------------------------------------- names of files
 
 
 def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
@@ -147,24 +129,22 @@ def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
     found: dict[Path, tuple[Path, Path]] = {}  # by what it is, however it was named
     results = output.resolve()
     for path in map(Path, names):
-        if path.is_dir():
-            if path.resolve() == results:
-                raise ValueError(f"--output {output} is the input folder: give another one")
-            inside = list_images(path)
-            if path.resolve() in results.parents:  # results of an earlier run are no inputs
-                inside = [one for one in inside if results not in one.resolve().parents]
-        elif path.is_file():
-            inside = [path]
-        else:
+        if path.is_file():
+            found.setdefault(path.resolve(), (path, Path(path.name)))
+            continue
+        if not path.is_dir():
             raise ValueError(f"{path}: no such file or folder")
-        for one in inside:
-            relative = one.relative_to(path) if path.is_dir() else Path(one.name)
-            found.setdefault(one.resolve(), (one, relative))
+        if path.resolve() == results:
+            raise ValueError(f"--output {output} is the input folder: give another one")
+        below = path.resolve() in results.parents  # results of an earlier run are no inputs
+        for one in list_images(path):
+            if not (below and results in one.resolve().parents):
+                found.setdefault(one.resolve(), (one, one.relative_to(path)))
     return list(found.values())
 
 
 def names_a_file(text: str) -> bool:
-    """Whether --output means a file, not a folder; ValueError for one that cannot be written."""
+    """Whether --output means a file, not a folder; ValueError: one that cannot be written."""
     output = Path(text)
     if output.is_dir() or text.endswith(("/", os.sep)):
         return False
@@ -182,8 +162,7 @@ def names_a_file(text: str) -> bool:
 def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
     """Where everything goes: <name>_x<scale>.png, with the old suffix in it where two have one name.
 
-    Raises:
-        ValueError: no input, or a file is named where a folder is needed.
+    ValueError: no input, or a file is named where a folder is needed.
     """
     output, named = Path(args.output), names_a_file(args.output)
     found = find_inputs([*args.inputs, *args.input], output)
@@ -191,28 +170,27 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
         raise ValueError(f"--output {output} names one image, but there are {len(found)}: give a folder")
     if named and args.format is not None:
         raise ValueError(f"--format {args.format}: --output {output} says it already; leave one out")
+    tokens = None if args.tokens is None else Path(args.tokens)
     together = Counter(relative.with_suffix("") for _, relative in found)
     tasks = []
     for source, relative in found:
         stem = relative.stem if together[relative.with_suffix("")] == 1 else relative.name.replace(".", "_")
         base = relative.with_name(f"{stem}_x{scale:g}")
         target = output if named else output / base.with_name(f"{base.name}.{args.format or 'png'}")
-        uncertainty, comparison, truth = None, None, None
-        if args.uncertainty is not None:
-            maps = Path(args.uncertainty)
-            one = maps.with_suffix("") if maps.suffix in (".png", ".npy") else maps
-            uncertainty = maps / base if len(found) > 1 else one
-        if args.compare is not None:
-            comparison = target.with_name(f"{target.stem}_compare.png")
-        if isinstance(args.compare, str):
-            truth = original_of(relative, Path(args.compare), scale, len(found))
-        tokens = None if args.tokens is None else Path(args.tokens)
-        tasks.append(Task(source, target, comparison, truth, uncertainty, tokens))
+        comparison = target.with_name(f"{target.stem}_compare.png") if args.compare else None
+        given = isinstance(args.compare, str)
+        truth = original_of(relative, Path(args.compare), scale, len(found)) if given else None
+        maps = None if args.uncertainty is None else Path(args.uncertainty)
+        if maps is not None and len(found) > 1:
+            maps = maps / base
+        elif maps is not None and maps.suffix in (".png", ".npy"):
+            maps = maps.with_suffix("")
+        tasks.append(Task(source, target, comparison, truth, maps, tokens))
     return tasks
 
 
 def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
-    """The file that was named, or the fitting one in that folder; ValueError where none fits."""
+    """The named file, or the fitting one in the named folder; ValueError where none fits."""
     if named.is_file():
         if inputs > 1:
             raise ValueError(f"--compare {named} is one image, but there are {inputs} inputs: give a folder")
@@ -221,7 +199,7 @@ def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
 
 
 def check_targets(tasks: Sequence[Task], overwrite: bool) -> None:
-    """ValueError, before any work, for what could not be written or would replace what it should not."""
+    """ValueError for what could not be written, or would replace what it should not."""
     sources = {task.source.resolve() for task in tasks}
     taken: dict[Path, Path] = {}
     for target, source in [(target, task.source) for task in tasks for target in task.targets]:
@@ -242,9 +220,6 @@ def check_targets(tasks: Sequence[Task], overwrite: bool) -> None:
         there = next(one for one in (folder, *folder.resolve().parents) if one.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise ValueError(f"{folder} cannot be written, because of {there}: give another --output")
-
-
-# --------------------------------------------------------------------------------------------------- the work
 
 
 def restore_all(
@@ -269,50 +244,44 @@ def restore_all(
         say(f"{task.target}" + (f" ({remark})" if remark else ""))
     parts = processes.gather((done, failures))
     done = sum(part for part, _ in parts)
-    if not processes.is_main:
-        return 0 if done == len(tasks) else 1 if done else 2
-    for _, one in parts:
-        for failure in one:
+    if processes.is_main:
+        for failure in itertools.chain.from_iterable(one for _, one in parts):
             warn(f"error: {failure}")
-    if done < len(tasks):
-        warn(f"{len(tasks) - done} of {len(tasks)} images not restored")
+        if done < len(tasks):
+            warn(f"{len(tasks) - done} of {len(tasks)} images not restored")
     return 0 if done == len(tasks) else 1 if done else 2
 
 
 @contextlib.contextmanager
 def shown(name: str, is_main: bool) -> Iterator[Progress]:
-    """Progress of one image: a bar on a terminal, and in a log a line now and then; of one process alone."""
-    if not is_main:
-        yield lambda part: None
-        return
-    if sys.stderr.isatty():
-        with tqdm(total=100, desc=name, bar_format=BAR) as bar:
-            yield lambda part: bar.update(round(100 * part) - bar.n)
-        return
+    """Progress of one image: a bar on a terminal, and in a log a line now and then."""
     last = time.monotonic()
 
     def log(part: float) -> None:
         nonlocal last
-        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+        if is_main and time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             warn(f"{name}: {100 * part:.0f} %")
 
-    yield log
+    if is_main and sys.stderr.isatty():
+        with tqdm(total=100, desc=name, bar_format=BAR) as bar:
+            yield lambda part: bar.update(round(100 * part) - bar.n)
+    else:
+        yield log
 
 
 def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel[UNet]]:
-    """The models that the flags name; said, by the main process, where they name none by its file."""
+    """The models that the flags name, which the main process says unless a flag names its file."""
     paths = find_weights(args.weights_path, args.scale)
     models = [load_model(path, UNet) for path in paths]
-    named = paths == [Path(args.weights_path or "")]
-    said = ", ".join(map(str, paths))
+    said = None if paths == [Path(args.weights_path or "")] else ", ".join(map(str, paths))
     if args.strength is not None:
         clean = released_model(float(models[0].network.scale))
         if paths[0] == clean:
             raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
         models[0] = blend(load_model(clean, UNet), models[0], args.strength)
-        said = f"{args.strength:g} of the way from {clean} to {said}"
-    if is_main and (args.strength is not None or not named):
+        said = f"{args.strength:g} of the way from {clean} to {', '.join(map(str, paths))}"
+    if is_main and said:
         warn(f"weights: {said}")
     return models
 
@@ -320,7 +289,7 @@ def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel[UNe
 def run(args: argparse.Namespace, processes: Processes) -> int:
     """Load, restore, report; returns the exit status."""
     check_flags(args)
-    config = make_config(args)
+    config = from_args(RestoreConfig, args)
     models = open_models(args, processes.is_main)
     if args.export is not None:
         if len(models) > 1:
@@ -350,11 +319,8 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     return restore_all(tasks, restorer, args, processes)
 
 
-# ------------------------------------------------------------------------------------------ words and signals
-
-
 def say(text: str) -> None:
-    """Print a line, or go on without stdout where it takes no more: the images matter."""
+    """Print a line, or go on without stdout where it takes no more."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -374,9 +340,6 @@ def warn(text: str) -> None:
 @contextlib.contextmanager
 def stopping_at_signals() -> Iterator[None]:
     """Signals raise Stopped; a second one ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     # What the parent ignores, as nohup does SIGHUP, stays ignored.
     heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, _stop) for number in heeded}
@@ -395,7 +358,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Returns the exit status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for

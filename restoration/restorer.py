@@ -72,7 +72,9 @@ class RestoreConfig(Options):
     eta: float = option(0.0, "fresh noise at each step of ddim, 0 to 1")
     seed: int = option(0, "of the noise: the same seed gives the same bytes", low=0, high=2**63 - 1)
     tile: int | None = option(
-        None, "side of the windows a large image is restored in; 0: in one piece; None: by its size", low=0
+        None,
+        "side of the windows a large image is restored in; 0: in one piece; by default by its size",
+        low=0,
     )
     overlap: int = option(64, "pixels that neighbouring windows share", low=2)
     batch_size: int = option(1, "windows or samples that go through the network together", low=1)
