@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from engine.checkpoint import RELEASED, LoadedModel, load_model
+from engine.checkpoint import RELEASED, load_model
 from imaging.files import Pixels, as_rgb8, decode_image
 from restoration import PRESETS, RestoreConfig, restore
 from restoration.batch import FILE_ERRORS, describe_failure
@@ -26,20 +26,14 @@ from unet import UNet
 
 SIDE = 2048  # pixels of the longer side of what the slider shows; the download has them all
 KEPT = 3600  # seconds until a picture is removed, where the page stays open
+loaded = lru_cache(maxsize=1)(load_model)  # the model of a file is kept until another one is chosen
 Result = tuple[tuple[Image.Image, Image.Image], str]
 
 
-@lru_cache(maxsize=1)
-def loaded(path: Path) -> LoadedModel[UNet]:
-    """The model of a file, kept until another one is chosen."""
-    return load_model(path, UNet)
-
-
 def restore_upload(upload: str | None, weights: str, mode: str, report: Any) -> Iterator[Result]:  # noqa: ANN401
-    """Yields once: input and result for the slider, and the file to download, which is removed afterwards.
+    """Yields once: the slider's pictures and the file to download, which is removed afterwards.
 
-    `upload` and `weights` are files, `report` is called with the finished part of the work. gradio.Error has
-    the sentence that infer.py prints.
+    gradio.Error has the sentence that infer.py prints. `report` is called with the finished part of the work.
     """
     import gradio
 
@@ -49,7 +43,7 @@ def restore_upload(upload: str | None, weights: str, mode: str, report: Any) -> 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / source.name
         try:
-            model = loaded(Path(weights))
+            model = loaded(Path(weights), UNet)
             target = target.with_name(f"{source.stem}_x{float(model.network.scale):g}.png")
             config = RestoreConfig(mode=mode)  # type: ignore[arg-type]  # one of PRESETS; checked there
             image = decode_image(source)
@@ -63,14 +57,14 @@ def restore_upload(upload: str | None, weights: str, mode: str, report: Any) -> 
 
 
 def slides(source: Pixels, result: Pixels) -> tuple[Image.Image, Image.Image]:
-    """Input, enlarged by bicubic, and result: at most SIDE pixels of each side, in 8 bits without alpha."""
+    """Input, enlarged by bicubic, and result: sides of at most SIDE, 8 bits, no alpha."""
     before, after = (Image.fromarray(as_rgb8(pixels)) for pixels in (source, result))
     after.thumbnail((SIDE, SIDE))
     return before.resize(after.size, Image.Resampling.BICUBIC), after
 
 
 def build_page(weights: Sequence[Path]) -> Any:  # noqa: ANN401  # gradio is optional
-    """The page, as gradio.Blocks; one picture at a time is restored, the others wait in its queue."""
+    """As gradio.Blocks; pictures are restored one at a time."""
     import gradio
 
     def work(
@@ -81,14 +75,12 @@ def build_page(weights: Sequence[Path]) -> Any:  # noqa: ANN401  # gradio is opt
     ) -> Iterator[Result]:
         yield from restore_upload(upload, chosen, mode, lambda part: progress(part, desc="restoring"))
 
+    choices = [(path.stem if path.parent == RELEASED else str(path), str(path)) for path in weights]
     with gradio.Blocks(title="Restore a picture", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         gradio.Markdown("# Restore a picture\nIt stays on this computer.")
         with gradio.Row():
             with gradio.Column(scale=1):
                 picture = gradio.File(label="Picture: drop it here", elem_id="picture")
-                choices = [
-                    (path.stem if path.parent == RELEASED else str(path), str(path)) for path in weights
-                ]
                 model = gradio.Dropdown(choices, value=choices[0][1], label="Weights")
                 dial = gradio.Radio(list(PRESETS), value=next(iter(PRESETS)), label="Faithful, or sharp?")
                 start = gradio.Button("Restore", variant="primary", elem_id="start")
@@ -131,7 +123,7 @@ def serve(weights: Sequence[Path], port: int | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("weights", nargs="*", type=Path, help="models of your own, offered first")
     parser.add_argument("--port", type=int, help="of 127.0.0.1 (default: the first free one from 7860)")

@@ -11,11 +11,11 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import get_args
 
 import torch
 
@@ -32,31 +32,25 @@ from restoration.rescaled import find_weights
 
 DEFAULT_STEPS = (1, 4, 10, 50)
 ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
-
-
-Writer: TypeAlias = Callable[[Report, Path], None]
-
-
-def text_writer(make: Callable[[Report], str]) -> Writer:
-    return lambda report, path: write_text_atomically(path, make(report))
-
-
-def write_plot(report: Report, path: Path) -> None:
-    """As PNG."""
-    figure = perception_distortion_figure(report)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-
-
-OUTPUTS: dict[str, tuple[str, Writer]] = {
-    "json": ("the protocol and the rows", text_writer(Report.to_json)),
-    "csv": ("every image in every row", text_writer(Report.to_csv)),
-    "markdown": ("the table, which is printed anyway", text_writer(Report.to_markdown)),
-    "plot": ("a .png: PSNR against LPIPS or, without it, SWD", write_plot),
+OUTPUTS = {
+    "json": "the protocol and the rows",
+    "csv": "every image in every row",
+    "markdown": "the table, which is printed anyway",
+    "plot": "a .png: PSNR against LPIPS or, without it, SWD",
 }
 
 
+def write_output(name: str, report: Report, path: Path) -> None:
+    if name == "plot":
+        figure = perception_distortion_figure(report)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    else:
+        make = {"json": report.to_json, "csv": report.to_csv, "markdown": report.to_markdown}[name]
+        write_text_atomically(path, make())
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     shown = "(default: %(default)s)"
     data = parser.add_argument_group("data and metrics")
     data.add_argument("--data", required=True, help="folder of high-resolution images, subfolders left out")
@@ -73,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
     _add_restoring_flags(parser)
     output = parser.add_argument_group("output", "written at the end, each file whole or not at all")
-    for name, (text, _) in OUTPUTS.items():
+    for name, text in OUTPUTS.items():
         output.add_argument(f"--{name}", metavar="FILE", help=text)
     return parser
 
@@ -84,33 +78,25 @@ def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
     detail = "numbers from 0 to 1: texture to invent, each with every number of steps"
     group.add_argument("--detail", type=float, nargs="+", default=[], help=detail)
     steps = f"sampling steps (default, without --mode and --detail: {' '.join(map(str, DEFAULT_STEPS))})"
-    group.add_argument("--steps", type=int, nargs="+", help=steps)
-    samples = "samples to average, instead of the mode's; one sample has no uncertainty"
-    group.add_argument("--num_images", type=int, nargs="+", help=samples)
-    group.add_argument("--num_samples", type=int, help="N: the same as --num_images 1 N")
-    add_flags(group, RestoreConfig, skip=[*ROWS, "seed", "tile"])
-    tile = "side of the windows a large image is restored in; 0: in one piece (default: auto, by its size)"
-    group.add_argument("--tile", type=lambda text: None if text == "auto" else int(text), help=tile)
+    group.add_argument("--steps", type=int, nargs="+", default=[], help=steps)
+    samples = "samples to average; one has no uncertainty (default: 1)"
+    group.add_argument("--num_images", type=int, nargs="+", default=[1], help=samples)
+    add_flags(group, RestoreConfig, skip=[*ROWS, "seed"])
 
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     """One configuration for each row of the model: modes first, then detail and step counts."""
-    numbers = args.num_images
-    if args.num_samples is not None:
-        if numbers is not None:
-            raise ValueError("--num_samples N stands for --num_images 1 N: give one of the two")
-        numbers = sorted({1, args.num_samples})
-    steps = args.steps or ([] if args.mode or args.detail else list(DEFAULT_STEPS))
-    given = {"mode": args.mode, "detail": args.detail, "steps": steps, "num_images": numbers or []}
-    for flag, values in given.items():
+    for flag in ROWS:
+        values = getattr(args, flag)
         if len(set(values)) < len(values):
             raise ValueError(f"--{flag} is {' '.join(map(str, values))}: give each once")
+    steps = args.steps or ([] if args.mode or args.detail else DEFAULT_STEPS)
     common = from_args(RestoreConfig, args, mode=None, detail=None, steps=None, num_images=1)
     rows = [replace(common, mode=mode) for mode in args.mode]
     if args.detail or steps:
         pairs = itertools.product(args.detail or [None], steps or [None])
         rows += [replace(common, detail=detail, steps=count) for detail, count in pairs]
-    return [replace(row, num_images=n) for row in rows for n in numbers or [1]]
+    return [replace(row, num_images=n) for row in rows for n in args.num_images]
 
 
 def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
@@ -130,22 +116,20 @@ def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def run(args: argparse.Namespace, processes: Processes) -> int:
-    """Measure with all processes, then write the files and print the table; returns the exit status."""
-    for name in ("data", "low_res", "weights_path", "lpips_weights", *OUTPUTS):
-        if getattr(args, name) == "":
+    """Measure with all processes, then write and print; returns the exit status."""
+    for name, value in vars(args).items():
+        if value == "":
             raise ValueError(f"--{name} is empty; give a path")
-    outputs = planned_outputs(args)
-    config = from_args(EvaluationConfig, args, scale=args.scale, lpips=not args.no_lpips)
-    how = restore_configs(args)
+    outputs, how = planned_outputs(args), restore_configs(args)
+    config = from_args(EvaluationConfig, args, lpips=not args.no_lpips)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
     device = processes.device
     images = ImageSet(args.data, config, args.low_res, args.limit)
     methods: list[Method] = []
     facts: dict[str, Json] = {}
     if args.weights_path is not None:
-        model = TrainedModel(
-            find_weights(args.weights_path, config.scale)[0], device, autocast_dtype(device, args.precision)
-        )
+        path = find_weights(args.weights_path, config.scale)[0]
+        model = TrainedModel(path, device, autocast_dtype(device, args.precision))
         methods = [model.method(one, config.scale) for one in how]
         common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
         facts = {"model": model.describe(), "restoring": common}
@@ -157,7 +141,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     errors = []
     for name, path in outputs.items():  # before printing, which fails if nobody reads
         try:
-            OUTPUTS[name][1](report, path)
+            write_output(name, report, path)
         except (OSError, ValueError) as error:
             errors.append(f"{path} was not written: {error}")
     print(report.to_markdown(), end="", flush=True)

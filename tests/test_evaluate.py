@@ -451,7 +451,7 @@ def test_without_lpips_the_notes_say_why_and_the_rest_goes_on(leaves, monkeypatc
 
 @pytest.mark.slow
 def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path, monkeypatch, capsys):
-    flags = "--scale 2 --no_lpips --steps 2 1 --num_samples 2 --seed 3 --device cpu --mode fidelity".split()
+    flags = "--scale 2 --no_lpips --steps 2 1 --num_images 1 2 --seed 3 --device cpu --mode fidelity".split()
     command = ["evaluate.py", "--data", leaves, *flags, "--weights_path", random_weights]
     for ending in ("json", "csv", "markdown"):
         command += [f"--{ending}", tmp_path / "new" / f"table.{ending}"]
@@ -641,8 +641,7 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
         (["--steps", "0", "--weights_path", "MODEL"], "--steps is 0"),
         (["--steps", "4", "4"], "4 4"),
         (["--detail", "0.5", "1.5", "--weights_path", "MODEL"], "1.5"),
-        (["--num_samples", "0"], "--num_images is 0"),
-        (["--num_samples", "2", "--num_images", "3"], "--num_images"),
+        (["--num_images", "0"], "--num_images is 0"),
         (["--eta", "2", "--scheduler", "ddim", "--weights_path", "MODEL"], "2.0"),
         (["--overlap", "1"], "--overlap is 1"),
         (["--limit", "0"], "limit is 0"),
