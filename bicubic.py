@@ -2,13 +2,11 @@
 
 Shapes: H height, W width, C channels; ... any leading dimensions. Floats are never clamped, and overshoot.
 
-Output pixel i sums the input around (i + 1/2) / scale - 1/2, weighted by the kernel of R. G. Keys, "Cubic
-convolution interpolation for digital image processing", 1981, a = -1/2, widened by 1 / scale to shrink. The
-direction of the smaller scale comes first, or else the height.
+Output pixel i sums the input around (i + 1/2) / scale - 1/2, weighted by Keys' kernel ("Cubic convolution
+interpolation for digital image processing", 1981) with a = -1/2, widened by 1 / scale to shrink.
 """
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -42,33 +40,27 @@ def resize(
     border: Border = "mirror",
     rounding: Rounding = "none",
 ) -> Tensor:
-    """Resize a tensor as MATLAB's ``imresize(image, scale or size, "bicubic")``; differentiable for floats.
+    """(..., H, W) of floats, uint8 or uint16, resized; differentiable for floats. ValueError for all else.
 
     Args:
-        image: (..., H, W), floats of any range, uint8 or uint16.
-        scale: output over input size, of both directions; gives ceil(scale * size) pixels.
+        scale: output over input size; gives ceil(scale * size) pixels.
         size: the exact output (height, width) instead; each direction then has its own scale.
         border: outside, the image is reflected with its edge pixel ("mirror", MATLAB today) or the edge pixel
             goes on ("replicate", older MATLAB and data sets made with it).
         rounding: integers are rounded half up and clamped once, at the end ("none"), or uint8 ones after each
             direction as MATLAB does ("uint8").
-
-    Returns:
-        (..., out_H, out_W), dtype and device as given.
-
-    Raises:
-        ValueError: both or neither of scale and size, or any image or option not named here.
     """
     _check(image, border, rounding)
     largest = _LARGEST.get(image.dtype)
     source = image.cpu() if image.device.type in WITHOUT_FLOAT64 else image
     # float64 keeps autocast and TF32 out. Channels-last would slow both products down.
     work = source.to(torch.float64, memory_format=torch.contiguous_format)
-    first, second = _passes(_output_sizes(work.shape[-2:], scale, size), border, work)
-    work = first(work)
+    sizes = _output_sizes(work.shape[-2:], scale, size)
+    first, second = (0, 1) if sizes[0][1] <= sizes[1][1] else (1, 0)  # the smaller scale, or else the height
+    work = _resize_axis(work, first, *sizes[first], border)
     if rounding == "uint8":
         work.add_(0.5).clamp_(0, 255).floor_()
-    work = second(work)
+    work = _resize_axis(work, second, *sizes[second], border)
     if largest is not None:
         work.add_(0.5).clamp_(0, largest)  # the cast drops the fractions
     return work.to(image.device, image.dtype)
@@ -82,18 +74,10 @@ def upscale_image(
     border: Border = "mirror",
     rounding: Rounding = "none",
 ) -> ImageT:
-    """Make an image ``scale_factor`` times as high and wide; kind, channels, dtype and range stay.
+    """`resize` of a file, read as RGB uint8, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (..., H, W).
 
-    Args:
-        image: a file, read as RGB uint8; an array (H, W) or (H, W, 1, 3 or 4), or a tensor (..., H, W), of
-            floats, uint8 or uint16. Alpha is resized like colour.
-        scale_factor: any positive number; gives ceil(scale_factor * size) pixels.
-        size: the exact output (height, width) instead.
-        border, rounding: as in ``resize``.
-
-    Raises:
-        ValueError: as ``resize``; UnreadableImageError: for a file.
-        TypeError: what is no path, array or tensor.
+    Kind and dtype stay; alpha is resized like colour. ValueError as `resize`; UnreadableImageError: a file;
+    TypeError: what is none of these.
     """
     scale = None if size is not None else scale_factor
     pixels = read_rgb(image) if isinstance(image, str | Path) else image
@@ -120,24 +104,22 @@ def downscale_image(
     border: Border = "mirror",
     rounding: Rounding = "none",
 ) -> ImageT:
-    """Make an image ``scale_factor`` times smaller, to ceil(size / scale_factor); else as ``upscale_image``.
+    """To ceil(size / scale_factor); else as `upscale_image`.
 
     To compare with published low-resolution files, crop to a multiple of the factor first.
     """
-    if size is None and not (math.isfinite(scale_factor) and scale_factor > 0):
+    if not (math.isfinite(scale_factor) and scale_factor > 0):
         raise ValueError(f"scale_factor={scale_factor}: give a positive number, such as 4")
-    scale = 1.0 if size is not None else 1 / scale_factor
-    return upscale_image(image, scale, size=size, border=border, rounding=rounding)
+    return upscale_image(image, 1 / scale_factor, size=size, border=border, rounding=rounding)
 
 
 def exact_scale(factor: float) -> Fraction:
-    """The scale that a number stands for: 12/5 for 2.4, also where single precision made it 2.4000001."""
+    """What a number stands for: 12/5 for 2.4, also where single precision made it 2.4000001."""
     nearby = Fraction(factor).limit_denominator(1000)
     return nearby if abs(nearby - Fraction(factor)) < 1e-6 * factor else Fraction(factor)
 
 
 def _check(image: Tensor, border: Border, rounding: Rounding) -> None:
-    """Refuse what ``resize`` does not take."""
     if image.ndim < 2 or image.numel() == 0:
         raise ValueError(f"an image of shape {tuple(image.shape)}: expected (..., H, W), at least one pixel")
     if not (image.dtype.is_floating_point or image.dtype in _LARGEST):
@@ -152,7 +134,7 @@ def _check(image: Tensor, border: Border, rounding: Rounding) -> None:
 def _output_sizes(
     in_size: tuple[int, ...], scale: float | None, size: tuple[int, int] | None
 ) -> list[tuple[int, float]]:
-    """Give (output length, scale) of the height and of the width."""
+    """(output length, scale) of the height and of the width."""
     if (scale is None) == (size is None):
         raise ValueError(f"scale={scale} and size={size}: give one of them")
     if size is not None:
@@ -166,23 +148,19 @@ def _output_sizes(
     return [(math.ceil(scale * length * (1 - 1e-12)), float(scale)) for length in in_size]
 
 
-def _passes(out: list[tuple[int, float]], border: Border, image: Tensor) -> list[Callable[[Tensor], Tensor]]:
-    """Give the resizing of one direction and that of the other, in their order."""
-    (out_height, scale_y), (out_width, scale_x) = out
-    rows = _axis_blocks(image.shape[-2], out_height, scale_y, border, image.device)
-    columns = _axis_blocks(image.shape[-1], out_width, scale_x, border, image.device)
-    passes: list[Callable[[Tensor], Tensor]] = [
-        lambda x: torch.cat([weights @ x[..., inputs, :] for inputs, weights in rows], dim=-2),
-        lambda x: torch.cat([x[..., inputs] @ weights.T for inputs, weights in columns], dim=-1),
-    ]
-    return passes[::-1] if scale_x < scale_y else passes
+def _resize_axis(image: Tensor, axis: int, length: int, scale: float, border: Border) -> Tensor:
+    """Of the height, axis 0, or the width."""
+    blocks = _axis_blocks(image.shape[axis - 2], length, scale, border, image.device)
+    if axis == 0:
+        return torch.cat([weights @ image[..., inputs, :] for inputs, weights in blocks], dim=-2)
+    return torch.cat([image[..., inputs] @ weights.T for inputs, weights in blocks], dim=-1)
 
 
 @lru_cache(maxsize=256)  # a data loader asks for the same few sizes again and again
 def _axis_blocks(
     in_size: int, out_size: int, scale: float, border: Border, device: torch.device
 ) -> tuple[_Block, ...]:
-    """Make the weights of one direction; those of every output pixel sum to 1."""
+    """The weights of one direction; those of every output pixel sum to 1."""
     stretch = min(scale, 1.0)
     reach = 2 / stretch
     center = (np.arange(out_size) + 0.5) / scale - 0.5
@@ -204,7 +182,7 @@ def _axis_blocks(
 def _dense_block(
     taps: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], device: torch.device
 ) -> _Block:
-    """Gather (outputs, taps) positions and weights into one matrix over the inputs they touch."""
+    """Positions and weights (outputs, taps) as one matrix over the inputs they touch."""
     outputs, used = np.nonzero(weights)
     inputs = taps[outputs, used]
     start, stop = int(inputs.min()), int(inputs.max()) + 1
