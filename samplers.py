@@ -2,15 +2,14 @@
 
     noisy_{k+1} = noisy_weight noisy_k + sum_j clean_weights[j] clean_{k-j} + noise_weight noise
 
-A process is any (signal_scale, noise_scale): a pair with signal^2 + noise^2 = 1 times a factor for each
-timestep. Shapes: B images, C channels, H x W pixels, T timesteps, n steps.
+A process is any (signal_scale, noise_scale): a pair with signal^2 + noise^2 = 1, times a factor for each of
+T timesteps. Shapes: B images, C channels, H x W pixels.
 """
 
 import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -31,21 +30,15 @@ State = TypeVar("State")  # an image being denoised: a Tensor, or a restoration.
 
 
 class Step(NamedTuple):
-    """One evaluation of the network, at `timestep` in [0, T), and the weights of what follows.
-
-    Clean estimates, the newest first, are at most HISTORY; the noise is standard normal.
-    """
+    """One evaluation of the network, at `timestep` in [0, T), and the weights of what follows."""
 
     timestep: int
     noisy_weight: float
-    clean_weights: tuple[float, ...]
+    clean_weights: tuple[float, ...]  # the newest first, at most HISTORY
     noise_weight: float = 0.0
 
     def advance(self, noisy: Tensor, cleans: Sequence[Tensor], noise: Tensor | None = None) -> Tensor:
-        """The next noisy image; after the last step, the clean one. All have one shape.
-
-        `cleans` begin with the newest and may outnumber the weights.
-        """
+        """The next noisy image; `cleans` begin with the newest and may outnumber the weights."""
         following = self.clean_weights[0] * cleans[0]
         if self.noisy_weight:
             following.add_(noisy, alpha=self.noisy_weight)
@@ -58,10 +51,10 @@ class Step(NamedTuple):
 
 
 class Sampler:
-    """One scheduler for one process.
+    """One scheduler for a process of scales (T,) float64; ValueError unless their ratio falls.
 
     "ddim" (Song et al. 2021a), "ddpm" (Ho et al. 2020), "dpm++" (Lu et al. 2022), "unipc" (Zhao et al. 2023)
-    or "heun" (Karras et al. 2022). Scales are (T,) float64; ValueError unless their ratio falls.
+    or "heun" (Karras et al. 2022).
     """
 
     def __init__(self, name: SchedulerName, signal_scale: Tensor, noise_scale: Tensor) -> None:
@@ -72,26 +65,20 @@ class Sampler:
         if not bool((alpha_bar.diff() < 0).all()):
             raise ValueError("signal_scale / noise_scale must fall from each timestep to the next")
         self.name = name
-        self._alpha_bar: tuple[float, ...] = tuple(alpha_bar.clamp(min=LEAST_ALPHA_BAR).tolist())
+        self._alpha_bar: list[float] = alpha_bar.clamp(min=LEAST_ALPHA_BAR).tolist()
         # The squares of two roots make 1 only to the last bit; there the factor is to change nothing.
         preserving = (variance - 1).abs() < 1e-12
-        self._factors: tuple[float, ...] = tuple(torch.where(preserving, 1.0, variance.sqrt()).tolist())
-
-    @property
-    def initial_scale(self) -> float:
-        """What standard normal noise starts multiplied by."""
-        return self._factors[-1]
+        self._factors: list[float] = torch.where(preserving, 1.0, variance.sqrt()).tolist()
+        self.initial_scale = self._factors[-1]  # what standard normal noise starts multiplied by
 
     def steps(self, count: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
-        """The evaluations: `count` from 1 to T, but 2 count - 2 for "heun" from 2 on.
+        """The evaluations: `count` from 1 to T, but 2 count - 2 for "heun" from 2 on; OptionError.
 
         Args:
             eta: 0 to 1, for "ddim": the part of the posterior's variance drawn afresh (Song et al. 2021a, Eq.
                 16). "ddpm" has 1.
             detail: 0 to 1, scales the largest noise level after T - 1 (`sigma_range`): less of it leaves more
                 of the first, faithful estimate. 1 for "ddim" and "ddpm", which have no such range.
-
-        OptionError: out of range.
         """
         total = len(self._alpha_bar)
         if not 1 <= count <= total:
@@ -102,10 +89,19 @@ class Sampler:
             raise OptionError("eta", eta, f"the scheduler {self.name} has none; use ddim or eta 0")
         if not 0 <= detail <= 1:
             raise OptionError("detail", detail, "give a number from 0 to 1")
-        if detail < 1 and count > 1 and self.name in ("ddim", "ddpm"):
-            raise OptionError("detail", detail, f"{self.name} starts from pure noise; use unipc or detail 1")
-        eta = 1.0 if self.name == "ddpm" else float(eta)
-        steps = _steps(self.name, self._alpha_bar, count, eta, float(detail))
+        if self.name in ("ddim", "ddpm"):
+            if detail < 1 and count > 1:
+                raise OptionError(
+                    "scheduler", self.name, "it starts from pure noise: use unipc or all detail"
+                )
+            timesteps = trailing_timesteps(total, count)
+            steps = _ddim_steps(self._alpha_bar, timesteps, 1.0 if self.name == "ddpm" else eta)
+        else:
+            timesteps = log_snr_timesteps(self._alpha_bar, count, detail)
+            if self.name == "heun":
+                steps = _heun_steps(self._alpha_bar, timesteps)
+            else:
+                steps = _multistep(self._alpha_bar, timesteps, corrected=self.name == "unipc")
         return _rescaled(steps, self._factors)
 
 
@@ -120,7 +116,7 @@ def sample(
     Args:
         noisy: standard normal, times Sampler.initial_scale.
         denoise: (noisy, timestep) -> clean estimate.
-        advance: (step, noisy, clean estimates from the newest) -> next noisy image.
+        advance: (step, noisy, clean estimates, the newest first) -> next noisy image.
     """
     cleans: deque[State] = deque(maxlen=max(len(step.clean_weights) for step in steps))
     for step in steps:
@@ -173,25 +169,12 @@ def sigma_range(num_inference_steps: int) -> tuple[float, float]:
     return 0.1 * width**2, 0.5 / max(10, num_inference_steps)
 
 
-@lru_cache(maxsize=64)  # a folder of images asks for the same steps again and again
-def _steps(
-    name: SchedulerName, alpha_bar: tuple[float, ...], count: int, eta: float, detail: float
-) -> tuple[Step, ...]:
-    """Sampler.steps of the variance-preserving process."""
-    if name in ("ddim", "ddpm"):
-        return _ddim_steps(alpha_bar, trailing_timesteps(len(alpha_bar), count), eta)
-    timesteps = log_snr_timesteps(alpha_bar, count, detail)
-    if name == "heun":
-        return _heun_steps(alpha_bar, timesteps)
-    return _multistep(alpha_bar, timesteps, corrected=name == "unipc")
-
-
 def _levels(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[tuple[float, float]]:
     """signal_scale and noise_scale at each timestep, and 1 and 0 after the last."""
     return [(math.sqrt(alpha_bar[t]), math.sqrt(1 - alpha_bar[t])) for t in timesteps] + [(1.0, 0.0)]
 
 
-def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float) -> tuple[Step, ...]:
+def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float) -> list[Step]:
     """DDIM on any falling list of timesteps (Song et al. 2021a, Eq. 12 and 16); eta = 1 is DDPM."""
     steps = []
     for timestep, (signal, noise) in zip(timesteps, _levels(alpha_bar, timesteps)[1:], strict=True):
@@ -199,14 +182,13 @@ def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float
         fresh = eta * noise * math.sqrt((1 - before / signal**2) / (1 - before))
         noisy = math.sqrt(max(0.0, noise**2 - fresh**2) / (1 - before))
         steps.append(Step(timestep, noisy, (signal - noisy * math.sqrt(before),), fresh))
-    return tuple(steps)
+    return steps
 
 
-def _multistep(alpha_bar: Sequence[float], timesteps: Sequence[int], *, corrected: bool) -> tuple[Step, ...]:
-    """DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2), or corrected, which makes it UniPC.
+def _multistep(alpha_bar: Sequence[float], timesteps: Sequence[int], *, corrected: bool) -> list[Step]:
+    """DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2); corrected, UniPC of order 2, B2 (Zhao et al. 2023).
 
-    UniPC of order 2 with B2 (Zhao et al. 2023, Algorithm 1) predicts as DPM-Solver++ does, and corrects that
-    once the clean estimate there is known: here, as a part of the next step.
+    UniPC's predictor is the same; it corrects once the next clean estimate is known: here, in the next step.
     """
     levels = _levels(alpha_bar, timesteps)
     log_snr = [math.log(signal / noise) if noise else math.inf for signal, noise in levels]
@@ -227,11 +209,11 @@ def _multistep(alpha_bar: Sequence[float], timesteps: Sequence[int], *, correcte
         if corrected:  # seen from the next step, where what was the newest is older
             across, back = slope_weights
             correction = -signal * phi * (across * (newest - older) + back * (older - oldest))
-    return tuple(steps)
+    return steps
 
 
 def _corrector(h: float, phi: float, ratio: float) -> tuple[float, float]:
-    """UniPC's corrector of order 2: what it adds for the slope of the last step and for the one before.
+    """What UniPC adds for the slope of the last step and for the one before.
 
     `h` is how log(signal / noise) grew, `phi` exp(-h) - 1, `ratio` the growth in the step before over h.
     """
@@ -241,7 +223,7 @@ def _corrector(h: float, phi: float, ratio: float) -> tuple[float, float]:
     return first - back, (back - 0.5) / ratio
 
 
-def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> tuple[Step, ...]:
+def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[Step]:
     """Heun's method (Karras et al. 2022, algorithm 1), behind one DDIM step (Euler's) from T - 1."""
     # The trapezoidal rule weighs both ends of a step in sigma alike, but the cosine schedule begins at sigma
     # 20000: a step from there to 10 would magnify the second slope's error by 1000.
@@ -253,7 +235,7 @@ def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> tuple[S
             sigma, following = (noise / signal for signal, noise in levels[index : index + 2])
             change = levels[index + 1][0] * (sigma / following - 1) / 2
             steps.append(Step(timesteps[index + 1], 1.0, (change, -change)))
-    return tuple(steps)
+    return steps
 
 
 def noise_seed(seed: int, step: int, micro_batch: int) -> int:

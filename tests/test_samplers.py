@@ -401,7 +401,7 @@ def test_what_is_out_of_range_is_refused_by_name():
     for detail in (-0.1, 1.5, float("nan")):
         refused("detail", detail, lambda detail=detail: Sampler("unipc", *COSINE).steps(10, detail=detail))
     for name in ("ddim", "ddpm"):  # they start from pure noise
-        refused("detail", 0.5, lambda name=name: Sampler(name, *COSINE).steps(10, detail=0.5))
+        refused("scheduler", name, lambda name=name: Sampler(name, *COSINE).steps(10, detail=0.5))
     with pytest.raises(ValueError, match="fall"):
         Sampler("ddim", *(scale.flip(0) for scale in COSINE))
 
