@@ -1,11 +1,9 @@
 """How a low-resolution image came from a high-resolution one: what training imitates and restoring undoes.
 
-A degradation is a frozen dataclass of options. The checkpoint records it, and the dataset, the loss,
-validation, evaluation and consistency use the same object. A new one is a class here and its kinds in
-DEGRADATIONS.
+The checkpoint records it; dataset, loss, validation, evaluation and consistency use the same object. A new
+one is a class here and its kinds in DEGRADATIONS.
 
-Shapes: C channels, H x W pixels of the high resolution, h x w of the low one, k x k of a kernel, ... any
-leading dimensions.
+Shapes: C channels, H x W pixels of the high resolution, h x w of the low one, k x k of a kernel.
 """
 
 import math
@@ -31,10 +29,7 @@ Random: TypeAlias = np.random.Generator
 
 @dataclass(frozen=True)
 class Bicubic(Options):
-    """MATLAB's antialiased bicubic, rounded to uint8 after each pass as the published test images are.
-
-    Attributes: as the help texts say.
-    """
+    """MATLAB's antialiased bicubic, rounded to uint8 after each pass as the published test images are."""
 
     random: ClassVar[bool] = False  # so that it runs batched, on any device
     margin: ClassVar[int] = 0  # nothing beyond a crop is degraded with it
@@ -44,11 +39,10 @@ class Bicubic(Options):
     border: Border = option("mirror", "what bicubic sees beyond the edge of an image")
 
     def __call__(self, high_res: Tensor, random: Random | None = None) -> Tensor:
-        """(..., C, H, W) uint8 -> (..., C, h, w) uint8, h = ceil(H / scale); nothing about it is random."""
+        """(..., C, H, W) uint8 -> (..., C, h, w) uint8, h = ceil(H / scale)."""
         return resize(high_res, scale=1 / self.scale, border=self.border, rounding="uint8")
 
     def describe(self) -> str:
-        """One line for a protocol."""
         edge = "mirrored" if self.border == "mirror" else "replicated"
         return f"made by MATLAB's bicubic (antialiased, a = -0.5), {edge} border, uint8 after each pass"
 
@@ -58,13 +52,10 @@ STRENGTHS: dict[Kind, float] = {"bicubic": 0.0, "light": 0.25, "photo": 0.5, "he
 
 @dataclass(frozen=True)
 class Photo(Options):
-    """What happens to photos before one gets them: blur, resizing, noise and JPEG, twice, in random amounts.
+    """Blur, resizing, noise and JPEG, twice, as Real-ESRGAN (Wang et al. 2021, sections 3.2 to 3.4).
 
-    The second-order pipeline of Real-ESRGAN (Wang et al. 2021, sections 3.2 to 3.4); the defaults are its
-    ranges. Each amount is drawn evenly from its range, scaled by the strength. Deviations and cutoffs are of
-    the pixels they are applied to, noise is in units of an 8-bit value.
-
-    Attributes: as the help texts say; each pair is the range of an amount, or shares where it says so.
+    Each amount is drawn evenly from its range, scaled by the strength. Deviations and cutoffs are of the
+    pixels they are applied to, noise is in units of an 8-bit value.
     """
 
     random: ClassVar[bool] = True  # one image at a time, on the CPU
@@ -116,11 +107,10 @@ class Photo(Options):
 
     @property
     def amount(self) -> float:
-        """The strength, the kind's unless it was given."""
         return STRENGTHS[self.kind] if self.strength is None else self.strength
 
     def __call__(self, high_res: Tensor, random: Random) -> Tensor:
-        """(1 or 3, H, W) uint8 -> (1 or 3, h, w) uint8, h = ceil(H / scale); the same generator, the same."""
+        """(1 or 3, H, W) uint8 -> (1 or 3, h, w) uint8, h = ceil(H / scale)."""
         if self.amount == 0 or random.random() < self.clean_share:
             return Bicubic(scale=self.scale, border=self.border)(high_res)
         height, width = (math.ceil(n / self.scale * (1 - 1e-12)) for n in high_res.shape[-2:])
@@ -136,7 +126,6 @@ class Photo(Options):
         return torch.from_numpy(np.ascontiguousarray(planes))
 
     def _degraded(self, image: Image, height: int, width: int, random: Random) -> Image:
-        """Both rounds, and what ends at this size."""
         image = filtered(image, self.blur_kernel(self.blur_sigma, random))
         factor = self._factor(self.first_resize, self.resize_shares, random)
         image = resized(image, factor * image.shape[0], factor * image.shape[1], random)
@@ -155,12 +144,11 @@ class Photo(Options):
         return self._compressed(image, random) if sinc_first else image
 
     def describe(self) -> str:
-        """One line for a protocol."""
         what = f"{self.kind}: blur, resize, noise and JPEG as in Real-ESRGAN, strength {self.amount:g}"
         return f"{what}, a share of {self.clean_share:g} bicubic"
 
     def blur_kernel(self, sigmas: Range, random: Random) -> Image:
-        """A kernel (k, k) of one of the four families; all but sinc end at three deviations."""
+        """(k, k) of one of the four families; all but sinc end at three deviations."""
         family = chosen(self.kernel_shares, random)
         if family == 3:
             return self._sinc(random)
@@ -172,18 +160,16 @@ class Photo(Options):
         return bell_kernel(size, (wide, high), drawn((0, math.pi), random), shape, plateau=family == 2)
 
     def _sinc(self, random: Random) -> Image:
-        """A sinc kernel (k, k)."""
         low, high = self.sinc_size
         size = 2 * int(random.integers(low // 2, (high - 1) // 2 + 1)) + 1
         return sinc_kernel(size, 1 - self.amount * (1 - drawn(self.sinc_cutoff, random)))
 
     def _factor(self, sizes: Range, shares: Range, random: Random) -> float:
-        """Of a resize, 1 to keep the size; the strength scales its logarithm."""
+        """Of a resize; the strength scales its logarithm."""
         ranges = ((1, sizes[1]), (sizes[0], 1), (1, 1))
         return float(drawn(ranges[chosen(shares, random)], random) ** self.amount)
 
     def _noisy(self, image: Image, sigmas: Range, scales: Range, random: Random) -> Image:
-        """With Gaussian or Poisson noise, not clipped."""
         grey = random.random() < self.grey_share
         if random.random() < self.gaussian_share:
             return gaussian_noise(image, self.amount * drawn(sigmas, random), grey, random)
@@ -196,22 +182,19 @@ class Photo(Options):
 
 
 def drawn(limits: Range, random: Random) -> float:
-    """A number drawn evenly."""
     return limits[0] + (limits[1] - limits[0]) * float(random.random())
 
 
 def chosen(shares: Range, random: Random) -> int:
-    """A place in the list, drawn by its share."""
+    """A place, drawn by its share."""
     return min(int(np.searchsorted(np.cumsum(shares), random.random(), "right")), len(shares) - 1)
 
 
 def bell_kernel(size: int, sigmas: Range, angle: float, shape: float, *, plateau: bool) -> Image:
-    """A generalised Gaussian, or a plateau, (k, k) of sum 1 (Liu et al. 2020); Gaussian for a shape of 1.
+    """A generalised Gaussian or a plateau (k, k) of sum 1 (Liu et al. 2020).
 
-    Args:
-        sigmas: the two deviations, in pixels.
-        angle: of the first one, in radians.
-        shape: the exponent of the squared distance.
+    `sigmas` are two deviations in pixels, `angle` is of the first in radians, `shape` the exponent of the
+    squared distance: 1 is Gaussian.
     """
     across = np.arange(size) - size // 2
     down = across[:, None]
@@ -238,20 +221,20 @@ def filtered(image: Image, kernel: Image) -> Image:
 
 
 def resized(image: Image, height: float, width: float, random: Random) -> Image:
-    """To the nearest whole size, at least 1, by area, bilinear or bicubic; pixel centres stay aligned."""
+    """To the nearest whole size, at least 1, by area, bilinear or bicubic."""
     size = (max(1, round(width)), max(1, round(height)))
     how = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)[random.integers(3)]
     return np.asarray(cv2.resize(image, size, interpolation=how), np.float32)
 
 
 def gaussian_noise(image: Image, sigma: float, grey: bool, random: Random) -> Image:
-    """With noise of this deviation in 8-bit values; grey: the same in all channels."""
+    """`sigma` in 8-bit values; grey: the same in all channels."""
     shape = (*image.shape[:2], *(1 if grey else n for n in image.shape[2:]))
     return image + np.float32(sigma / 255) * random.standard_normal(shape, dtype=np.float32)
 
 
 def poisson_noise(image: Image, scale: float, grey: bool, random: Random) -> Image:
-    """With the noise of 256 photons in white, times scale: variance scale^2 x / 256 where the image is x."""
+    """The noise of 256 photons in white, times scale: variance scale^2 x / 256 where the image is x."""
     light = image.clip(0, 1)
     if grey and light.ndim == 3:
         light = cv2.cvtColor(light, cv2.COLOR_BGR2GRAY)[..., None]
@@ -260,7 +243,6 @@ def poisson_noise(image: Image, scale: float, grey: bool, random: Random) -> Ima
 
 
 def to_bytes(image: Image) -> npt.NDArray[np.uint8]:
-    """Clipped and rounded to uint8."""
     return np.asarray(np.rint(image.clip(0, 1) * 255), np.uint8)
 
 
@@ -277,11 +259,7 @@ DEGRADATIONS: dict[str, type[Degradation]] = {
 
 
 def degradation_from_dict(values: Mapping[str, object]) -> Degradation:
-    """The inverse of `to_dict` of any degradation; options of other kinds may be there with their defaults.
-
-    Raises:
-        ValueError: an unknown kind or setting (OptionError).
-    """
+    """The inverse of any `to_dict`; options of other kinds may be there with their defaults. ValueError."""
     name, others = values.get("kind", "bicubic"), Photo().to_dict()
     if name not in DEGRADATIONS:
         raise ValueError(f"degradation {name!r}: choose one of {', '.join(DEGRADATIONS)}")

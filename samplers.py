@@ -91,9 +91,7 @@ class Sampler:
             raise OptionError("detail", detail, "give a number from 0 to 1")
         if self.name in ("ddim", "ddpm"):
             if detail < 1 and count > 1:
-                raise OptionError(
-                    "scheduler", self.name, "it starts from pure noise: use unipc or all detail"
-                )
+                raise OptionError("scheduler", self.name, "it starts from pure noise: use unipc")
             timesteps = trailing_timesteps(total, count)
             steps = _ddim_steps(self._alpha_bar, timesteps, 1.0 if self.name == "ddpm" else eta)
         else:

@@ -1,11 +1,10 @@
 """The denoising network: a UNet below the full resolution, conditioned on the low-resolution image.
 
-Shapes: B batch, C image channels, H x W high-resolution pixels, h x w low-resolution ones, p patch size,
-D_i width of level i, N tokens of width E (context_dim).
+Shapes: B batch, C channels, H x W high-resolution pixels, h x w low-resolution ones, p patch size, D_i width
+of level i, N tokens of width E (context_dim).
 """
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -78,7 +77,7 @@ class UNetConfig(Options):
 
 
 class Condition(NamedTuple):
-    """Without what the configuration does not use."""
+    """What the configuration uses of these."""
 
     upscaled: Tensor | None = None  # (B, C, H, W) in [-1, 1]
     low_res: Tensor | None = None  # (B, C, h, w) in [-1, 1]
@@ -133,7 +132,7 @@ class BasicTransformerBlock(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """Of (B, N, E) tokens, for every step."""
+        """Of (B, N, E) tokens."""
         if self.cross_attention is None:
             raise ValueError("this BasicTransformerBlock was built without a context_dim")
         return self.cross_attention.keys_values(context)
@@ -182,7 +181,7 @@ class WindowTransformer(nn.Module):
         return mixed[:, :, top : top + height, left : left + width]
 
     def _partition(self, length: int) -> tuple[int, int, int]:
-        """Window side along one axis, and the padding before and after it."""
+        """Window side along one axis, padding before and after it."""
         if self.window == 0 or length <= self.window:
             return length, 0, 0
         return self.window, self.shift, -(length + self.shift) % self.window
@@ -257,11 +256,10 @@ class ResidualStage(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts a diffusion target from a noisy residual, its timestep and its image.
+    """Predicts a diffusion target (Ronneberger et al. 2015; Ho et al. 2020, appendix B).
 
-    Residual and transformer blocks, skip connections (Ronneberger et al. 2015; Ho et al. 2020, appendix B);
-    takes the fields of UNetConfig. `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained.
-    With `checkpoint_activations`, stages are computed again in the backward pass: less memory, more time.
+    Takes the fields of UNetConfig. `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained.
+    With `checkpoint_activations`, stages are computed again in the backward pass (Chen et al. 2016).
     """
 
     residual_std: Tensor
@@ -283,13 +281,11 @@ class UNet(nn.Module):
 
     @classmethod
     def from_config(cls, config: UNetConfig | Mapping[str, object]) -> "UNet":
-        """With fresh weights."""
         values = config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config)
         return cls(**values.to_dict())
 
     @property
     def window_multiple(self) -> int:
-        """Windows begin and end at multiples of these pixels."""
         return self.config.size_multiple * max(1, self.config.attention_window)
 
     @property
@@ -298,11 +294,10 @@ class UNet(nn.Module):
 
     @property
     def mean_reach(self) -> int:
-        """See Predictor; 0 without one."""
         return 0 if self.predictor is None else self.predictor.reach
 
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:
-        """(B, C, h, w) -> (B, N, E), or None without cross-attention."""
+        """(B, C, h, w) -> (B, N, E), if any."""
         return None if self.context_extractor is None else self.context_extractor(low_res)
 
     def _build_inputs(self, config: UNetConfig, width: int) -> None:
@@ -354,12 +349,11 @@ class UNet(nn.Module):
         )
 
     def encode_context(self, condition: Condition) -> tuple[Context, Tensor | None]:
-        """What every step needs, and the mean (B, C, H, W); ValueError if a part is missing."""
+        """What every step needs, and the mean (B, C, H, W) if any; ValueError if a part is missing."""
         features, mean = self._features(condition)
         return Context(features, self._keys_values(condition)), mean
 
     def _features(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
-        """(B, D_0, H / p, W / p) and the mean, where there are any."""
         if self.upscaled_stem is None and self.predictor is None:
             return None, None
         if condition.upscaled is None:
@@ -372,7 +366,6 @@ class UNet(nn.Module):
         return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
 
     def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
-        """Of each transformer block, or ()."""
         tokens, kind = condition.tokens, self.config.conditioning
         if not self.config.cross_attends:
             if tokens is not None:
@@ -393,13 +386,7 @@ class UNet(nn.Module):
     def forward(
         self, noisy: Tensor, t: Tensor, context: Context | Condition | Tensor | None = None
     ) -> Tensor:
-        """Predict the target (B, out_channels, H, W).
-
-        Args:
-            noisy: (B, C, H, W), a residual of unit variance made noisy.
-            t: (B,) timesteps.
-            context: encoded or not, or tokens (B, N, E).
-        """
+        """(B, C, H, W) of unit variance, (B,), a condition or tokens (B, N, E) -> (B, out_channels, H, W)."""
         if isinstance(context, Tensor):
             context = Condition(tokens=context)
         if not isinstance(context, Context):
@@ -439,7 +426,6 @@ class UNet(nn.Module):
         return x
 
     def _run(self, part: nn.Module, *inputs: Tensor) -> Any:  # noqa: ANN401  # what the part gives
-        """A part of the network, which may forget its activations (Chen et al. 2016)."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)
@@ -456,4 +442,4 @@ class UNet(nn.Module):
 
 def parameter_count(model: nn.Module) -> int:
     """Of trainable values."""
-    return sum(math.prod(parameter.shape) for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -73,7 +73,7 @@ class RestoreConfig(Options):
     seed: int = option(0, "of the noise: the same seed gives the same bytes", low=0, high=2**63 - 1)
     tile: int | None = option(
         None,
-        "side of the windows a large image is restored in; 0: in one piece; by default by its size",
+        "side of the windows a large image is restored in; 0: in one piece; auto: by its size",
         low=0,
     )
     overlap: int = option(64, "pixels that neighbouring windows share", low=2)
