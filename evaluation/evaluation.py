@@ -21,7 +21,7 @@ from diffusion import ProcessConfig
 from engine.checkpoint import load_model
 from engine.processes import Processes
 from evaluation.config import EvaluationConfig
-from evaluation.images import ImageSet, Picture, printable
+from evaluation.images import ImageSet, Picture, printable, random_of
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
 from evaluation.metrics import to_uint8
 from evaluation.report import Json, Label, Report, Scores
@@ -166,28 +166,24 @@ def _measure_all(
 ) -> tuple[list[list[Measured]], list[str]]:
     """Every image by every method, and why images were left out; each process measures its part."""
     own: dict[int, list[Measured] | str] = {}
-    generator = torch.Generator().manual_seed(seed)
-    shown = tqdm(images.paths, unit="image", disable=None if progress else True, dynamic_ncols=True)
-    for number, path in enumerate(shown):
-        mine = number % processes.world_size == processes.rank
-        try:  # all are read, because the patches of one are drawn after those before it
+    numbers = range(processes.rank, len(images), processes.world_size)
+    for number in tqdm(numbers, unit="image", disable=None if progress else True, dynamic_ncols=True):
+        path = images.paths[number]
+        try:
             picture = images.read(path)
-            height, width = picture.truth.shape[-2:]
-            positions = patch_positions(height, width, patch_count(len(images)), generator)
-            if mine:
-                if not own:  # what the first call alone has to set up belongs to no row
-                    quickest = min(methods[1:], key=lambda one: one.label.steps or 0, default=methods[0])
-                    quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
-                found = [_measure(method, picture, conditions) for method in methods]
-                truth = pyramid_patches(_unit(picture.truth)[0], positions)
-                own[number] = [
-                    (scores, PatchPair(pyramid_patches(restored, positions), truth))
-                    for scores, restored in found
-                ]
+            if not own:  # what the first call alone has to set up belongs to no row
+                quickest = min(methods[1:], key=lambda one: one.label.steps or 0, default=methods[0])
+                quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
+            found = [_measure(method, picture, conditions) for method in methods]
+            size, random = picture.truth.shape[-2:], random_of(path, seed)
+            positions = patch_positions(*size, patch_count(len(images)), random)
+            truth = pyramid_patches(_unit(picture.truth)[0], positions)
+            own[number] = [
+                (scores, PatchPair(pyramid_patches(restored, positions), truth)) for scores, restored in found
+            ]
         except IMAGE_ERRORS as error:
             message = " ".join(str(error).split()) or type(error).__name__
-            if mine:
-                own[number] = printable(message if path.name in message else f"{path}: {message}")
+            own[number] = printable(message if path.name in message else f"{path}: {message}")
     everything = {number: one for part in processes.gather(own) for number, one in part.items()}
     ordered = [everything[number] for number in sorted(everything)]
     failures = [one for one in ordered if isinstance(one, str)]

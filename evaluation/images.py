@@ -73,8 +73,7 @@ class ImageSet:
             )
         truth, scale = truth[:, :height, :width], float(self.scale)
         if self.low_res_paths is None:
-            random = np.random.default_rng((self.seed, *os.fsencode(path.stem)))  # the same among any others
-            low_res = self.degradation(truth, random)
+            low_res = self.degradation(truth, random_of(path, self.seed))
         else:
             low_res = self._read_low_res(find_low_resolution(path, self.low_res_paths, scale), path, truth)
         return Picture(printable(path.name), truth, low_res)
@@ -102,6 +101,11 @@ class ImageSet:
 def _read_planes(path: Path) -> Tensor:
     """(1 or 3, H, W) uint8; 16 bits are rounded to 8, alpha is dropped."""
     return to_uint8(pixels_to_unit(decode_image(path).pixels))
+
+
+def random_of(path: Path, seed: int) -> np.random.Generator:
+    """Of the seed and the file's name: an image has the same numbers among any others."""
+    return np.random.default_rng((seed, *os.fsencode(path.stem)))
 
 
 def printable(name: str) -> str:

@@ -8,6 +8,7 @@ positions, which removes sampling noise (30 to 40 at 512 patches of each Set5 im
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,13 +37,12 @@ def patch_count(images: int) -> int:
     return max(1, min(PATCHES_PER_IMAGE, PATCHES_OF_A_SET // images))
 
 
-def patch_positions(height: int, width: int, count: int, generator: torch.Generator) -> Positions:
+def patch_positions(height: int, width: int, count: int, random: np.random.Generator) -> Positions:
     """Of `count` patches of each level of H x W pixels; sides from 25."""
     positions = []
     for _ in range(LEVELS):
-        rows = torch.randint(height - PATCH + 1, (count,), generator=generator)
-        columns = torch.randint(width - PATCH + 1, (count,), generator=generator)
-        positions.append((rows, columns))
+        rows, columns = (random.integers(side - PATCH + 1, size=count) for side in (height, width))
+        positions.append((torch.from_numpy(rows), torch.from_numpy(columns)))
         height, width = (height + 1) // 2, (width + 1) // 2
     return positions
 

@@ -130,9 +130,10 @@ def assert_is_bicubic_row(row, paths, scale, seed=0):
     psnr = values(lambda a, b: metrics.psnr(a, b, protocol), restored, truth)
     ssim = values(lambda a, b: metrics.ssim(a, b, protocol), restored, truth)
     energy = values(metrics.high_frequency_energy, restored, truth)
-    generator, patches = torch.Generator().manual_seed(seed), []
-    for ours, theirs in zip(restored, truth, strict=True):
-        positions = patch_positions(*theirs.shape[-2:], PATCHES_PER_IMAGE, generator)
+    patches = []
+    for path, ours, theirs in zip(paths, restored, truth, strict=True):
+        random = np.random.default_rng((seed, *path.stem.encode()))
+        positions = patch_positions(*theirs.shape[-2:], PATCHES_PER_IMAGE, random)
         patches.append(PatchPair(*(pyramid_patches(image[0], positions) for image in (ours, theirs))))
     distance = np.mean(patch_distance(patches, seed))
     assert row["psnr"] == pytest.approx(psnr.mean().item(), abs=1e-9)
