@@ -132,7 +132,7 @@ def make_config(args: argparse.Namespace) -> RestoreConfig:
     if args.tile != "auto" and not args.tile.isdecimal():
         raise ValueError(f"--tile is {args.tile!r}: give auto, 0 or a number of pixels")
     config = from_args(RestoreConfig, args, tile=None if args.tile == "auto" else int(args.tile))
-    if args.uncertainty is not None and config.budget.num_images < 2:
+    if args.uncertainty is not None and config.num_images < 2:
         raise ValueError("--uncertainty measures how samples differ: give --num_images of at least 2")
     return config
 

@@ -81,7 +81,7 @@ class TrainedModel:
         """Restoring as infer.py does, to any scale; ValueError for what the network cannot do."""
         own = Restorer(self.loaded, how, self.device, self.precision)
         restorer = restorer_to(scale, [own])
-        samples = how.budget.num_images
+        samples = how.num_images
 
         def restore(low_res: Tensor) -> Estimate:
             found = restorer.restore(unit_to_pixels(low_res), deviation=samples > 1)
@@ -175,8 +175,8 @@ def _measure_all(
                 quickest = min(methods[1:], key=lambda one: one.label.steps or 0, default=methods[0])
                 quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
             found = [_measure(method, picture, conditions) for method in methods]
-            size, random = picture.truth.shape[-2:], random_of(path, seed)
-            positions = patch_positions(*size, patch_count(len(images)), random)
+            height, width = picture.truth.shape[-2:]
+            positions = patch_positions(height, width, patch_count(len(images)), random_of(path, seed))
             truth = pyramid_patches(_unit(picture.truth)[0], positions)
             own[number] = [
                 (scores, PatchPair(pyramid_patches(restored, positions), truth)) for scores, restored in found

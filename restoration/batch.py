@@ -53,13 +53,8 @@ def restore_file(
 ) -> str:
     """Restore one file and write what belongs to it; returns a remark for the user, or "".
 
-    Args:
-        strip: leave out the metadata.
-        background: red, green and blue in [0, 255] to put a transparent image on.
-
-    Raises:
-        ValueError: before the work, an unreadable file or a format that cannot hold the result.
-        OSError: a result could not be written.
+    ValueError, before the work: an unreadable file or a format that cannot hold the result. `strip` leaves
+    out the metadata; `background`, red, green and blue in [0, 255], is put behind a transparent image.
     """
     source = decode_image(task.source)
     if strip:
@@ -93,7 +88,7 @@ def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
 def write_results(
     task: Task, source: DecodedImage, restoration: Restoration, scale: float, truth: Pixels | None
 ) -> None:
-    """Write the side results, then the restored image: where that exists, all of them do."""
+    """The restored image last: where that exists, all of them do."""
     for target in task.targets:
         target.parent.mkdir(parents=True, exist_ok=True)
     if task.comparison is not None:
@@ -111,7 +106,7 @@ def write_results(
 
 
 def describe_failure(error: BaseException, source: Path, target: Path) -> str:
-    """One line that names the file; raises the error where neither file nor disk nor memory are its cause."""
+    """One line that names the file; raises an error that neither file nor disk nor memory caused."""
     if isinstance(error, RuntimeError) and not is_out_of_memory(error):
         raise error
     line = one_line(error)

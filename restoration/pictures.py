@@ -1,6 +1,6 @@
 """What callers hand over, (h, w), as what the network takes, and results (H, W) back."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -45,18 +45,14 @@ class Picture:
 
 
 def to_picture(image: Restorable) -> Picture:
-    """Take any image; ValueError for another type, shape, dtype or range, or an unreadable file."""
-    if isinstance(image, str | Path):
-        return _from_decoded(decode_image(image))
-    if isinstance(image, DecodedImage):
-        return _from_decoded(image)
-    if isinstance(image, Image.Image):
-        return _from_pil(image)
-    if isinstance(image, Tensor):
-        return _from_tensor(image)
-    if isinstance(image, np.ndarray):
-        return _from_pixels(image)
-    raise ValueError(f"an image of type {type(image).__name__}: {ACCEPTED}")
+    """ValueError for another type, shape, dtype or range, or an unreadable file."""
+    decoded = _decoded(image)
+    pixels, alpha = decoded.pixels, decoded.alpha
+    if alpha is not None:
+        pixels = spread_colours(pixels, alpha)
+    floats = isinstance(image, Tensor) and image.is_floating_point()
+    dtype = np.uint8 if floats else pixels.dtype
+    return Picture(to_input(pixels_to_unit(pixels)), alpha, pixels.shape, dtype, decoded.metadata)
 
 
 def to_input(unit: Tensor) -> Tensor:
@@ -73,24 +69,30 @@ def to_deviation(variance: Field) -> npt.NDArray[np.float32]:
     return deviation
 
 
-def _from_decoded(image: DecodedImage) -> Picture:
-    pixels = image.pixels if image.alpha is None else spread_colours(image.pixels, image.alpha)
-    low_res = to_input(pixels_to_unit(pixels))
-    return Picture(low_res, image.alpha, pixels.shape, pixels.dtype, image.metadata)
+def _decoded(image: Restorable) -> DecodedImage:
+    if isinstance(image, str | Path):
+        return decode_image(image)
+    if isinstance(image, DecodedImage):
+        return image
+    if isinstance(image, Image.Image):
+        return _from_pil(image)
+    if isinstance(image, Tensor):
+        return _from_tensor(image)
+    if isinstance(image, np.ndarray):
+        return _from_pixels(image)
+    raise ValueError(f"an image of type {type(image).__name__}: {ACCEPTED}")
 
 
-def _from_pixels(pixels: Pixels) -> Picture:
-    """(h, w) or (h, w, 1, 3 or, with alpha, 4)."""
+def _from_pixels(pixels: Pixels) -> DecodedImage:
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or not pixels.size:
         raise ValueError(f"an array of shape {pixels.shape}: {ACCEPTED}")
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"an array of {pixels.dtype}: {ACCEPTED}")
     has_alpha = pixels.shape[2:] == (4,)
-    colours, alpha = (pixels[..., :3], pixels[..., 3]) if has_alpha else (pixels, None)
-    return _from_decoded(DecodedImage(Path(), colours, alpha))
+    return DecodedImage(Path(), *((pixels[..., :3], pixels[..., 3]) if has_alpha else (pixels, None)))
 
 
-def _from_tensor(image: Tensor) -> Picture:
+def _from_tensor(image: Tensor) -> DecodedImage:
     if image.ndim != 3 or len(image) not in (1, 3, 4) or not image.numel():
         raise ValueError(f"a tensor of shape {tuple(image.shape)}: {ACCEPTED}")
     values = image.detach().cpu()
@@ -100,23 +102,20 @@ def _from_tensor(image: Tensor) -> Picture:
     if not (values.min() >= 0 and values.max() <= 1):  # also where one is not a number
         raise ValueError(f"a tensor of values from {values.min():g} to {values.max():g}: {ACCEPTED}")
     alpha = unit_to_pixels(values[3:]) if len(values) == 4 else None
-    picture = _from_decoded(DecodedImage(Path(), unit_to_pixels(values[:3], np.uint16), alpha))
-    return replace(picture, dtype=np.uint8)
+    return DecodedImage(Path(), unit_to_pixels(values[:3], np.uint16), alpha)
 
 
-def _from_pil(image: Image.Image) -> Picture:
+def _from_pil(image: Image.Image) -> DecodedImage:
     """As a file of it: upright, with alpha and profile."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "F"):
         raise ValueError(f"a PIL image of mode {upright.mode}: {ACCEPTED}")
-    deep = upright.mode.startswith("I;16")
-    if not deep:
-        mode = "L" if upright.mode in ("1", "L", "LA", "La") else "RGB"
-        upright = upright.convert(mode + "A" if upright.has_transparency_data else mode)
-    samples: Pixels = np.asarray(upright, np.uint16) if deep else np.asarray(upright, np.uint8)
     exif = upright.getexif()
     metadata = Metadata(upright.info.get("icc_profile"), exif.tobytes() if exif else None)
-    if samples.shape[2:] not in ((2,), (4,)):
-        return _from_decoded(DecodedImage(Path(), samples, None, metadata))
-    colours = samples[..., 0] if samples.shape[2] == 2 else samples[..., :3]
-    return _from_decoded(DecodedImage(Path(), colours, samples[..., -1], metadata))
+    if upright.mode.startswith("I;16"):
+        return DecodedImage(Path(), np.asarray(upright, np.uint16), None, metadata)
+    mode = "L" if upright.mode in ("1", "L", "LA", "La") else "RGB"
+    if not upright.has_transparency_data:
+        return DecodedImage(Path(), np.asarray(upright.convert(mode)), None, metadata)
+    both = upright.convert(f"{mode}A")
+    return DecodedImage(Path(), np.asarray(both.convert(mode)), np.asarray(both.getchannel("A")), metadata)

@@ -1,7 +1,4 @@
-"""Large images in pieces: overlapping windows, resizing them, and where the whole is kept.
-
-Shapes: B images, C channels, H x W high and h x w low resolution.
-"""
+"""Large images, H x W high and h x w low resolution, in pieces: windows, resizing them, keeping the whole."""
 
 import math
 import os
@@ -36,7 +33,7 @@ class Window(NamedTuple):
         return self.bottom - self.top, self.right - self.left
 
     def grown(self, by: int, height: int, width: int) -> "Window":
-        """With so many pixels more on each side, inside an H x W image."""
+        """With so many pixels more on each side, as far as there are any."""
         top, left = max(0, self.top - by), max(0, self.left - by)
         return Window(top, min(height, self.bottom + by), left, min(width, self.right + by))
 
@@ -58,12 +55,9 @@ class Tile(NamedTuple):
 
 
 def plan_tiles(height: int, width: int, tile: int, overlap: int, margin: int) -> list[Tile]:
-    """Cover an image with square windows whose weights sum to 1 at every pixel.
+    """Cover an image with square windows of side `tile` whose weights sum to 1 at every pixel.
 
-    Args:
-        tile: their side, at least 2 overlap; an image no larger is one window.
-        overlap: pixels that neighbours share.
-        margin: pixels at an inner edge that count nothing, below overlap / 2.
+    Neighbours share `overlap` pixels, at most tile / 2; `margin` of them, below overlap / 2, count nothing.
     """
     assert tile >= max(height, width) or tile >= 2 * overlap > 4 * margin >= 0
     return [
@@ -102,13 +96,9 @@ def row_bands(height: int, width: int, rows: int = NOISE_ROWS) -> Iterator[Windo
         yield Window(top, min(top + rows, height), 0, width)
 
 
-# ---------------------------------------------------------------------------------------- resizing in windows
-
-
 class Scale:
     """High over low resolution, and resizing a window as the whole would be resized."""
 
-    # A fraction p / q: windows are cut where pixels of both resolutions begin, every q and p pixels.
     def __init__(self, factor: float) -> None:
         self.fraction = exact_scale(factor)
 
@@ -120,7 +110,7 @@ class Scale:
         return math.ceil(self.fraction * height), math.ceil(self.fraction * width)
 
     def upscale(self, low_res: Tensor, window: Window) -> Tensor:
-        """The whole (..., h, w) -> a window (..., height, width) of it upscaled."""
+        """A window (..., height, width) of the whole (..., h, w) upscaled."""
         top, bottom = self._low_span(window.top, window.bottom, low_res.shape[-2])
         left, right = self._low_span(window.left, window.right, low_res.shape[-1])
         upscaled = resize(low_res[..., top:bottom, left:right], scale=float(self))
@@ -146,17 +136,14 @@ class Scale:
         return int(self._aligned(start) * self.fraction), min(last, length)
 
     def _aligned(self, start: int) -> int:
-        """Where to begin to read in the low resolution."""
+        """Where to begin to read: pixels of both resolutions begin every q and p of a scale p / q."""
         return max(0, (start - _BICUBIC_REACH) // self.fraction.denominator * self.fraction.denominator)
-
-
-# ------------------------------------------------------------------------------------------------- the fields
 
 
 class Field:
     """A float32 array (B, C, H, W) of zeros, in memory or, if large, in an unnamed file.
 
-    Windows are handed out on the device; OSError where the folder of temporary files has no room.
+    OSError where the folder of temporary files has no room.
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
@@ -164,34 +151,25 @@ class Field:
         size = bytes_on_disk(shape)
         self._tensor = None if size else torch.zeros(shape, device=device)
         self._file = tempfile.TemporaryFile(prefix="field-") if size else None  # noqa: SIM115
-        self.clear()
-
-    def bands(self) -> Iterator[Window]:
-        """The whole, from the top."""
-        return row_bands(*self.shape[-2:])
-
-    def clear(self) -> None:
-        """Set all to zero."""
-        if self._tensor is not None:
-            self._tensor.zero_()
         if self._file is not None:
-            self._file.truncate(0)
-            size = bytes_on_disk(self.shape)
             try:
                 _reserve(self._file.fileno(), size)
             except OSError as error:
                 reason = f"{tempfile.gettempdir()} has no room for {size / 1e6:.0f} MB ({error.strerror})"
                 raise OSError(f"{reason}: set TMPDIR to a folder with more room") from error
 
+    def bands(self) -> Iterator[Window]:
+        return row_bands(*self.shape[-2:])
+
     def read(self, window: Window, image: int | None = None) -> Tensor:
-        """A copy (b, C, height, width): of one image, or of all."""
+        """A copy (b, C, height, width) on the device, of one image or of all."""
         place = _place(window, image)
         if self._tensor is not None:
             return self._tensor[place].clone()
         return torch.from_numpy(np.array(self._mapped()[place])).to(self.device)
 
     def write(self, window: Window, values: Tensor, image: int | None = None) -> None:
-        """Replace the window's values by (b, C, height, width)."""
+        """Replace by (b, C, height, width)."""
         place = _place(window, image)
         if self._tensor is not None:
             self._tensor[place] = values
@@ -199,7 +177,7 @@ class Field:
             self._mapped()[place] = values.cpu().numpy()
 
     def add(self, window: Window, values: Tensor, image: int | None = None) -> None:
-        """Add (b, C, height, width) to the window's values."""
+        """Add (b, C, height, width)."""
         self.write(window, self.read(window, image) + values, image)
 
     def _mapped(self) -> npt.NDArray[np.float32]:
