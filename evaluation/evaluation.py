@@ -1,8 +1,4 @@
-"""Measure bicubic, trained models and any other restorer on a set of images.
-
-A restorer maps low_res (C, h, w) in [0, 1] to (C, H, W) in [0, 1], C 1 or 3, rounded to uint8 before
-measuring.
-"""
+"""Measure bicubic, trained models and any other restorer on a set of images."""
 
 import math
 import platform
@@ -37,9 +33,6 @@ CPU = torch.device("cpu")
 IMAGE_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
-# --------------------------------------------------------------------------------------------------- methods
-
-
 class Estimate(NamedTuple):
     """(C, H, W) in [0, 1], and the samples' deviation (H, W)."""
 
@@ -49,7 +42,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One row; `device` is where it computes."""
+    """One row: `restore` takes low_res (C, h, w) in [0, 1], C 1 or 3, and computes on `device`."""
 
     label: Label
     restore: Callable[[Tensor], Tensor | Estimate]
@@ -57,7 +50,7 @@ class Method:
 
 
 def bicubic_method(config: EvaluationConfig) -> Method:
-    """Of 8-bit images, on the CPU: the same to the last digit everywhere."""
+    """Of 8-bit images, on the CPU."""
 
     def restore(low_res: Tensor) -> Tensor:
         return resize(to_uint8(low_res), scale=config.scale, border=config.border).float() / 255
@@ -66,10 +59,7 @@ def bicubic_method(config: EvaluationConfig) -> Method:
 
 
 class TrainedModel:
-    """A checkpoint (.pth) or an exported model (.safetensors), or CheckpointError.
-
-    `precision`: dtype to autocast to, None for float32.
-    """
+    """A file of a model, or CheckpointError; `precision` to autocast to, None for float32."""
 
     def __init__(
         self, path: str | Path, device: torch.device = CPU, precision: torch.dtype | None = None
@@ -78,7 +68,7 @@ class TrainedModel:
         self.path, self.device, self.precision = Path(path), device, precision
 
     def method(self, how: RestoreConfig, scale: float) -> Method:
-        """Restoring as infer.py does, to any scale; ValueError for what the network cannot do."""
+        """Restoring as infer.py does; ValueError for what the network cannot do."""
         own = Restorer(self.loaded, how, self.device, self.precision)
         restorer = restorer_to(scale, [own])
         samples = how.num_images
@@ -107,8 +97,6 @@ class TrainedModel:
         }
 
 
-# ------------------------------------------------------------------------------------------------- measuring
-
 Measured: TypeAlias = tuple[Scores, PatchPair]  # of one image by one method
 
 
@@ -124,15 +112,13 @@ def evaluate(
 ) -> Report:
     """Measure bicubic and other methods, one image in memory at a time.
 
-    The same arguments give the same numbers, but for time and memory. An image that fails is left out of
-    every row, and named; ValueError where all do, or LPIPS's weights are wrong.
+    An image that fails is left out of every row, and named; ValueError where all do, or of LPIPS's weights.
 
     Args:
         methods: see TrainedModel.method; for your own restorer, Method(Label("mine"), restore).
         device: where LPIPS is computed.
         facts: more for the protocol, such as which model it was.
-        progress: show a progress bar on stderr, if that is a terminal.
-        processes: this process among those that share the images; all of them get the report.
+        processes: all of them get the report.
     """
     conditions = _conditions(config, device)
     methods = (bicubic_method(config), *methods)
@@ -164,7 +150,7 @@ def _measure_all(
     progress: bool,
     processes: Processes,
 ) -> tuple[list[list[Measured]], list[str]]:
-    """Every image by every method, and why images were left out; each process measures its part."""
+    """Every image by every method, and why images were left out."""
     own: dict[int, list[Measured] | str] = {}
     numbers = range(processes.rank, len(images), processes.world_size)
     for number in tqdm(numbers, unit="image", disable=None if progress else True, dynamic_ncols=True):
@@ -191,7 +177,7 @@ def _measure_all(
 
 
 def _measure(method: Method, picture: Picture, conditions: Conditions) -> tuple[Scores, Tensor]:
-    """Scores of one picture, and the result (C, H, W) as an 8-bit file holds it."""
+    """Scores, and the result (C, H, W) as an 8-bit file holds it."""
     low_res = _unit(picture.low_res)
     found, seconds, peak_bytes = _timed(method, low_res[0])
     estimate = found if isinstance(found, Estimate) else Estimate(found)
@@ -217,7 +203,6 @@ def _timed(method: Method, low_res: Tensor) -> tuple[Tensor | Estimate, float, f
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was handed to the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -228,7 +213,7 @@ def _unit(pixels: Tensor) -> Tensor:
 
 
 def _conditions(config: EvaluationConfig, device: torch.device) -> Conditions:
-    """What the metrics depend on, and LPIPS if it is wanted and can be had."""
+    """LPIPS if it is wanted and can be had."""
     if not config.lpips:
         return Conditions(config.protocol, config.border)
     try:
@@ -241,7 +226,6 @@ def _conditions(config: EvaluationConfig, device: torch.device) -> Conditions:
 def _protocol(
     images: ImageSet, config: EvaluationConfig, conditions: Conditions, device: torch.device
 ) -> dict[str, Json]:
-    """All that the numbers depend on, and what each of them means."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "data": images.folder,

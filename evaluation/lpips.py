@@ -20,21 +20,17 @@ BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeE
 
 
 class MetricUnavailableError(Exception):
-    """A package or weights cannot be had; says why in one line."""
+    """Says why in one line."""
 
 
 class Lpips:
-    """LPIPS (Zhang et al. 2018) of AlexNet, version 0.1.
-
-    Heads come with torchmetrics, features from a file, or torchvision fetches them once (233 MB).
+    """Of AlexNet, version 0.1.
 
     Args:
-        weights: AlexNet's features under torchvision's names, .pth or .safetensors; else SR_LPIPS_WEIGHTS.
+        weights: features under torchvision's names, .pth or .safetensors; else SR_LPIPS_WEIGHTS, or fetched.
         timeout: seconds that the server may stay silent.
 
-    Raises:
-        ValueError: the file is missing or holds others.
-        MetricUnavailableError: a package is missing, or the weights cannot be fetched.
+    ValueError: other weights. MetricUnavailableError: a package is missing, or the download failed.
     """
 
     def __init__(
@@ -52,7 +48,7 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, restored: Tensor, truth: Tensor) -> Tensor:
-        """Distance (B,) of two (B, C, H, W), C 1 or 3, sides from 32, clipped to [0, 1]."""
+        """(B,) of two (B, C, H, W), C 1 or 3, sides from 32, clipped to [0, 1]."""
         check_pair(restored, truth)
         batch, channels, height, width = truth.shape
         if min(height, width) < 32 or channels not in (1, 3):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write``, given a temporary path, make the content of ``path``; its errors change nothing."""
+    """``write`` makes the content of ``path`` under a temporary one; its errors change nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is one step only within a file system. Named here rather than by
     # tempfile, which would make the file readable to its owner alone.
@@ -22,5 +22,4 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """As write_atomically, in UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -33,13 +33,12 @@ class Task:
 
     @property
     def maps(self) -> list[Path]:
-        """Picture and array of the standard deviation, if wanted."""
         path = self.uncertainty  # with_suffix would cut a name at a dot of its own
         return [] if path is None else [path.with_name(path.name + ending) for ending in (".png", ".npy")]
 
     @property
     def targets(self) -> list[Path]:
-        """Every file that is written, the result last."""
+        """The result last."""
         return [*([] if self.comparison is None else [self.comparison]), *self.maps, self.target]
 
 
@@ -51,10 +50,10 @@ def restore_file(
     strip: bool = False,
     background: tuple[int, ...] | None = None,
 ) -> str:
-    """Restore one file and write what belongs to it; returns a remark for the user, or "".
+    """Restore one file, write what belongs to it, and return a remark for the user, or "".
 
-    ValueError, before the work: an unreadable file or a format that cannot hold the result. `strip` leaves
-    out the metadata; `background`, red, green and blue in [0, 255], is put behind a transparent image.
+    ValueError, before the work: an unreadable file or a format that cannot hold the result. `background` is
+    red, green and blue in [0, 255].
     """
     source = decode_image(task.source)
     if strip:
@@ -73,7 +72,7 @@ def restore_file(
 
 
 def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
-    """The image over red, green and blue in [0, 255], without alpha; grey stays grey over a grey."""
+    """Over red, green and blue in [0, 255]; grey stays grey over a grey."""
     assert image.alpha is not None
     largest = int(np.iinfo(image.pixels.dtype).max)
     height, width = image.alpha.shape
@@ -88,7 +87,6 @@ def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
 def write_results(
     task: Task, source: DecodedImage, restoration: Restoration, scale: float, truth: Pixels | None
 ) -> None:
-    """The restored image last: where that exists, all of them do."""
     for target in task.targets:
         target.parent.mkdir(parents=True, exist_ok=True)
     if task.comparison is not None:
@@ -106,7 +104,7 @@ def write_results(
 
 
 def describe_failure(error: BaseException, source: Path, target: Path) -> str:
-    """One line that names the file; raises an error that neither file nor disk nor memory caused."""
+    """Names the file; raises what neither file nor disk nor memory caused."""
     if isinstance(error, RuntimeError) and not is_out_of_memory(error):
         raise error
     line = one_line(error)
@@ -118,5 +116,4 @@ def describe_failure(error: BaseException, source: Path, target: Path) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, or what it is."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -24,8 +24,6 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Picture:
-    """An image on its way through the network."""
-
     low_res: Tensor  # (3, h, w) in [-1, 1]; grey is repeated
     alpha: Pixels | None  # (h, w)
     shape: tuple[int, ...]  # (h, w), (h, w, 1) or (h, w, 3), of the pixels without alpha
@@ -33,7 +31,7 @@ class Picture:
     metadata: Metadata = field(default_factory=Metadata)
 
     def to_pixels(self, restored: Field) -> Pixels:
-        """(1, 3, H, W) in [0, 1] as pixels; grey is the mean of the channels."""
+        """(1, 3, H, W) in [0, 1]; grey is the mean of the channels."""
         colour = self.shape[2:] == (3,)
         height, width = restored.shape[-2:]
         pixels = np.empty((height, width, 3) if colour else (height, width), self.dtype)
@@ -45,7 +43,7 @@ class Picture:
 
 
 def to_picture(image: Restorable) -> Picture:
-    """ValueError for another type, shape, dtype or range, or an unreadable file."""
+    """ValueError for anything else than ACCEPTED, or an unreadable file."""
     decoded = _decoded(image)
     pixels, alpha = decoded.pixels, decoded.alpha
     if alpha is not None:
@@ -56,13 +54,13 @@ def to_picture(image: Restorable) -> Picture:
 
 
 def to_input(unit: Tensor) -> Tensor:
-    """(..., 1 or 3, h, w) in [0, 1] as (..., 3, h, w) in [-1, 1]."""
+    """(..., 1 or 3, h, w) in [0, 1] to (..., 3, h, w) in [-1, 1]."""
     grey = unit.shape[-3] == 1
     return to_model_range(unit.expand(*unit.shape[:-3], 3, -1, -1) if grey else unit)
 
 
 def to_deviation(variance: Field) -> npt.NDArray[np.float32]:
-    """Variances (1, 3, H, W) as deviations (H, W), root mean square over the channels."""
+    """Variances (1, 3, H, W) to (H, W), root mean square over the channels."""
     deviation = np.empty(variance.shape[-2:], np.float32)
     for band in variance.bands():
         deviation[band.top : band.bottom] = variance.read(band)[0].mean(dim=0).sqrt().cpu().numpy()
@@ -106,7 +104,7 @@ def _from_tensor(image: Tensor) -> DecodedImage:
 
 
 def _from_pil(image: Image.Image) -> DecodedImage:
-    """As a file of it: upright, with alpha and profile."""
+    """Upright, with alpha and profile."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "F"):
         raise ValueError(f"a PIL image of mode {upright.mode}: {ACCEPTED}")

@@ -1,7 +1,4 @@
-"""Any enlargement with any model: it is applied as often as needed, then bicubic shrinks the result.
-
-Shapes: H x W pixels of the result, h x w of the input.
-"""
+"""Any enlargement with any model: applied as often as needed, then bicubic shrinks the result to H x W."""
 
 import itertools
 import math
@@ -30,10 +27,7 @@ ArrayT = TypeVar("ArrayT", bound=npt.NDArray[Any])
 
 
 def plan_chain(scale: float, factors: Sequence[float]) -> tuple[float, ...]:
-    """The fewest factors whose product exceeds the scale least, the largest first: 8 is 4, 2 of 2 and 4.
-
-    OptionError for a scale that is not above 1 and at most 16.
-    """
+    """The fewest factors whose product exceeds the scale least, the largest first; or OptionError."""
     if not 1 < scale <= LARGEST_SCALE:
         raise OptionError("scale", scale, f"give a number above 1 and at most {LARGEST_SCALE:g}")
     least = min(factors)
@@ -49,9 +43,9 @@ def plan_chain(scale: float, factors: Sequence[float]) -> tuple[float, ...]:
 
 
 def find_weights(name: str | Path | None = None, scale: float | None = None) -> list[Path]:
-    """The files of "photo" or "clean", the project's own for this enlargement, or the one of a path.
+    """Of "photo" or "clean", the project's own, or of a path.
 
-    None is clean, but photo where there is such a file for the first pass, which sees the photo.
+    None is clean, but photo for the first pass, which sees the photo, where there is such a file.
     """
     if name is not None and name not in KINDS:
         return [Path(name)]
@@ -65,12 +59,7 @@ def find_weights(name: str | Path | None = None, scale: float | None = None) -> 
 
 
 class AnyScale:
-    """Restores to `scale`, as Restorer does to that of its model.
-
-    Args:
-        restorers: applied one after the other, on the pixels that a file would have.
-        scale: at most the product of theirs; ValueError otherwise.
-    """
+    """As Restorer, to any `scale` up to the product of those of restorers applied in turn, or ValueError."""
 
     def __init__(self, restorers: Sequence[Restorer], scale: float) -> None:
         self.restorers, self.scale = restorers, Scale(scale)
@@ -93,7 +82,7 @@ class AnyScale:
         progress: Progress = no_progress,
         tokens: Tensor | None = None,
     ) -> Restoration:
-        """As Restorer.restore; ValueError for the deviation of more than one model in a row."""
+        """ValueError for the deviation of more than one model in a row."""
         if deviation and len(self.restorers) > 1:
             raise ValueError(f"an uncertainty map needs one pass: scale {float(self.scale):g} takes several")
         done, size = 0.0, (0, 0)
@@ -116,20 +105,20 @@ class AnyScale:
         )
 
     def __call__(self, low_res: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """As Restorer.__call__: (..., C, h, w) in [0, 1] to (..., C, H, W), on the CPU."""
+        """(..., C, h, w) in [0, 1] to (..., C, H, W), on the CPU."""
         restored = low_res
         for restorer in self.restorers:
             restored = restorer(restored, tokens)
         return self._shrink(restored, self.scale.high_size(*low_res.shape[-2:])).clamp(0, 1)
 
     def _shrink_array(self, image: ArrayT, size: tuple[int, int]) -> ArrayT:
-        """(height, width) or (height, width, C) to H x W."""
+        """(height, width[, C]) to H x W."""
         planes = torch.from_numpy(image if image.ndim == 2 else image.transpose(2, 0, 1))
         shrunk = self._shrink(planes, size).numpy()
         return cast(ArrayT, np.ascontiguousarray(shrunk if image.ndim == 2 else shrunk.transpose(1, 2, 0)))
 
     def _shrink(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """(..., height, width) to (..., H, W), in bands: float64 of the whole would fill the memory."""
+        """In bands: float64 of the whole would fill the memory."""
         if self._excess.fraction == 1:
             return image[..., : size[0], : size[1]]
         bands = []
@@ -140,7 +129,7 @@ class AnyScale:
 
 
 def restorer_to(scale: float | None, restorers: Sequence[Restorer]) -> Restorer | AnyScale:
-    """The one restorer, where the scale is its own or None; or the fitting chain of the restorers."""
+    """The one restorer, if the scale is its own or None; else the fitting chain."""
     by_factor = {float(one.scale): one for one in restorers}
     own = next(iter(by_factor))
     if len(restorers) == 1 and (scale is None or abs(scale - own) < 1e-4):
@@ -160,15 +149,14 @@ def restore(
     progress: Progress = no_progress,
     tokens: Tensor | None = None,
 ) -> Restoration:
-    """Restore one picture; `image`, `progress` and `tokens` as Restorer.restore takes them.
+    """Restore one picture, see Restorer.restore.
 
     Args:
         model: loaded, or as `find_weights` takes it.
         scale: the enlargement, above 1 and at most 16; None is the model's, or 4.
         device, precision: see engine.device.
 
-    Raises:
-        ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
+    ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
     """
     chosen = select_device(device)
     dtype = autocast_dtype(chosen, precision)

@@ -91,7 +91,6 @@ class Restoration:
     metadata: Metadata = field(default_factory=Metadata)  # of the input's file
 
     def save(self, path: str | Path) -> None:
-        """As imaging.files.write_image does."""
         pixels = self.pixels[..., 0] if self.pixels.shape[2:] == (1,) else self.pixels
         write_image(path, pixels, self.alpha, metadata=self.metadata)
 
@@ -103,9 +102,9 @@ def no_progress(_: float) -> None:
 def blend(
     clean: LoadedModel[NetworkT], photo: LoadedModel[NetworkT], strength: float
 ) -> LoadedModel[NetworkT]:
-    """The model of weights clean + strength (photo - clean), strength in [0, 1] (Wang et al. 2019).
+    """Weights clean + strength (photo - clean) (Wang et al. 2019).
 
-    ValueError: another strength, or their networks, processes or enlargements differ.
+    ValueError for a strength outside [0, 1], or where their networks, processes or enlargements differ.
     """
     if not 0 <= strength <= 1:
         raise OptionError("strength", strength, "give a number from 0, clean, to 1, photo")
@@ -127,11 +126,8 @@ def blend(
 class Restorer:
     """Restores images with one network, which moves to the device, and one configuration.
 
-    Args:
-        precision: dtype to autocast the network to, None for float32.
-
-    `steps` of the sampler are none where the network's mean is the result. ValueError: an untrained network
-    or one not for RGB, or options it cannot follow (OptionError).
+    `precision`: dtype to autocast to, None for float32. `steps` are none where the mean is the result.
+    ValueError: an untrained network or one not for RGB, or options it cannot follow.
     """
 
     def __init__(
@@ -174,16 +170,15 @@ class Restorer:
         progress: Progress = no_progress,
         tokens: Tensor | None = None,
     ) -> Restoration:
-        """Restore one picture: grey stays grey, 16 bits stay 16, alpha is restored too.
+        """Restore a picture: grey stays grey, 16 bits stay 16, alpha is restored too.
 
         Args:
-            image: a file or what it holds, a PIL image, an array or a tensor, see pictures.ACCEPTED.
+            image: see pictures.ACCEPTED.
             deviation: measure the standard deviation over the samples.
             tokens: (N, E), of the encoder that the network was trained with.
 
-        Raises:
-            ValueError: another image, the deviation of one sample, tokens that the network does not take.
-            OSError: no room in the folder of temporary files.
+        ValueError: another image, the deviation of one sample, tokens that the network does not take.
+        OSError: no room for temporary files.
         """
         if deviation and self.config.num_images < 2:
             raise ValueError("an uncertainty map needs num_images of at least 2")
@@ -198,9 +193,9 @@ class Restorer:
         )
 
     def __call__(self, low_res: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """As `restore`, before it rounds: (C, h, w) or (B, C, h, w) to (C, H, W) or (B, C, H, W).
+        """(B, C, h, w) or (C, h, w), C 1 or 3, and tokens (B, N, E), to H x W, float32 on the CPU.
 
-        In [0, 1], float32 on the CPU, C 1 or 3. Tokens are (B, N, E). All images have the same noise.
+        Unlike `restore`, it rounds nothing; all images have the same noise.
         """
         if low_res.ndim not in (3, 4) or low_res.shape[-3] not in (1, 3) or not low_res.numel():
             raise ValueError(
@@ -214,7 +209,6 @@ class Restorer:
         return restored if low_res.ndim == 4 else restored[0]
 
     def _restore_alpha(self, alpha: Pixels) -> Pixels:
-        """(h, w) to (H, W)."""
         if alpha.min() == alpha.max():
             return np.full(self.scale.high_size(*alpha.shape), alpha.flat[0], alpha.dtype)
         mask = to_picture(alpha)
@@ -228,7 +222,7 @@ class Restorer:
     def _restore(
         self, low_res: Tensor, deviation: bool, progress: Progress, tokens: Tensor | None
     ) -> tuple[Field, Field | None]:
-        """(B, C, h, w) in [-1, 1] to mean and variance (B, C, H, W) of the samples in [0, 1]."""
+        """Mean and variance of the samples in [0, 1], of (B, C, h, w) in [-1, 1]."""
         if tokens is None and self.config.guidance != 1:
             raise OptionError(
                 "guidance", self.config.guidance, "it strengthens tokens: give some, or leave it out"
@@ -254,7 +248,7 @@ class Restorer:
         progress: Progress,
         tokens: Tensor | None = None,
     ) -> tuple[Field, Field | None]:
-        """Mean and, if wanted, variance of `count` samples (Welford 1962)."""
+        """Welford 1962."""
         shape = (*low_res.shape[:2], *self.scale.high_size(*low_res.shape[-2:]))
         remembered = max((len(step.clean_weights) + 1 for step in steps), default=0)
         check_room(shape, fields=remembered + 1 + deviation + (self.network.mean_reach > 0))
@@ -279,7 +273,7 @@ class Restorer:
     def _samples(
         self, base: Base, steps: Sequence[Step], count: int, progress: Progress
     ) -> Iterator[tuple[Field | None, int]]:
-        """Residuals of each sample, and where its images begin in them; (None, 0) without steps."""
+        """Residuals, and where the images of each sample begin; (None, 0) without steps."""
         if not steps:
             yield None, 0
             return
@@ -292,7 +286,7 @@ class Restorer:
             done += together
 
     def _sample(self, base: Base, steps: Sequence[Step], numbers: range, progress: Progress) -> Field:
-        """Unit-variance residuals (n B, C, H, W): the samples of those numbers, made together."""
+        """Unit-variance residuals (n B, C, H, W) of the samples of those numbers."""
         images, channels = base.low_res.shape[:2]
         streams = [noise_stream(self.config.seed, number) for number in numbers for _ in range(images)]
         noisy = Field((len(streams), channels, *base.size), self.device)
@@ -316,7 +310,7 @@ class Restorer:
 
 
 def project(restored: Field, target: Tensor, scale: Scale, border: Border) -> None:
-    """Make images in [0, 1] shrink to their inputs (B, C, h, w): back-projection (Irani & Peleg 1991)."""
+    """Make images shrink to their inputs: back-projection (Irani & Peleg 1991)."""
     for _ in range(CONSISTENCY_ROUNDS):
         error = target.clone()
         for low in row_bands(*target.shape[-2:]):
@@ -328,7 +322,7 @@ def project(restored: Field, target: Tensor, scale: Scale, border: Border) -> No
 
 
 def check_room(shape: Shape, fields: int) -> None:
-    """OSError where so many arrays (B, C, H, W) have no room in the folder of temporary files."""
+    """OSError where so many fields have no room."""
     needed, folder = fields * bytes_on_disk(shape), tempfile.gettempdir()
     if needed and needed > (free := shutil.disk_usage(folder).free):
         raise OSError(
@@ -338,7 +332,7 @@ def check_room(shape: Shape, fields: int) -> None:
 
 
 def _border(degradation: Mapping[str, object]) -> Border:
-    """What bicubic saw beyond the edge when it shrank the images; OptionError for another degradation."""
+    """OptionError for another degradation than bicubic."""
     kind = degradation.get("kind", "bicubic")
     if kind != "bicubic":
         raise OptionError(
