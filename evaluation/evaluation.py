@@ -25,6 +25,7 @@ from evaluation.table import METRICS, Conditions, Pair
 from evaluation.wasserstein import PatchPair, patch_count, patch_positions, pyramid_patches
 from imaging.files import pixels_to_unit, unit_to_pixels
 from restoration import RestoreConfig, Restorer
+from restoration.batch import one_line
 from restoration.rescaled import restorer_to
 from unet import UNet
 
@@ -168,7 +169,7 @@ def _measure_all(
                 (scores, PatchPair(pyramid_patches(restored, positions), truth)) for scores, restored in found
             ]
         except IMAGE_ERRORS as error:
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = one_line(error)
             own[number] = printable(message if path.name in message else f"{path}: {message}")
     everything = {number: one for part in processes.gather(own) for number, one in part.items()}
     ordered = [everything[number] for number in sorted(everything)]

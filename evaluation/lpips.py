@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluation.metrics import check_pair
+from restoration.batch import one_line
 
 WEIGHTS_VARIABLE = "SR_LPIPS_WEIGHTS"
 BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, TypeError)
@@ -92,7 +93,7 @@ def _load_network(kind: Literal["alex", "vgg"], path: Path | None, timeout: floa
             names = {own: f"features.{own.split('.', 1)[1]}" for own in backbone.state_dict()}
             backbone.load_state_dict({own: features[original] for own, original in names.items()})
     except BAD_FILE as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"{path} does not hold torchvision's {name} features: {reason}") from error
     return network
 
@@ -108,8 +109,7 @@ def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
         network: nn.Module = _LPIPS(net=kind, pnet_rand=not fetch)
     except (ImportError, OSError, RuntimeError) as error:
         # Not installed; no network, no space or no permission; a download that fails its checksum.
-        reason = " ".join(str(error).split())
-        raise MetricUnavailableError(f"{type(error).__name__}: {reason}") from error
+        raise MetricUnavailableError(f"{type(error).__name__}: {one_line(error)}") from error
     finally:
         socket.setdefaulttimeout(silence)
     return network

@@ -4,6 +4,10 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -19,6 +23,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    with path.open("wb") as stream:  # given a path, np.save would add a suffix
+        np.save(stream, array)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from imaging.atomic import write_atomically
+from imaging.atomic import save_array, write_atomically
 from imaging.files import read_rgb
 
 if sys.platform != "win32":
@@ -56,7 +56,7 @@ class CachedReader:
         if not refused and used + pixels.nbytes <= self.limit_bytes:
             self._state[0] += pixels.nbytes
             try:
-                write_atomically(kept, lambda partial: _save_array(partial, pixels))  # never half a file
+                write_atomically(kept, lambda partial: save_array(partial, pixels))  # never half a file
             except OSError as error:
                 self._state[0] -= pixels.nbytes
                 self._give_up(error)
@@ -69,11 +69,6 @@ class CachedReader:
                 "no more decoded images are kept (%s in %s): set TMPDIR to a larger disk, or allow less",
                 *(error.strerror or error, self._folder or "the temporary folder"),
             )
-
-
-def _save_array(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
-    with path.open("wb") as stream:  # given a path, np.save would add a suffix
-        np.save(stream, pixels)
 
 
 def _own_folder(owner: object) -> Path:
