@@ -1,8 +1,6 @@
 """Everything that bench/RESULTS.md holds, measured in one run: `make bench`.
 
-A part of it, here what one peer reaches in 25 minutes:
-python -m bench --only quality --networks "diffusers UNet2DModel" --seconds 1500 --out longer.md
-
+A part: python -m bench --only quality --networks "diffusers UNet2DModel" --seconds 1500 --out longer.md
 Photos come from the folder that SR_DATA names; without it the rows that need photos say so.
 """
 
@@ -35,7 +33,6 @@ PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "Pillow", "open
 
 
 def machine(device: torch.device) -> list[str]:
-    """The machine in words, the versions and the commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -56,7 +53,6 @@ def ratios(timings: Mapping[str, Timing], ours: str = OURS) -> dict[str, str]:
 
 
 def speed_of_training(device: torch.device, rounds: int) -> list[str]:
-    """Images per second of an optimiser step."""
     lines = ["## Training, x4: images per second", ""]
     for size, batch in ((128, 4), (256, 1)) if device.type == "cpu" else ((128, 128), (256, 32)):
         models = contenders(device)
@@ -72,10 +68,7 @@ def speed_of_training(device: torch.device, rounds: int) -> list[str]:
 
 
 def speed_of_restoring(device: torch.device, rounds: int) -> list[str]:
-    """One denoising step on a 1024² image; ten of them are a restoration.
-
-    On a CPU each is timed once: the peers attend over 65536 tokens, which takes them a minute or more.
-    """
+    """On a CPU each is timed once: the peers attend over 65536 tokens, for a minute or more."""
     models = {name: one.eval() for name, one in contenders(device).items()}
     works = {name: networks.denoising_step(one, 1024, device) for name, one in models.items()}
     cuda = device.type == "cuda"
@@ -91,7 +84,7 @@ def speed_of_restoring(device: torch.device, rounds: int) -> list[str]:
 
 
 def speed_of_enlarging(device: torch.device) -> list[str]:
-    """From 256² to 1024², beside networks that do it in one pass, each once."""
+    """Beside networks that do it in one pass, each once."""
     ours = our_network(device).eval()
     works = {
         f"{OURS}, {name}": networks.restoration(ours, 256, steps, device)
@@ -119,7 +112,7 @@ def speed_of_enlarging(device: torch.device) -> list[str]:
 def quality(
     device: torch.device, seconds: float, photos: Path | None, names: Sequence[str] | None = None
 ) -> list[str]:
-    """PSNR after equal training time, of all networks or of the named ones."""
+    """PSNR after equal training time."""
     if photos is None:
         return ["Quality was not measured: SR_DATA does not name a folder with test/Set5 and train.", ""]
     images = ImageSet(photos / "test" / "Set5", EvaluationConfig(networks.SCALE))
@@ -137,7 +130,7 @@ def quality(
 
 
 def floor(device: torch.device) -> list[str]:
-    """How far an optimiser step is from what the machine's matrix products allow."""
+    """How far an optimiser step is from the machine's matrix products."""
     batch, size = (16, 64) if device.type == "cpu" else (128, 128)
     ceiling = networks.matrix_product_rate(device, 2048 if device.type == "cpu" else 8192)
     rows = []
@@ -159,7 +152,6 @@ def floor(device: torch.device) -> list[str]:
 
 
 def reading(photos: Path | None, device: torch.device) -> list[str]:
-    """Resizing, crops, and waiting for data."""
     lines = ["## Resizing uint8 RGB, bicubic: milliseconds", ""]
     for name, timings in data.resizing().items():
         ours = next(iter(timings))
@@ -180,7 +172,6 @@ def reading(photos: Path | None, device: torch.device) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=2)
@@ -192,7 +183,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
     started = time.perf_counter()
     device = select_device(args.device)

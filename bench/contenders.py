@@ -1,7 +1,7 @@
 """The networks that are compared: this project's, and those that people would use instead.
 
-Every peer is built as its documentation shows, for six input channels (noisy residual, upscaled image) and
-three output channels, with as many parameters as ours within 20 %, and trained and sampled by our code.
+Every peer is built as its documentation shows, of six input and three output channels and as many parameters
+as ours within 20 %, and trained and sampled by our code.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,7 @@ TOKENS, TOKEN_WIDTH = 16, 64
 
 
 class Peer(nn.Module):
-    """Another library's UNet behind this project's interface, see diffusion.Network.
-
-    Args:
-        network: (B, 6, H, W), (B,) timesteps -> (B, 3, H, W).
-    """
+    """Another library's UNet, (B, 6, H, W), (B,) -> (B, 3, H, W), as a diffusion.Network."""
 
     residual_std: Tensor
     scale: Tensor
@@ -37,12 +33,10 @@ class Peer(nn.Module):
         self.register_buffer("scale", torch.zeros(()))
 
     def encode_context(self, condition: Condition) -> tuple[Tensor, None]:
-        """The upscaled image, and no mean."""
         assert condition.upscaled is not None
         return condition.upscaled, None
 
     def forward(self, noisy: Tensor, t: Tensor, upscaled: Tensor) -> Tensor:
-        """(B, 3, H, W), (B,), (B, 3, H, W) -> (B, 3, H, W)."""
         return self.call(self.network, torch.cat([noisy, upscaled], dim=1), t)
 
 
@@ -97,12 +91,11 @@ NAMES = (OURS, *PEERS)
 
 
 def our_network(device: torch.device) -> nn.Module:
-    """The network of the recipe."""
     settings, _ = parse([f"@{RECIPE}"])
     return make_model(settings, device)
 
 
 def contenders(device: torch.device) -> dict[str, nn.Module]:
-    """Every network, untrained, on its device."""
+    """Untrained."""
     torch.manual_seed(0)
     return {OURS: our_network(device)} | {name: build().to(device) for name, build in PEERS.items()}

@@ -31,7 +31,7 @@ CACHE_BYTES = 2**30
 
 
 def resizers(image: Pixels, side: int) -> dict[str, Callable[[], object]]:
-    """Everything that makes (H, W, 3) uint8 into (side, side, 3) uint8 by a bicubic filter."""
+    """What makes (H, W, 3) uint8 into (side, side, 3) uint8 by a bicubic filter."""
     factor = side / len(image)
 
     def exact() -> Pixels:
@@ -62,7 +62,7 @@ def resizing(rounds: int = 41) -> dict[str, dict[str, Timing]]:
 
 
 def crops_per_second(rounds: int = 5) -> dict[str, Timing]:
-    """An epoch of crops from large PNGs: from the cache of decoded images, and decoding each time."""
+    """An epoch of crops from large PNGs, cached and decoded each time."""
     with tempfile.TemporaryDirectory() as folder:
         for index in range(PHOTOS):
             tile = dead_leaves((226, 340), np.random.default_rng(index))
@@ -81,7 +81,7 @@ def crops_per_second(rounds: int = 5) -> dict[str, Timing]:
 
 
 def share_waiting_for_data(network: nn.Module, photos: Path, device: torch.device, steps: int = 60) -> float:
-    """The share of training time spent waiting for two workers, start-up and first epoch left out."""
+    """With two workers, start-up and first epoch left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     dataset = ImageDataset(photos, 64, 4, reader=CachedReader(CACHE_BYTES))

@@ -1,7 +1,4 @@
-"""How long a recipe would train on a GPU, computed from operations at an assumed utilisation: not measured.
-
-python -m bench.gpu_budget
-"""
+"""How long a recipe would train on a GPU, at an assumed utilisation: python -m bench.gpu_budget"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +11,7 @@ UTILISATION = 0.3  # of the peak below; bench/RESULTS.md has 0.47 of a matrix pr
 
 
 class Machine(NamedTuple):
-    """Cards and what the maker states of one: dense bfloat16 products with float32 sums, and memory."""
+    """The maker's dense bfloat16 products with float32 sums, and memory."""
 
     name: str
     cards: int
@@ -29,7 +26,7 @@ MACHINES = {
 
 
 def budget(recipe: Path, machine: Machine) -> list[str]:
-    """A row: recipe, machine, M parameters, crops per step, TFLOP per step, GB per card, hours."""
+    """Recipe, machine, M parameters, crops per step, TFLOP per step, GB per card, hours."""
     settings, _ = parse([f"@{recipe}"])
     training = settings.training
     parameters, cost = count_crop(settings)

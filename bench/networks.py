@@ -1,4 +1,4 @@
-"""Training steps, denoising steps and quality after equal training time, of each network."""
+"""Training steps, denoising steps and quality after equal training time."""
 
 import contextlib
 import copy
@@ -29,19 +29,19 @@ LEARNING_RATE = 1e-3
 
 
 class Quality(NamedTuple):
-    """What a network restores after a given time of training."""
+    """After a given time of training."""
 
     steps: int  # of the optimiser, that fitted into the time
     psnr: float  # mean over the images restored in one step, in dB on luma
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bfloat16 on a GPU, float32 on a CPU: what `--precision auto` chooses."""
+    """What `--precision auto` chooses."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def training_step(network: nn.Module, batch: int, size: int, device: torch.device) -> Callable[[], None]:
-    """One optimiser step on (B, 3, size, size): degrade, diffuse, predict, backward, clip, AdamW."""
+    """One optimiser step on (B, 3, size, size)."""
     cast(Network, network).residual_std.fill_(0.1)
     loss = DiffusionModel(device=device).restoration_loss(Bicubic(scale=SCALE))
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
@@ -60,7 +60,7 @@ def training_step(network: nn.Module, batch: int, size: int, device: torch.devic
 
 
 def denoising_step(network: nn.Module, size: int, device: torch.device) -> Callable[[], None]:
-    """One evaluation on one image (1, 3, size, size) whose condition is encoded already."""
+    """One evaluation on (1, 3, size, size) whose condition is encoded already."""
     noisy = torch.randn(1, 3, size, size, device=device)
     t = torch.full((1,), TIMESTEP, device=device)
     denoiser = cast(Network, network)
@@ -76,7 +76,7 @@ def denoising_step(network: nn.Module, size: int, device: torch.device) -> Calla
 
 
 def restoration(network: nn.Module, size: int, steps: int, device: torch.device) -> Callable[[], None]:
-    """Restoring one image (1, 3, size, size) in so many steps, from its file's pixels on."""
+    """Of (1, 3, size, size), from its file's pixels on."""
     cast(Network, network).residual_std.fill_(0.1)
     cast(Network, network).scale.fill_(SCALE)
     low_res = torch.zeros(1, 3, size, size)
@@ -89,7 +89,7 @@ def restoration(network: nn.Module, size: int, steps: int, device: torch.device)
 
 
 def one_pass(network: nn.Module, size: int, device: torch.device) -> Callable[[], None]:
-    """A network on one image (1, 3, size, size)."""
+    """Of (1, 3, size, size)."""
     low_res = torch.zeros(1, 3, size, size, device=device)
 
     def restore() -> None:
@@ -100,14 +100,14 @@ def one_pass(network: nn.Module, size: int, device: torch.device) -> Callable[[]
 
 
 def floating_point_operations(work: Callable[[], None]) -> int:
-    """Those of a piece of work in convolutions and matrix products."""
+    """Of convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 
 
 def matrix_product_rate(device: torch.device, side: int) -> float:
-    """Floating-point operations per second of a large square matrix product."""
+    """Floating-point operations per second of a large square one."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     timing = in_turns({"product": lambda: matrix @ matrix}, rounds=7, device=device)["product"]
@@ -147,7 +147,7 @@ def train_for(
 
 
 def one_step_psnr(network: nn.Module, images: Iterable[Picture], device: torch.device) -> float:
-    """Mean luma PSNR in dB of every image restored in one step."""
+    """Mean luma PSNR in dB."""
     generator = ResidualGenerator(device=device)
     protocol = metrics.Protocol(crop=SCALE)
     values = []
@@ -165,7 +165,6 @@ def qualities(
     images: Iterable[Picture],
     device: torch.device,
 ) -> dict[str, Quality]:
-    """Train every network for the same time from nothing, and measure."""
     works = {
         name: training_step(copy.deepcopy(network), QUALITY_BATCH, QUALITY_CROP, device)
         for name, network in networks.items()

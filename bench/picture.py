@@ -1,7 +1,6 @@
 """The pictures of the pages, from the released weights: python -m bench.picture
 
-The photos are NASA's portrait of Eileen Collins (public domain) and Stefan van der Walt's Chelsea (CC0), as
-scikit-image ships them.
+NASA's portrait of Eileen Collins (public domain) and Stefan van der Walt's Chelsea (CC0), from scikit-image.
 """
 
 import sys
@@ -24,7 +23,7 @@ SEED = 0
 
 
 def write_row(name: str, photo: Pixels, low_res: Pixels, restored: dict[str, Pixels]) -> None:
-    """docs/<name>.png: crops of the input, its bicubic, what was restored and the original, side by side."""
+    """docs/<name>.png: crops of input, bicubic, restored and original, side by side."""
     top, left = FACES[name]
     images = {
         "input": np.repeat(np.repeat(low_res, SCALE, axis=0), SCALE, axis=1),
@@ -44,7 +43,7 @@ def shrink(photo: Pixels, degradation: Degradation) -> Pixels:
 
 
 def main() -> int:
-    """Write docs/astronaut.png, of a bicubic input, and docs/photo.png, of a degraded one."""
+    """docs/astronaut.png, of a bicubic input, and docs/photo.png, of a degraded one."""
     fidelity, detail = RestoreConfig(mode="fidelity"), RestoreConfig(mode="detail")
     photo = astronaut()
     low_res = shrink(photo, Bicubic(scale=SCALE))

@@ -1,4 +1,4 @@
-"""The results of the released weights, from the weights themselves: `make results` writes weights/RESULTS.md.
+"""The results of the released weights: `make results` writes weights/RESULTS.md.
 
 Photos come from the folder that SR_DATA names, with test/Set5 and test/BSD100 in it.
 """
@@ -32,7 +32,7 @@ CONSISTENT: dict[str, RestoreConfig] = {
 
 
 class Case(NamedTuple):
-    """One table: a set of images under a degradation, and the weights and modes that restore them."""
+    """One table."""
 
     images: str
     scale: int
@@ -74,7 +74,6 @@ def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -1,7 +1,4 @@
-"""Networks that enlarge in one pass, rebuilt from their papers at their sizes: untrained, for time only.
-
-Each is (B, 3, h, w) -> (B, 3, 4h, 4w).
-"""
+"""Networks (B, 3, h, w) -> (B, 3, 4h, 4w) of one pass, from their papers: untrained, for time only."""
 
 import itertools
 from collections.abc import Callable
@@ -18,7 +15,7 @@ def _conv(wide: int, narrow: int, side: int = 3, stride: int = 1, padding: int |
 
 
 class SpatialAttention(nn.Module):
-    """ESA: a mask from a small copy, `depth` convolutions deep (Liu et al. 2020, section 3.3)."""
+    """ESA, a mask from a small copy (Liu et al. 2020, section 3.3)."""
 
     def __init__(self, channels: int, width: int, depth: int) -> None:
         super().__init__()
@@ -32,7 +29,6 @@ class SpatialAttention(nn.Module):
         self.pooled = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same shape."""
         entered = self.enter(x)
         small = self.pooled(F.max_pool2d(self.shrink(entered), 7, 3))
         mask = F.interpolate(small, x.shape[-2:], mode="bilinear", align_corners=False)
@@ -40,7 +36,7 @@ class SpatialAttention(nn.Module):
 
 
 class LocalFeatureBlock(nn.Module):
-    """RLFB: three convolutions, added, fused and masked (Kong et al. 2022, section 3.2)."""
+    """RLFB (Kong et al. 2022, section 3.2)."""
 
     def __init__(self, channels: int, middle: int) -> None:
         super().__init__()
@@ -50,13 +46,12 @@ class LocalFeatureBlock(nn.Module):
         self.fuse, self.attention = _conv(channels, channels, 1), SpatialAttention(channels, 16, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same shape."""
         masked: Tensor = self.attention(self.fuse(x + self.body(x)))
         return masked
 
 
 class DistillationBlock(nn.Module):
-    """RFDB: half the channels leave at each of three residual convolutions (Liu et al. 2020, section 3.2)."""
+    """RFDB (Liu et al. 2020, section 3.2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -67,7 +62,6 @@ class DistillationBlock(nn.Module):
         self.attention = SpatialAttention(channels, channels // 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same shape."""
         left = []
         for distil, refine in zip(self.distil, self.refine, strict=True):
             left.append(F.leaky_relu(distil(x), 0.05))
@@ -78,7 +72,7 @@ class DistillationBlock(nn.Module):
 
 
 class Rlfn(nn.Module):
-    """RLFN (Kong et al. 2022), as it won the challenge of its year: 4 blocks, 46 of 48 channels, 0.317 M."""
+    """RLFN (Kong et al. 2022), as it won the challenge of its year, 0.317 M."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,13 +81,12 @@ class Rlfn(nn.Module):
         self.up = _conv(46, 3 * SCALE**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, 3, 4h, 4w)."""
         features = self.head(x)
         return F.pixel_shuffle(self.up(features + self.tail(self.blocks(features))), SCALE)
 
 
 class Rfdn(nn.Module):
-    """RFDN (Liu et al. 2020): 4 blocks of 50 channels, 0.433 M."""
+    """RFDN (Liu et al. 2020), 0.433 M."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +95,6 @@ class Rfdn(nn.Module):
         self.fuse, self.up = _conv(200, 50, 1), _conv(50, 3 * SCALE**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, 3, 4h, 4w)."""
         features = made = self.head(x)
         outputs = []
         for block in self.blocks:
@@ -113,7 +105,7 @@ class Rfdn(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions that see all before them (Wang et al. 2018, section 3.1)."""
+    """Wang et al. 2018, section 3.1."""
 
     def __init__(self, width: int = 64, growth: int = 32) -> None:
         super().__init__()
@@ -121,7 +113,6 @@ class DenseBlock(nn.Module):
         self.last = _conv(width + 4 * growth, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same shape."""
         seen = x
         for layer in self.layers:
             seen = torch.cat([seen, F.leaky_relu(layer(seen), 0.2)], dim=1)
@@ -130,7 +121,7 @@ class DenseBlock(nn.Module):
 
 
 class Esrgan(nn.Module):
-    """ESRGAN's generator (Wang et al. 2018): 23 blocks of three dense ones, 16.7 M."""
+    """ESRGAN's generator (Wang et al. 2018), 16.7 M."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +131,6 @@ class Esrgan(nn.Module):
         self.high, self.last = _conv(64, 64), _conv(64, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, 3, 4h, 4w)."""
         features = made = self.head(x)
         for block in self.blocks:
             made = made + 0.2 * block(made)

@@ -1,4 +1,4 @@
-"""Timing of contenders side by side: in turns, so that a slow minute of the machine hits all of them."""
+"""Timing in turns, so that a slow minute of the machine hits all contenders."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ from evaluation.evaluation import synchronize
 
 
 class Timing(NamedTuple):
-    """Seconds of one piece of work over the rounds."""
+    """Seconds over the rounds."""
 
     median: float
     low: float
@@ -22,14 +22,13 @@ class Timing(NamedTuple):
         return f"{amount / self.median:.3g} ({amount / self.high:.3g} to {amount / self.low:.3g})"
 
     def seconds(self, factor: float = 1.0) -> str:
-        """The same of the seconds, times a factor."""
         return f"{factor * self.median:.3g} ({factor * self.low:.3g} to {factor * self.high:.3g})"
 
 
 def in_turns(
     works: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Do every piece of work once per round, and time it; the first rounds warm up and do not count."""
+    """Do every piece of work once per round; the first rounds warm up and do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(warm_up + rounds):
         for name, work in works.items():

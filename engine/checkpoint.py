@@ -36,12 +36,10 @@ KINDS = {"clean": "x", "photo": "photo_x"}  # released weights, and how their na
 
 
 class CheckpointError(ValueError):
-    """Missing, damaged or unfit; names the file and the remedy."""
+    """Names the file and the remedy."""
 
 
 class Checkpoint(NamedTuple):
-    """What was read, and from where."""
-
     path: Path
     content: dict[str, Any]
 
@@ -50,7 +48,7 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class LoadedModel(NamedTuple, Generic[NetworkT]):
-    """A network in evaluation mode, with the averaged weights, and what it was trained for.
+    """In evaluation mode, with the averaged weights.
 
     `process` are options of diffusion.ProcessConfig; `degradation` is empty (bicubic) in format 1.
     """
@@ -62,7 +60,7 @@ class LoadedModel(NamedTuple, Generic[NetworkT]):
 
 
 def save_checkpoint(path: Path, content: dict[str, object]) -> None:
-    """Write atomically; CheckpointError, and an old file is intact."""
+    """CheckpointError, and an old file is intact."""
 
     whole = {"format": FORMAT, "version": VERSION, **content}
     try:
@@ -74,7 +72,7 @@ def save_checkpoint(path: Path, content: dict[str, object]) -> None:
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read and verify every byte; CheckpointError: missing, altered, foreign, or of another version."""
+    """Every byte is verified; CheckpointError: missing, altered, foreign, or of another version."""
     path = Path(path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no file"
@@ -110,7 +108,6 @@ def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the bytes, or None."""
     try:  # torch.load does not compare the checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -120,7 +117,6 @@ def _damage(path: Path) -> str | None:
 
 
 def _offer_instead(path: Path) -> str:
-    """The newest intact checkpoint beside it."""
     others = sorted(path.parent.glob("*_step*.pth"), reverse=True)
     intact = next((other for other in others if not other.samefile(path) and _damage(other) is None), None)
     return f"{intact} is intact" if intact else "there is no intact one by step beside it"
@@ -145,12 +141,7 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
 def load_model(
     path: str | Path, network: type[NetworkT], device: torch.device | str = "cpu"
 ) -> LoadedModel[NetworkT]:
-    """Rebuild a network from a checkpoint or an exported model, with its averaged weights.
-
-    `network.from_config(options)` builds it; its `config` has the options.
-
-    CheckpointError: missing, damaged, or no model.
-    """
+    """From a checkpoint or an exported model, by `network.from_config`; else CheckpointError."""
     path = Path(path)
     content = _read_safetensors(path) if _is_safetensors(path) else load_checkpoint(path)
     try:
@@ -165,7 +156,7 @@ def load_model(
 
 
 def released_scales(kind: str = "clean") -> list[float]:
-    """The enlargements that the project has weights for, of KINDS."""
+    """Of the project's own weights."""
     beginning = KINDS[kind]
     return sorted(
         float(path.stem.removeprefix(beginning)) for path in RELEASED.glob(f"{beginning}*.safetensors")
@@ -173,7 +164,7 @@ def released_scales(kind: str = "clean") -> list[float]:
 
 
 def released_model(scale: float = 4, kind: str = "clean") -> Path:
-    """The project's own weights for this enlargement, of KINDS; CheckpointError if there are none."""
+    """CheckpointError if there is none for the enlargement."""
     path = RELEASED / f"{KINDS[kind]}{scale:g}.safetensors"
     if not path.is_file():
         there = ", ".join(f"x{known:g}" for known in released_scales(kind)) or "none"
@@ -185,7 +176,7 @@ def released_model(scale: float = 4, kind: str = "clean") -> Path:
 
 
 def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
-    """Write what rebuilds the network, in half precision, atomically."""
+    """In half precision."""
     from safetensors.torch import save
 
     keep = {"residual_std", "scale"}  # two numbers that every pixel depends on stay in single precision
@@ -206,7 +197,7 @@ def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
 
 
 def _digest(weights: StateDict) -> str:
-    """SHA-256 over names and bytes, by name."""
+    """Of names and bytes, by name."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""What a training step costs, counted on the meta device: nothing is computed."""
+"""What a training step costs, counted on the meta device."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,12 +19,7 @@ class Cost(NamedTuple):
 
 
 def count_cost(network: nn.Module, work: Callable[[], Tensor]) -> Cost:
-    """The cost of a forward pass that gives a single number, and of its backward pass.
-
-    Args:
-        network: on the meta device.
-        work: the forward pass of one crop.
-    """
+    """Of a forward pass of one crop, which gives a number, and its backward pass."""
     kept: dict[int, Tensor] = {}  # by storage; held, so that no number is given twice
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
 
@@ -44,6 +39,6 @@ def count_cost(network: nn.Module, work: Callable[[], Tensor]) -> Cost:
 def training_memory(
     parameters: int, cost: Cost, batch_size: int, optimizer: str, half_precision: bool
 ) -> float:
-    """Bytes of a training step, an estimate: the work space of convolutions is not in it."""
+    """Bytes, without the work space of convolutions."""
     per_parameter = WEIGHTS + GRADIENTS + AVERAGE + MOMENTS[optimizer]
     return per_parameter * parameters + batch_size * cost.activations / (2 if half_precision else 1)

@@ -1,4 +1,4 @@
-"""Which device to compute on, and in which precision."""
+"""Devices and precisions."""
 
 import errno
 import logging
@@ -15,7 +15,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto": CUDA, then MPS, then the CPU; ValueError if it is missing."""
+    """ "auto": CUDA, then MPS, then the CPU; ValueError if missing."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
@@ -28,10 +28,7 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
-    """The dtype to autocast to, None for float32; "auto": bfloat16 where a GPU has it natively.
-
-    ValueError for an unknown precision, or bf16 that cannot be had.
-    """
+    """None for float32; "auto": bfloat16 where a GPU has it natively; ValueError if it cannot be had."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
     if precision in ("fp32", "fp16"):
@@ -45,7 +42,6 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
 
 
 def tune_for_training(device: torch.device) -> None:
-    """On CUDA, matrix products in TF32 and the fastest convolutions for crops of one size."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -53,7 +49,7 @@ def tune_for_training(device: torch.device) -> None:
 
 
 def default_workers(device: torch.device, world_size: int) -> int:
-    """How many processes read images for one that computes: none on a CPU, which has no time to spare."""
+    """None on a CPU, which has no time to spare."""
     return 0 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // world_size))
 
 
@@ -68,7 +64,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def compile_network(network: nn.Module, device: torch.device) -> bool:
-    """Compile in place; False, with a warning, where there is no working compiler."""
+    """False, with a warning, where there is no working compiler."""
     try:
         torch.compile(torch.square)(torch.ones(16, device=device))
     except (RuntimeError, OSError) as error:

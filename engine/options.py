@@ -20,7 +20,7 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 
 
 class OptionError(ValueError):
-    """A value that the option `field` cannot take; `rule` says what it can."""
+    """`field` cannot take `value`; `rule` says what it can."""
 
     def __init__(self, name: str, value: object, rule: str) -> None:
         super().__init__(f"{name} is {value!r}: {rule}")
@@ -41,7 +41,6 @@ class Spec(NamedTuple):
     fixed: bool
 
     def limits(self) -> list[tuple[float, Callable[[float, float], bool], str]]:
-        """Limit, relation of values to it, and that in words."""
         every = (
             (self.low, operator.ge, "of at least"),
             (self.above, operator.gt, "above"),
@@ -69,7 +68,6 @@ def option(
         flag: if not the field's name.
         low, above, high: the smallest value, one to exceed, the largest.
         choices: if the type is no Literal.
-        may_be_empty: of a tuple.
         fixed: a resumed run must keep it.
     """
     spec = Spec(default, help, flag, low, above, high, choices, may_be_empty, fixed)
@@ -77,7 +75,7 @@ def option(
 
 
 class Options:
-    """Base of frozen dataclasses of options, checked when built."""
+    """Frozen dataclasses of options, checked when built."""
 
     def __post_init__(self) -> None:
         kinds = _kinds(type(self))
@@ -88,16 +86,13 @@ class Options:
             _check(name, getattr(self, name), kinds[name], spec)
 
     def to_dict(self) -> dict[str, Plain]:
-        """Plain values, for JSON and checkpoints."""
+        """For JSON and checkpoints."""
         values = {name: getattr(self, name) for name in specs(type(self))}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """The inverse of `to_dict`; what is missing has its default.
-
-        ValueError: an unknown name, or a wrong value (OptionError).
-        """
+        """What is missing has its default; ValueError: an unknown name or a wrong value."""
         unknown = set(values) - set(specs(cls))
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}: the file is from a newer version")
@@ -114,9 +109,6 @@ def flag_of(kind: type[Options], name: str) -> str:
     return specs(kind)[name].flag or name
 
 
-# ------------------------------------------------------------------------------------------------ flags
-
-
 def add_flags(
     group: argparse._ActionsContainer,
     kind: type[Options],
@@ -124,7 +116,7 @@ def add_flags(
     skip: Sequence[str] = (),
     defaults: Mapping[str, object] = types.MappingProxyType({}),
 ) -> None:
-    """A flag for every option but `skip`; `defaults` win over the fields'."""
+    """For every option but `skip`; `defaults` win."""
     for name, spec in specs(kind).items():
         if name in skip:
             continue
@@ -144,7 +136,7 @@ def add_flags(
 
 
 def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -> OptionsT:
-    """Options from parsed flags, over which `given` wins; OptionError."""
+    """`given` wins; OptionError."""
     values = {
         name: getattr(args, flag_of(kind, name)) for name in specs(kind) if hasattr(args, flag_of(kind, name))
     }
@@ -152,12 +144,8 @@ def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -
 
 
 def with_flag(error: OptionError, kinds: Sequence[type[Options]]) -> str:
-    """The message, naming the flag if there is one."""
     flag = next((flag_of(kind, error.field) for kind in kinds if error.field in specs(kind)), None)
     return str(error) if flag is None else f"--{flag} is {error.value!r}: {error.rule}"
-
-
-# ------------------------------------------------------------------------------------------------ types
 
 
 class _Kind(NamedTuple):
@@ -191,7 +179,6 @@ def _kind(annotation: Any) -> _Kind:  # noqa: ANN401  # annotations have no type
 
 
 def _check(name: str, value: object, kind: _Kind, spec: Spec) -> None:
-    """OptionError for a wrong type, range or choice."""
     if value is None and kind.optional:
         return
     if kind.many and not (isinstance(value, tuple) and (value or spec.may_be_empty)):

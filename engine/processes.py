@@ -19,7 +19,7 @@ NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distri
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all `world_size` of the run."""
+    """This process among all of the run."""
 
     device: torch.device
     rank: int = 0
@@ -27,17 +27,16 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether it writes files, logs and messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes, in place; every one must call it."""
+        """In place; every process must call it."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; every one must call it."""
+        """By rank; every process must call it."""
         if self.world_size == 1:
             return [value]
         values: list[T | None] = [None] * self.world_size
@@ -59,14 +58,9 @@ def _world_size() -> int:
 
 @contextmanager
 def started_processes(device_name: str, patience: timedelta | None = None) -> Iterator[Processes]:
-    """Join the other processes (CPUs by gloo, CUDA by NCCL); alone without torchrun.
+    """Join the others (CPUs by gloo, CUDA by NCCL); alone without torchrun.
 
-    Args:
-        device_name: see select_device.
-        patience: how long to wait for each other; by default as long as torch.distributed does.
-
-    Raises:
-        ValueError: the device is missing, or cannot be shared by processes.
+    `patience`: how long to wait for each other. ValueError: a device that is missing or cannot be shared.
     """
     world_size = _world_size()
     device = select_device(device_name)

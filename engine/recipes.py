@@ -6,10 +6,7 @@ from pathlib import Path
 
 
 def expand_recipes(arguments: Sequence[str]) -> list[str]:
-    """Replace every @file by its flags: quotes, # comments, and @files relative to it.
-
-    ValueError names file and line.
-    """
+    """Replace every @file by its flags: quotes, # comments, @files relative to it; or ValueError."""
     return [
         flag
         for argument in arguments

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
@@ -18,18 +16,12 @@ from torch import Tensor
 from engine.checkpoint import save_checkpoint
 from engine.options import Plain
 
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The checkpoints of one run, `{name}_best.pth` and `{name}_last.pth` in a folder of its own.
-
-    `sections` (plain values, by name) and `others` are in each.
-    """
+    """A run's checkpoints, in a folder of its own; `sections` and `others` are in each."""
 
     checkpoint_dir: Path
     log_dir: Path
@@ -46,14 +38,14 @@ class RunFiles:
         return self.checkpoint_dir / f"{self.name}_last.pth"
 
     def numbered(self) -> list[Path]:
-        """By step, the lowest first."""
+        """By step."""
         return sorted(self.checkpoint_dir.glob(f"{self.name}_step*.pth"))
 
     def save_best(self, content: dict[str, object]) -> None:
         save_checkpoint(self.best, {**self.sections, **self.others, **content})
 
     def save_last(self, content: dict[str, object], step: int, keep: int) -> None:
-        """Write a numbered checkpoint, name it `last`, and keep the `keep` newest."""
+        """Write a numbered one, also named `last`; the `keep` newest are kept."""
         path = self.checkpoint_dir / f"{self.name}_step{step:09d}.pth"
         save_checkpoint(path, {**self.sections, **self.others, **content})
         _link(self.last, path)
@@ -64,7 +56,7 @@ class RunFiles:
 
 
 def _link(name: Path, target: Path) -> None:
-    """Make name a second name of target in one step."""
+    """In one step."""
     with tempfile.TemporaryDirectory(dir=name.parent, prefix=".link-") as folder:
         link = Path(folder) / name.name
         try:
@@ -75,7 +67,7 @@ def _link(name: Path, target: Path) -> None:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """`name`, or `name-2` and so on: a folder that no other run has."""
+    """`name`, or `name-2` and so on."""
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         try:
@@ -108,7 +100,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class RunLogger:
-    """A run's TensorBoard log, hidden beyond `step`; where it cannot be written, it ends with a warning."""
+    """TensorBoard's log, hidden beyond `step`; where it cannot be written, it ends with a warning."""
 
     def __init__(
         self, log_dir: Path, is_main: bool, step: int, sections: Mapping[str, dict[str, Plain]]
@@ -131,13 +123,10 @@ class RunLogger:
     def __enter__(self) -> "RunLogger":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._write("close")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Name -> value."""
         for name, value in values.items():
             self._write("add_scalar", name, value, step)
 
@@ -157,7 +146,7 @@ class RunLogger:
         self._write("flush")
 
     def finish(self, step: int, found: Mapping[str, float]) -> None:
-        """Settings and results, for the table of hyper-parameters."""
+        """For the table of hyper-parameters."""
         settings = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in self._settings.items()

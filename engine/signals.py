@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +14,7 @@ STOPPING = tuple(
 
 
 class StopSignals:
-    """Only notes signals, the first as `received`; a second SIGINT stops at once."""
+    """Notes the first as `received`; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -25,9 +25,7 @@ class StopSignals:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

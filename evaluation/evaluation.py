@@ -1,8 +1,4 @@
-"""Measure bicubic, trained models and any other restorer on a set of images.
-
-A restorer maps low_res (C, h, w) in [0, 1] to (C, H, W) in [0, 1], C 1 or 3, rounded to uint8 before
-measuring.
-"""
+"""Measure bicubic, trained models and any other restorer on a set of images."""
 
 import math
 import platform
@@ -21,7 +17,7 @@ from diffusion import ProcessConfig
 from engine.checkpoint import load_model
 from engine.processes import Processes
 from evaluation.config import EvaluationConfig
-from evaluation.images import ImageSet, Picture, printable
+from evaluation.images import ImageSet, Picture, printable, random_of
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
 from evaluation.metrics import to_uint8
 from evaluation.report import Json, Label, Report, Scores
@@ -29,15 +25,13 @@ from evaluation.table import METRICS, Conditions, Pair
 from evaluation.wasserstein import PatchPair, patch_count, patch_positions, pyramid_patches
 from imaging.files import pixels_to_unit, unit_to_pixels
 from restoration import RestoreConfig, Restorer
+from restoration.batch import one_line
 from restoration.rescaled import restorer_to
 from unet import UNet
 
 CPU = torch.device("cpu")
 # What one image may fail with while the others are measured.
 IMAGE_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
-
-
-# --------------------------------------------------------------------------------------------------- methods
 
 
 class Estimate(NamedTuple):
@@ -49,7 +43,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One row; `device` is where it computes."""
+    """One row: `restore` takes low_res (C, h, w) in [0, 1], C 1 or 3, and computes on `device`."""
 
     label: Label
     restore: Callable[[Tensor], Tensor | Estimate]
@@ -57,7 +51,7 @@ class Method:
 
 
 def bicubic_method(config: EvaluationConfig) -> Method:
-    """Of 8-bit images, on the CPU: the same to the last digit everywhere."""
+    """Of 8-bit images, on the CPU."""
 
     def restore(low_res: Tensor) -> Tensor:
         return resize(to_uint8(low_res), scale=config.scale, border=config.border).float() / 255
@@ -66,10 +60,7 @@ def bicubic_method(config: EvaluationConfig) -> Method:
 
 
 class TrainedModel:
-    """A checkpoint (.pth) or an exported model (.safetensors), or CheckpointError.
-
-    `precision`: dtype to autocast to, None for float32.
-    """
+    """A file of a model, or CheckpointError; `precision` to autocast to, None for float32."""
 
     def __init__(
         self, path: str | Path, device: torch.device = CPU, precision: torch.dtype | None = None
@@ -78,10 +69,10 @@ class TrainedModel:
         self.path, self.device, self.precision = Path(path), device, precision
 
     def method(self, how: RestoreConfig, scale: float) -> Method:
-        """Restoring as infer.py does, to any scale; ValueError for what the network cannot do."""
+        """Restoring as infer.py does; ValueError for what the network cannot do."""
         own = Restorer(self.loaded, how, self.device, self.precision)
         restorer = restorer_to(scale, [own])
-        samples = how.budget.num_images
+        samples = how.num_images
 
         def restore(low_res: Tensor) -> Estimate:
             found = restorer.restore(unit_to_pixels(low_res), deviation=samples > 1)
@@ -107,8 +98,6 @@ class TrainedModel:
         }
 
 
-# ------------------------------------------------------------------------------------------------- measuring
-
 Measured: TypeAlias = tuple[Scores, PatchPair]  # of one image by one method
 
 
@@ -124,15 +113,13 @@ def evaluate(
 ) -> Report:
     """Measure bicubic and other methods, one image in memory at a time.
 
-    The same arguments give the same numbers, but for time and memory. An image that fails is left out of
-    every row, and named; ValueError where all do, or LPIPS's weights are wrong.
+    An image that fails is left out of every row, and named; ValueError where all do, or of LPIPS's weights.
 
     Args:
         methods: see TrainedModel.method; for your own restorer, Method(Label("mine"), restore).
         device: where LPIPS is computed.
         facts: more for the protocol, such as which model it was.
-        progress: show a progress bar on stderr, if that is a terminal.
-        processes: this process among those that share the images; all of them get the report.
+        processes: all of them get the report.
     """
     conditions = _conditions(config, device)
     methods = (bicubic_method(config), *methods)
@@ -164,30 +151,26 @@ def _measure_all(
     progress: bool,
     processes: Processes,
 ) -> tuple[list[list[Measured]], list[str]]:
-    """Every image by every method, and why images were left out; each process measures its part."""
+    """Every image by every method, and why images were left out."""
     own: dict[int, list[Measured] | str] = {}
-    generator = torch.Generator().manual_seed(seed)
-    shown = tqdm(images.paths, unit="image", disable=None if progress else True, dynamic_ncols=True)
-    for number, path in enumerate(shown):
-        mine = number % processes.world_size == processes.rank
-        try:  # all are read, because the patches of one are drawn after those before it
+    numbers = range(processes.rank, len(images), processes.world_size)
+    for number in tqdm(numbers, unit="image", disable=None if progress else True, dynamic_ncols=True):
+        path = images.paths[number]
+        try:
             picture = images.read(path)
+            if not own:  # what the first call alone has to set up belongs to no row
+                quickest = min(methods[1:], key=lambda one: one.label.steps or 0, default=methods[0])
+                quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
+            found = [_measure(method, picture, conditions) for method in methods]
             height, width = picture.truth.shape[-2:]
-            positions = patch_positions(height, width, patch_count(len(images)), generator)
-            if mine:
-                if not own:  # what the first call alone has to set up belongs to no row
-                    quickest = min(methods[1:], key=lambda one: one.label.steps or 0, default=methods[0])
-                    quickest.restore(_unit(picture.low_res)[0, :, :16, :16])
-                found = [_measure(method, picture, conditions) for method in methods]
-                truth = pyramid_patches(_unit(picture.truth)[0], positions)
-                own[number] = [
-                    (scores, PatchPair(pyramid_patches(restored, positions), truth))
-                    for scores, restored in found
-                ]
+            positions = patch_positions(height, width, patch_count(len(images)), random_of(path, seed))
+            truth = pyramid_patches(_unit(picture.truth)[0], positions)
+            own[number] = [
+                (scores, PatchPair(pyramid_patches(restored, positions), truth)) for scores, restored in found
+            ]
         except IMAGE_ERRORS as error:
-            message = " ".join(str(error).split()) or type(error).__name__
-            if mine:
-                own[number] = printable(message if path.name in message else f"{path}: {message}")
+            message = one_line(error)
+            own[number] = printable(message if path.name in message else f"{path}: {message}")
     everything = {number: one for part in processes.gather(own) for number, one in part.items()}
     ordered = [everything[number] for number in sorted(everything)]
     failures = [one for one in ordered if isinstance(one, str)]
@@ -195,7 +178,7 @@ def _measure_all(
 
 
 def _measure(method: Method, picture: Picture, conditions: Conditions) -> tuple[Scores, Tensor]:
-    """Scores of one picture, and the result (C, H, W) as an 8-bit file holds it."""
+    """Scores, and the result (C, H, W) as an 8-bit file holds it."""
     low_res = _unit(picture.low_res)
     found, seconds, peak_bytes = _timed(method, low_res[0])
     estimate = found if isinstance(found, Estimate) else Estimate(found)
@@ -221,7 +204,6 @@ def _timed(method: Method, low_res: Tensor) -> tuple[Tensor | Estimate, float, f
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was handed to the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -232,7 +214,7 @@ def _unit(pixels: Tensor) -> Tensor:
 
 
 def _conditions(config: EvaluationConfig, device: torch.device) -> Conditions:
-    """What the metrics depend on, and LPIPS if it is wanted and can be had."""
+    """LPIPS if it is wanted and can be had."""
     if not config.lpips:
         return Conditions(config.protocol, config.border)
     try:
@@ -245,7 +227,6 @@ def _conditions(config: EvaluationConfig, device: torch.device) -> Conditions:
 def _protocol(
     images: ImageSet, config: EvaluationConfig, conditions: Conditions, device: torch.device
 ) -> dict[str, Json]:
-    """All that the numbers depend on, and what each of them means."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "data": images.folder,

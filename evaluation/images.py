@@ -1,4 +1,4 @@
-"""The images of an evaluation, read one at a time: C channels (1 or 3), H x W or h x w pixels, uint8."""
+"""The images of an evaluation, uint8, of C channels (1 or 3), H x W or h x w pixels."""
 
 import os
 from collections.abc import Iterator
@@ -26,15 +26,10 @@ class Picture(NamedTuple):
 
 
 class ImageSet:
-    """The images of a folder without subfolders, by name.
+    """The images of a folder without subfolders, by name; ValueError where there are none.
 
-    Args:
-        folder: high-resolution images, each cropped (top-left) to a size that the scale divides.
-        config: its degradation, scale, border and seed say how the low resolution is made.
-        low_res_folder: low-resolution images to use instead of making them, matched by name.
-        limit: only the first so many.
-
-    ValueError: a folder is missing or holds no image.
+    Each is cropped (top-left) to a size that the scale divides. The low resolution is made as `config` says,
+    or from `low_res_folder`, matched by name. `limit`: only the first so many.
     """
 
     def __init__(
@@ -73,14 +68,12 @@ class ImageSet:
             )
         truth, scale = truth[:, :height, :width], float(self.scale)
         if self.low_res_paths is None:
-            random = np.random.default_rng((self.seed, *os.fsencode(path.stem)))  # the same among any others
-            low_res = self.degradation(truth, random)
+            low_res = self.degradation(truth, random_of(path, self.seed))
         else:
             low_res = self._read_low_res(find_low_resolution(path, self.low_res_paths, scale), path, truth)
         return Picture(printable(path.name), truth, low_res)
 
     def describe(self) -> str:
-        """Where the low resolution comes from."""
         if self.low_res_paths is None:
             return self.degradation.describe()
         return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}"
@@ -100,8 +93,13 @@ class ImageSet:
 
 
 def _read_planes(path: Path) -> Tensor:
-    """(1 or 3, H, W) uint8; 16 bits are rounded to 8, alpha is dropped."""
+    """(1 or 3, H, W), without alpha."""
     return to_uint8(pixels_to_unit(decode_image(path).pixels))
+
+
+def random_of(path: Path, seed: int) -> np.random.Generator:
+    """An image has the same numbers among any others."""
+    return np.random.default_rng((seed, *os.fsencode(path.stem)))
 
 
 def printable(name: str) -> str:

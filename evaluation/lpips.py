@@ -14,27 +14,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluation.metrics import check_pair
+from restoration.batch import one_line
 
 WEIGHTS_VARIABLE = "SR_LPIPS_WEIGHTS"
 BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, TypeError)
 
 
 class MetricUnavailableError(Exception):
-    """A package or weights cannot be had; says why in one line."""
+    """Says why in one line."""
 
 
 class Lpips:
-    """LPIPS (Zhang et al. 2018) of AlexNet, version 0.1.
-
-    Heads come with torchmetrics, features from a file, or torchvision fetches them once (233 MB).
+    """Of AlexNet, version 0.1.
 
     Args:
-        weights: AlexNet's features under torchvision's names, .pth or .safetensors; else SR_LPIPS_WEIGHTS.
+        weights: features under torchvision's names, .pth or .safetensors; else SR_LPIPS_WEIGHTS, or fetched.
         timeout: seconds that the server may stay silent.
 
-    Raises:
-        ValueError: the file is missing or holds others.
-        MetricUnavailableError: a package is missing, or the weights cannot be fetched.
+    ValueError: other weights. MetricUnavailableError: a package is missing, or the download failed.
     """
 
     def __init__(
@@ -52,7 +49,7 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, restored: Tensor, truth: Tensor) -> Tensor:
-        """Distance (B,) of two (B, C, H, W), C 1 or 3, sides from 32, clipped to [0, 1]."""
+        """(B,) of two (B, C, H, W), C 1 or 3, sides from 32, clipped to [0, 1]."""
         check_pair(restored, truth)
         batch, channels, height, width = truth.shape
         if min(height, width) < 32 or channels not in (1, 3):
@@ -96,7 +93,7 @@ def _load_network(kind: Literal["alex", "vgg"], path: Path | None, timeout: floa
             names = {own: f"features.{own.split('.', 1)[1]}" for own in backbone.state_dict()}
             backbone.load_state_dict({own: features[original] for own, original in names.items()})
     except BAD_FILE as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"{path} does not hold torchvision's {name} features: {reason}") from error
     return network
 
@@ -112,8 +109,7 @@ def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
         network: nn.Module = _LPIPS(net=kind, pnet_rand=not fetch)
     except (ImportError, OSError, RuntimeError) as error:
         # Not installed; no network, no space or no permission; a download that fails its checksum.
-        reason = " ".join(str(error).split())
-        raise MetricUnavailableError(f"{type(error).__name__}: {reason}") from error
+        raise MetricUnavailableError(f"{type(error).__name__}: {one_line(error)}") from error
     finally:
         socket.setdefaulttimeout(silence)
     return network

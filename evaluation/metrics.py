@@ -1,8 +1,7 @@
 """How close an image is to the truth, how consistent with its input, how real its texture.
 
-Images are (B, C, H, W) floating point in [0, 1], C 1 or 3, or ValueError; scores (B,) float64 on the CPU.
-Published tables use `Protocol(crop=scale)` with luma rounded before shrinking: RGB in uint8 differs by up to
-0.013 dB and 0.0008 SSIM.
+Images are (B, C, H, W) in [0, 1], C 1 or 3, or ValueError; scores (B,) float64 on the CPU. Published tables
+use `Protocol(crop=scale)` with luma rounded before shrinking: RGB in uint8 differs by up to 0.013 dB.
 """
 
 from dataclasses import MISSING, dataclass
@@ -34,12 +33,12 @@ class Protocol(Options):
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """[0, 1] to what an 8-bit file holds, on the CPU; halves go up, as in MATLAB."""
+    """As an 8-bit file, on the CPU; halves go up, as in MATLAB."""
     return (image.cpu().double() * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 def to_luma(image: Tensor) -> Tensor:
-    """BT.601 as MATLAB's `rgb2ycbcr` on double, (B, 1, H, W), 16 to 235 of 255; grey is its own."""
+    """BT.601 as MATLAB's `rgb2ycbcr` on double, 16 to 235 of 255; grey is its own."""
     channels = image.shape[-3]
     if channels == 1:
         return image
@@ -50,7 +49,7 @@ def to_luma(image: Tensor) -> Tensor:
 
 
 def check_images(name: str, images: Tensor) -> None:
-    """ValueError unless in [0, 1], but for bicubic overshoot (0.3 in two passes)."""
+    """ValueError; bicubic may overshoot (0.3 in two passes)."""
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(images.shape)}; give (B, C, H, W), none of them 0")
     if not images.is_floating_point():
@@ -68,17 +67,14 @@ def check_pair(restored: Tensor, truth: Tensor) -> None:
     check_images("truth", truth)
 
 
-# ---------------------------------------------------------------- fidelity
-
-
 def psnr(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
-    """In dB, 10 log10(1 / MSE); inf for identical images."""
+    """In dB; inf for identical images."""
     ours, theirs = _compared(restored, truth, protocol, smallest=1)
     return _decibels(ours - theirs)
 
 
 def ssim(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
-    """Wang et al. 2004, Eq. 13, as their code: Gaussian 11x11 of sigma 1.5, inside the image."""
+    """Wang et al. 2004, Eq. 13: Gaussian 11x11 of sigma 1.5, inside the image."""
     from skimage.metrics import structural_similarity
 
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -91,7 +87,7 @@ def ssim(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
 
 
 def _compared(restored: Tensor, truth: Tensor, protocol: Protocol, smallest: int) -> list[Tensor]:
-    """As the protocol says; ValueError where less than `smallest` pixels a side remain."""
+    """ValueError where less than `smallest` pixels a side remain."""
     check_pair(restored, truth)
     crop, (height, width) = protocol.crop, truth.shape[-2:]
     remaining = height - 2 * crop, width - 2 * crop
@@ -108,9 +104,9 @@ def _decibels(error: Tensor) -> Tensor:
 
 
 def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mirror") -> Tensor:
-    """In dB, of the image shrunk again against the input (B, C, h, w), in uint8 (Li et al. 2022, "SRDiff").
+    """Of the image shrunk again against the input, in uint8 (Li et al. 2022, "SRDiff").
 
-    From about 50 on, what differs is the rounding.
+    From about 50 dB on, what differs is the rounding.
     """
     check_images("restored", restored)
     check_images("low_res", low_res)
@@ -122,11 +118,8 @@ def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mir
     return _decibels((shrunk.double() - to_uint8(low_res)) / 255)
 
 
-# ---------------------------------------------------------------- texture and uncertainty
-
-
 def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
-    """Power of fine detail over the truth's: less is blur, more noise; nan if flat."""
+    """Over the truth's: less is blur, more noise; nan if flat."""
     check_pair(restored, truth)
     height, width = truth.shape[-2:]
     if min(height, width) < _SMALLEST_SPECTRUM:
@@ -138,7 +131,7 @@ def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
 
 
 def _band_energy(image: Tensor) -> Tensor:
-    """Luma's power per pixel within DETAIL_BAND of radial frequencies."""
+    """Luma's power per pixel within DETAIL_BAND."""
     luma = to_luma(image.cpu().double())[:, 0]  # (B, H, W)
     sides = luma.shape[-2:]
     # Without a Hann window, the jump from one border to the opposite one would spread over all frequencies:
@@ -154,10 +147,7 @@ def _band_energy(image: Tensor) -> Tensor:
 def uncertainty_correlation(
     deviation: Tensor, restored: Tensor, truth: Tensor, *, ranks: bool = False
 ) -> float:
-    """Pearson's (or Spearman's) coefficient of deviation (H, W) and error over pixels.
-
-    nan where one of the two is constant.
-    """
+    """Pearson's or Spearman's, of deviation (H, W) and error; nan if one is constant."""
     from scipy import stats
 
     check_pair(restored, truth)

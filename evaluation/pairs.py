@@ -1,8 +1,4 @@
-"""Which low-resolution file belongs to which high-resolution one, by name; case does not matter.
-
-Names are equal (these go first), or the low one adds x4, _x4, _LRx4 or the like, and the high one may end in
-_HR.
-"""
+"""Which low-resolution file belongs to which high-resolution one: the same name, or with x4, _LRx4 or so."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -71,7 +71,7 @@ class Report:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """A table without empty columns, and what its numbers mean."""
+        """Without empty columns."""
         shown = [metric for metric in METRICS if any(row[metric.name] for row in self.rows)]
         headings = [*HEADINGS, *(metric.heading for metric in shown)]
         lines = [headings, ["---"] * 2 + ["---:"] * len(headings[2:])]
@@ -104,7 +104,7 @@ def _as_dict(value: Json) -> Mapping[str, Json]:
 
 
 def perception_distortion_figure(report: Report) -> "Figure":
-    """PSNR against LPIPS, or SWD where a row lacks it (Blau & Michaeli 2018); infinite PSNR is left out."""
+    """PSNR against LPIPS, or SWD where a row lacks it (Blau & Michaeli 2018)."""
     from matplotlib.figure import Figure
 
     perception = BY_NAME["swd" if any(row["lpips"] is None for row in report.rows) else "lpips"]

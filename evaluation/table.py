@@ -1,4 +1,4 @@
-"""The metrics: all outputs and TensorBoard's scalars come from METRICS."""
+"""All outputs and TensorBoard's scalars come from METRICS."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from evaluation.wasserstein import PatchPair, patch_distance
 
 @dataclass(frozen=True)
 class Conditions:
-    """What scores depend on besides images."""
+    """Of scores, besides images."""
 
     protocol: metrics.Protocol  # what PSNR and SSIM compare
     border: Border = "mirror"  # beyond the edge when the low resolution was made
@@ -75,7 +75,7 @@ class Pair:
 
 
 def mean(values: Tensor) -> Tensor:
-    """Of finite values, infinity where none is: one exact image would hide all others."""
+    """Of finite values, if any: one exact image would hide all others."""
     finite = values[values.isfinite()]
     return (finite if len(finite) else values).mean()
 
@@ -96,7 +96,7 @@ def _defined(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of images and its average, or a score of the set's patches."""
+    """A score of images and its average, or of the set's patches."""
 
     name: str  # in JSON, in CSV and, with "validation/" before it, in TensorBoard
     heading: str  # of the column

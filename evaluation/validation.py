@@ -1,4 +1,4 @@
-"""Validation during training, on a fixed set of images, of the averaged weights."""
+"""Validation during training, of the averaged weights on a fixed set of images."""
 
 import logging
 from dataclasses import replace
@@ -30,11 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 class Validator:
-    """Restores the dataset's images, and measures; for DiffusionModel.train.
+    """For DiffusionModel.train; every process restores a part, always with the same noise.
 
-    Scalars are of "fidelity", over the images that are not flat; pictures show it and a sample of ten steps.
-    The noise is always the same. Every process restores a part. `precision`: dtype to autocast to, None for
-    float32.
+    Scalars are of "fidelity"; pictures show it and a sample of ten steps. `precision`: dtype to autocast to.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class Validator:
         self.counted = self._choose_counted()
 
     def _choose_counted(self) -> list[Tensor]:
-        """Of each batch, (B,) bool: the images not flat, or all where all are."""
+        """(B,) bool of each batch: not flat, or all where all are."""
         # A flat image's PSNR, infinite or nearly so, would outweigh all others, and no other be the best.
         counted = [psnr < PERFECT_PSNR for psnr in self.bicubic_psnr]
         flat, total = int((~torch.cat(counted)).sum()), len(torch.cat(counted))
@@ -101,7 +99,7 @@ class Validator:
         return {name: value / count for name, value in zip(names, totals, strict=True)}
 
     def _scores(self, batch: Sample, restored: Tensor) -> dict[str, Tensor]:
-        """(B,) of each of SCALARS, on the CPU, at most PERFECT_PSNR."""
+        """(B,) of each of SCALARS, at most PERFECT_PSNR."""
         truth, low_res = to_unit_range(batch.original).cpu(), to_unit_range(batch.low_res).cpu()
         pair = Pair(restored.cpu(), truth, low_res, self.conditions)
         return {
@@ -138,7 +136,7 @@ class Validator:
 
 
 def comparison_grid(samples: Sample, restored: Tensor) -> Tensor:
-    """(3, H', W') in [0, 1], a row per image: low (nearest) | bicubic | restored | original."""
+    """(3, H', W') in [0, 1], a row per image: low | bicubic | restored | original."""
     from torchvision.utils import make_grid
 
     low_res, upscaled, original, _ = (to_unit_range(image[: len(restored)]) for image in samples)

@@ -1,13 +1,13 @@
 """Sliced Wasserstein distance: do two sets of images have the same local texture?
 
-Karras et al. 2018, "Progressive growing of GANs", section 5: 7x7 patches of a Laplacian pyramid, normalised
-per channel; the mean difference of sorted projections. Patches of an image and its truth lie at the same
-positions, which removes sampling noise (30 to 40 at 512 patches of each Set5 image).
+Karras et al. 2018, "Progressive growing of GANs", section 5. Patches of an image and its truth lie at the
+same positions, which removes sampling noise (30 to 40 at 512 patches of each Set5 image).
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,17 +32,16 @@ class PatchPair(NamedTuple):
 
 
 def patch_count(images: int) -> int:
-    """Of each of so many images, at each level."""
+    """Of each image, at each level."""
     return max(1, min(PATCHES_PER_IMAGE, PATCHES_OF_A_SET // images))
 
 
-def patch_positions(height: int, width: int, count: int, generator: torch.Generator) -> Positions:
-    """Of `count` patches of each level of H x W pixels; sides from 25."""
+def patch_positions(height: int, width: int, count: int, random: np.random.Generator) -> Positions:
+    """Of each level of H x W pixels; sides from 25."""
     positions = []
     for _ in range(LEVELS):
-        rows = torch.randint(height - PATCH + 1, (count,), generator=generator)
-        columns = torch.randint(width - PATCH + 1, (count,), generator=generator)
-        positions.append((rows, columns))
+        rows, columns = (random.integers(side - PATCH + 1, size=count) for side in (height, width))
+        positions.append((torch.from_numpy(rows), torch.from_numpy(columns)))
         height, width = (height + 1) // 2, (width + 1) // 2
     return positions
 
@@ -57,10 +56,7 @@ def pyramid_patches(image: Tensor, positions: Positions) -> Tensor:
 
 
 def laplacian_pyramid(image: Tensor) -> list[Tensor]:
-    """Bands of (C, H, W), finest first, sides halved and rounded up; the last is low-pass.
-
-    Burt & Adelson 1983, with the binomial filter 1 4 6 4 1.
-    """
+    """Of (C, H, W), finest first, each half as large; the last is low-pass (Burt & Adelson 1983)."""
     bands = []
     for _ in range(LEVELS - 1):
         smaller = _binomial_blur(image)[:, ::2, ::2]
@@ -73,15 +69,8 @@ def laplacian_pyramid(image: Tensor) -> list[Tensor]:
 
 def _binomial_blur(image: Tensor) -> Tensor:
     """(C, H, W), borders mirrored."""
-    image = F.pad(image, (2, 2, 2, 2), mode="reflect")
-    # Shifted sums instead of a convolution: seven times faster in float64 on a CPU.
-    for dim in (-2, -1):
-        length = image.shape[dim] - len(_BINOMIAL) + 1
-        total = image.narrow(dim, 0, length) * _BINOMIAL[0]
-        for shift, tap in enumerate(_BINOMIAL[1:], start=1):
-            total.add_(image.narrow(dim, shift, length), alpha=tap)
-        image = total
-    return image
+    kernel = torch.outer(*[image.new_tensor(_BINOMIAL)] * 2).expand(len(image), 1, -1, -1)
+    return F.conv2d(F.pad(image, (2, 2, 2, 2), mode="reflect"), kernel, groups=len(image))
 
 
 def patch_distance(pairs: Sequence[PatchPair], seed: int) -> list[float]:

@@ -23,7 +23,7 @@ from util import ImageDataset
 
 
 def circle_scales(timesteps: int) -> tuple[Tensor, Tensor]:
-    """signal_scale and noise_scale, each (T,) float64: a quarter of a circle at constant speed."""
+    """(T,) float64: a quarter of a circle at constant speed."""
     angle = torch.arange(1, timesteps + 1, dtype=torch.float64) / (timesteps + 1) * math.pi / 2
     return angle.cos(), angle.sin()
 
@@ -32,7 +32,7 @@ SCHEDULES["circle"] = circle_scales
 
 
 def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Original, bicubic and restored images (4, 3, H, W) in [-1, 1], of drawn images."""
+    """Original, bicubic and restored, (4, 3, H, W) in [-1, 1]."""
     torch.manual_seed(0)
     paths = draw_dead_leaves_folder(folder / "images", 12, 64, seed=0, min_radius=4)
     unet = UNet(base_dim=16, dim_mults=(1, 2), conditioning="concat", predictor_blocks=2, predictor_dim=32)
@@ -55,7 +55,6 @@ def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Ten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.change_the_process", description=__doc__)
     parser.add_argument("--max_steps", type=int, default=60, help="of the training (default 60)")
     args = parser.parse_args(argv)

@@ -1,11 +1,8 @@
 """Images with the statistics of photos, drawn from nothing: opaque leaves whose radii follow a power law.
 
-The dead-leaves model (Lee, Mumford & Huang 2001, "Occlusion models for natural images"). With radii of
-density r^-3 every octave covers the same area: the power spectrum falls about as 1/f^2, as a photo's does.
-Networks trained on such images alone restore photos (Achddou, Gousseau & Ladjal 2021). Leaves here are
-ellipses, lozenges and bars, filled with gradients, gratings and 1/f noise.
-
-Legend: H, W image size in pixels; N samples of one leaf; lengths in pixels.
+Dead leaves (Lee, Mumford & Huang 2001, "Occlusion models for natural images"): with radii of density r^-3 the
+power spectrum falls about as a photo's. Networks trained on them restore photos (Achddou et al. 2021). Leaves
+are ellipses, lozenges and bars of N samples, filled with gradients, gratings and 1/f noise.
 """
 
 import math
@@ -32,16 +29,7 @@ def dead_leaves(
     min_radius: float = 1.5,
     max_radius: float = 200.0,
 ) -> NDArray[np.uint8]:
-    """Draw one image, (H, W, 3) uint8; generators in the same state give the same bytes.
-
-    Args:
-        size: (height, width), or one number for a square.
-        rng: source of every random choice.
-        min_radius, max_radius: bounds of the r^-3 law. A small min_radius makes the image busy.
-
-    Raises:
-        ValueError: a size below 1, or radii that are not 0 < min_radius < max_radius.
-    """
+    """(H, W, 3) uint8 of size (H, W) or a square; ValueError unless 0 < min_radius < max_radius pixels."""
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ValueError(f"size is {size}: give a height and a width of at least 1 pixel")
@@ -51,14 +39,14 @@ def dead_leaves(
     canvas, bare = np.tile(draw_colour(rng), (*shape, 1)), np.ones(shape, np.bool_)
     noise = draw_noise(rng)
     # Front to back: a leaf colours only what is still bare.
-    for y, x, radius in draw_leaves(height, width, min_radius, max_radius, rng):
-        paint(canvas, bare, y * SUPERSAMPLE, x * SUPERSAMPLE, radius * SUPERSAMPLE, noise, rng)
+    for circle in draw_leaves(height, width, min_radius, max_radius, rng):
+        paint(canvas, bare, circle * SUPERSAMPLE, noise, rng)
     samples: Floats = canvas.reshape(height, SUPERSAMPLE, width, SUPERSAMPLE, 3).mean(axis=(1, 3)).clip(0, 1)
     return np.rint(255 * samples).astype(np.uint8)
 
 
 def draw_leaves(height: int, width: int, low: float, high: float, rng: np.random.Generator) -> Floats:
-    """(leaves, 3): centre y and x and radius of a rain, uniform over the plane, that meets the image."""
+    """(leaves, 3): centre y and x and radius of a uniform rain that meets the image."""
     high = min(high, 2 * (low + height + width))  # larger ones look alike
     mean_area = 2 * math.pi * math.log(high / low) / (low**-2 - high**-2)
     count = math.ceil(COVERAGE * (height + 2 * high) * (width + 2 * high) / mean_area)
@@ -69,15 +57,10 @@ def draw_leaves(height: int, width: int, low: float, high: float, rng: np.random
 
 
 def paint(
-    canvas: Floats,
-    bare: NDArray[np.bool_],
-    centre_y: float,
-    centre_x: float,
-    radius: float,
-    noise: Floats,
-    rng: np.random.Generator,
+    canvas: Floats, bare: NDArray[np.bool_], circle: Floats, noise: Floats, rng: np.random.Generator
 ) -> None:
-    """Put a leaf of random shape and fill, inside a circle given in samples, behind all that is there."""
+    """Put a random leaf, inside a circle given in samples, behind all that is there."""
+    centre_y, centre_x, radius = circle
     top, left = max(0, int(centre_y - radius)), max(0, int(centre_x - radius))
     rows, columns = bare[top : int(centre_y + radius) + 1, left : int(centre_x + radius) + 1].nonzero()
     if not rows.size:
@@ -100,7 +83,7 @@ def covers(x: Floats, y: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
 
 
 def fill(x: Floats, y: Floats, radius: float, noise: Floats, rng: np.random.Generator) -> Floats:
-    """Colours (N, 3), or (3,) for all, at points of the leaf's own axes: a pattern between two colours."""
+    """Colours (N, 3), or (3,) for all, at points of the leaf's own axes."""
     first, second, pattern = draw_colour(rng), draw_colour(rng), rng.integers(4)
     if radius <= PLAIN_RADIUS * SUPERSAMPLE or pattern == 0:
         return first
@@ -117,12 +100,12 @@ def fill(x: Floats, y: Floats, radius: float, noise: Floats, rng: np.random.Gene
 
 
 def draw_colour(rng: np.random.Generator) -> Floats:
-    """(3,) about [0, 1]: natural colours vary far more in lightness than in hue."""
+    """(3,): natural colours vary far more in lightness than in hue."""
     return rng.uniform(0.05, 0.95) + 0.06 * rng.standard_normal(3)
 
 
 def draw_noise(rng: np.random.Generator) -> Floats:
-    """(NOISE_SIDE, NOISE_SIDE), periodic, of amplitude 1/f, mean 0.5, deviation 0.35."""
+    """Periodic, of amplitude 1/f, mean 0.5, deviation 0.35."""
     frequency = np.hypot(np.fft.fftfreq(NOISE_SIDE)[:, None], np.fft.rfftfreq(NOISE_SIDE))
     frequency[0, 0] = np.inf
     tile = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((NOISE_SIDE, NOISE_SIDE))) / frequency)
@@ -132,11 +115,7 @@ def draw_noise(rng: np.random.Generator) -> Floats:
 def draw_dead_leaves_folder(
     folder: str | Path, count: int, size: tuple[int, int] | int, seed: int, *, min_radius: float = 1.5
 ) -> list[Path]:
-    """Fill a folder with 0000.png, 0001.png, ...; image i does not depend on how many there are.
-
-    Raises:
-        ValueError: a folder that holds something else, or an argument out of range.
-    """
+    """Fill a folder with 0000.png, 0001.png, ...; ValueError where it holds something else."""
     if count < 1 or seed < 0:
         raise ValueError(f"count {count}, seed {seed}: give at least 1 image and a seed of at least 0")
     folder = Path(folder)

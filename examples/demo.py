@@ -1,7 +1,6 @@
 """The whole way in a few minutes: draw images, train on them, restore held-out ones, look at the result.
 
-Prints every command it runs, as a person would type it; they work on your own folder of photos just as well.
-Writes to demo_output.
+Prints every command it runs; they work on your own folder of photos just as well. Writes to demo_output.
 """
 
 import argparse
@@ -26,7 +25,7 @@ MIN_RADIUS = 5.0  # leaves that a quarter of the size still shows
 
 
 def draw_images() -> None:
-    """Training images, held-out images, and the held-out ones at a quarter of the size."""
+    """For training, held out, and the held-out ones at a quarter of the size."""
     draw_dead_leaves_folder(OUTPUT / "train", TRAINING_IMAGES, IMAGE_SIZE, 0, min_radius=MIN_RADIUS)
     held_out = OUTPUT / "held_out"
     (OUTPUT / "low_res").mkdir(exist_ok=True)
@@ -44,12 +43,11 @@ def run(script: str, main: Callable[[Sequence[str]], int], *flags: str | int | P
 
 
 def best_checkpoint() -> Path:
-    """The best checkpoint of the newest run."""
+    """Of the newest run."""
     return max((OUTPUT / "checkpoints").glob("*/*_best.pth"), key=lambda path: path.stat().st_mtime)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
     argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__).parse_args(argv)
     started = time.perf_counter()
     print(f"drawing {TRAINING_IMAGES + HELD_OUT_IMAGES} dead-leaves images of {IMAGE_SIZE}x{IMAGE_SIZE}")

@@ -53,7 +53,7 @@ def draw(folder: Path, count: int, side: int, seed: int) -> None:
 
 @lru_cache(maxsize=1)
 def encoder() -> Any:  # noqa: ANN401  # wordllama is optional
-    """The word vectors, from the package's own folder: nothing is fetched."""
+    """From the package's own folder: nothing is fetched."""
     import wordllama
 
     home = Path(wordllama.__file__).parent
@@ -70,7 +70,7 @@ def word_tokens(caption: str) -> NDArray[np.float32]:
 
 
 def measure(folder: Path, weights: Path) -> None:
-    """Print the error and LPIPS of the test pictures without words, with the right and with a wrong one."""
+    """Error and LPIPS of the test pictures without words, with the right and with a wrong one."""
     paths, lpips = list_images(folder / "test"), Lpips()
     samples = [ImageDataset(paths, TEST_SIDE, SCALE, train=False)[index] for index in range(len(paths))]
     low_res, truth = (
@@ -91,7 +91,6 @@ def measure(folder: Path, weights: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.words", description=__doc__)
     parser.add_argument("command", choices=["draw", "tokens", "measure"])
     parser.add_argument("folder", type=Path)

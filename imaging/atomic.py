@@ -4,10 +4,14 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write``, given a temporary path, make the content of ``path``; its errors change nothing."""
+    """``write`` makes the content of ``path`` under a temporary one; its errors change nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is one step only within a file system. Named here rather than by
     # tempfile, which would make the file readable to its owner alone.
@@ -21,6 +25,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    with path.open("wb") as stream:  # given a path, np.save would add a suffix
+        np.save(stream, array)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
-    """As write_atomically, in UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

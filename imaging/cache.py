@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from imaging.atomic import write_atomically
+from imaging.atomic import save_array, write_atomically
 from imaging.files import read_rgb
 
 if sys.platform != "win32":
@@ -26,12 +26,7 @@ _PREFIX, _LOCK = "decoded-images-", "lock"
 
 
 class CachedReader:
-    """Decodes a file once for all processes, as long as it stays the same.
-
-    Args:
-        limit_bytes: of disk; images beyond it are decoded at every reading.
-        read: path -> (H, W, 3) uint8.
-    """
+    """Decodes a file once for all processes, as long as it stays the same; keeps up to `limit_bytes`."""
 
     def __init__(self, limit_bytes: int, read: Callable[[Path], npt.NDArray[np.uint8]] = read_rgb) -> None:
         if limit_bytes < 0:
@@ -61,14 +56,13 @@ class CachedReader:
         if not refused and used + pixels.nbytes <= self.limit_bytes:
             self._state[0] += pixels.nbytes
             try:
-                write_atomically(kept, lambda partial: _save_array(partial, pixels))  # never half a file
+                write_atomically(kept, lambda partial: save_array(partial, pixels))  # never half a file
             except OSError as error:
                 self._state[0] -= pixels.nbytes
                 self._give_up(error)
         return pixels
 
     def _give_up(self, error: OSError) -> None:
-        """Keep what is kept and no more."""
         if not self._state[1]:
             self._state[1] = 1
             logger.warning(
@@ -77,13 +71,8 @@ class CachedReader:
             )
 
 
-def _save_array(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
-    with path.open("wb") as stream:  # given a path, np.save would add a suffix
-        np.save(stream, pixels)
-
-
 def _own_folder(owner: object) -> Path:
-    """A new temporary folder that goes with its owner; abandoned ones are removed."""
+    """Goes with its owner; abandoned ones are removed."""
     # Every process that uses a folder holds a lock in it, which ends with the last of them however it ends.
     # Windows has no such locks: what a killed run left there stays.
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*") if sys.platform != "win32" else ():
@@ -105,7 +94,7 @@ def _remove(folder: Path, lock: int, maker: int) -> None:
 
 
 def _lock(path: Path, flags: int) -> int | None:
-    """The descriptor of a locked file; None where another process holds it."""
+    """None where another process holds it."""
     lock = None
     try:
         lock = os.open(path, flags, 0o600)

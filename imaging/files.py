@@ -1,7 +1,4 @@
-"""Image files in and out, and conversions between value ranges.
-
-Files hold uint8 or uint16, metrics take [0, 1] ("unit"), the model [-1, 1].
-"""
+"""Image files in and out, and value ranges: files hold uint8 or uint16, metrics [0, 1], the model [-1, 1]."""
 
 import io
 import logging
@@ -62,7 +59,7 @@ _LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 
 
 class UnreadableImageError(ValueError):
-    """A file that cannot be read as an image; takes only the message, so that it can be pickled."""
+    """Takes only the message, so that it can be pickled."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +73,18 @@ class DecodedImage:
     frames: int = 1  # in the file; this is the first
 
 
-# ------------------------------------------------------------------------------------------- range conversion
-
-
 def to_model_range(unit: Tensor) -> Tensor:
-    """Convert [0, 1] to [-1, 1]."""
+    """[0, 1] to [-1, 1]."""
     return unit * 2 - 1
 
 
 def to_unit_range(model: Tensor) -> Tensor:
-    """Convert [-1, 1] to [0, 1]."""
+    """[-1, 1] to [0, 1]."""
     return (model + 1) / 2
 
 
 def pixels_to_unit(pixels: Pixels) -> Tensor:
-    """Convert (H, W) or (H, W, C), uint8 or uint16, to float32 (C, H, W) in [0, 1]."""
+    """(H, W) or (H, W, C), uint8 or uint16, to float32 (C, H, W) in [0, 1]."""
     _check_dtype(pixels.dtype)
     if pixels.ndim not in {2, 3}:
         raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, C)")
@@ -100,11 +94,7 @@ def pixels_to_unit(pixels: Pixels) -> Tensor:
 
 
 def unit_to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Pixels:
-    """Convert (1, H, W) or (3, H, W) in [0, 1] to (H, W) or (H, W, 3), clamped and rounded.
-
-    Raises:
-        ValueError: another shape or dtype, or NaN.
-    """
+    """(1 or 3, H, W) in [0, 1] to (H, W[, 3]), clamped and rounded; ValueError for NaN."""
     if image.ndim != 3 or image.shape[0] not in {1, 3}:
         raise ValueError(f"an image of shape {tuple(image.shape)}: expected (1, H, W) or (3, H, W)")
     _check_dtype(np.dtype(dtype))
@@ -117,7 +107,7 @@ def unit_to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Pixels:
 
 
 def as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
-    """(H, W) or (H, W, 3), uint8 or uint16, to (H, W, 3) uint8."""
+    """(H, W) or (H, W, 3), uint8 or uint16, to (H, W, 3)."""
     if pixels.dtype == np.uint16:
         # 257 is odd, so no value lies half-way and adding 128 rounds exactly.
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -129,15 +119,8 @@ def _check_dtype(dtype: np.dtype[Any]) -> None:
         raise ValueError(f"pixels of {dtype}: expected uint8 or uint16; unit_to_pixels converts floats")
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
 def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
-    """List the images of a folder (IMAGE_SUFFIXES in either case), sorted; hidden ones are skipped.
-
-    Raises:
-        ValueError: no such folder, or no image in it.
-    """
+    """The images of a folder, sorted, but for hidden ones; ValueError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
@@ -166,7 +149,7 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
 
 
 def _files_below(folder: Path, recursive: bool, refused: list[OSError]) -> Iterator[Path]:
-    """Files that are not hidden; each folder once, as links may lead in circles."""
+    """Each folder once, as links may lead in circles."""
     entered: set[str] = set()
     for name, folders, files in os.walk(folder, onerror=refused.append, followlinks=True):
         real = os.path.realpath(name)
@@ -181,11 +164,9 @@ def _files_below(folder: Path, recursive: bool, refused: list[OSError]) -> Itera
 
 
 def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImage:
-    """Read the first frame of a file, upright; palettes and CMYK become RGB.
+    """The first frame of a file, upright; palettes and CMYK become RGB.
 
-    Raises:
-        UnreadableImageError: missing, damaged, cut short, no image, camera raw, beyond MAX_PIXELS or the
-            memory, or samples that are not 8- or 16-bit integers.
+    UnreadableImageError: damaged, no image, camera raw, beyond MAX_PIXELS or the memory, not of 8 or 16 bits.
     """
     path = Path(path)
     with _opened(path) as (image, header):
@@ -213,19 +194,19 @@ def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImag
 
 
 def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
-    """As decode_image, (H, W, 3) uint8: grey repeated, 16 bits rounded, alpha dropped."""
+    """(H, W, 3): grey repeated, 16 bits rounded, alpha dropped; errors as decode_image."""
     return as_rgb8(decode_image(path, with_metadata=False).pixels)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """The upright (height, width), from the header alone; errors as decode_image."""
+    """Upright, without decoding; errors as decode_image."""
     with _opened(Path(path)) as (image, header):
         return (image.width, image.height) if header.orientation >= 5 else (image.height, image.width)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[pyvips.Image | ImageFile, Header]]:
-    """An opened file and its header; errors until the end name ``path`` and say why."""
+    """Errors until the end name ``path`` and say why."""
     try:
         with path.open("rb") as file:
             yield _open(path, file)
@@ -246,7 +227,6 @@ def _opened(path: Path) -> Iterator[tuple[pyvips.Image | ImageFile, Header]]:
 
 
 def _open(path: Path, file: BinaryIO) -> tuple[pyvips.Image | ImageFile, Header]:
-    """Refuse what is empty, no picture yet, too large or too deep."""
     start = file.read(16)
     file.seek(0)
     if not start:
@@ -299,9 +279,6 @@ def _decode_with_libvips(image: pyvips.Image, header: Header) -> Pixels:
     return samples[..., : colours + has_alpha]
 
 
-# ---------------------------------------------------------------------------------------------------- writing
-
-
 def check_format(
     path: str | Path,
     height: int,
@@ -311,7 +288,7 @@ def check_format(
     has_alpha: bool = False,
     metadata: Metadata | None = None,
 ) -> str:
-    """The name of a suffix's format; ValueError where it is unknown or cannot hold such a picture."""
+    """Of the suffix; ValueError where it cannot hold such a picture."""
     path, metadata = Path(path), metadata or Metadata()
     if path.suffix.lower() not in WRITABLE_SUFFIXES:
         known = ", ".join(sorted(WRITABLE_SUFFIXES))
@@ -345,17 +322,15 @@ def write_image(
     metadata: Metadata | None = None,
     quality: int = 95,
 ) -> None:
-    """Write an image file in the format of its suffix, replacing an older one in one step or not at all.
+    """In the format of the suffix, replacing an older file in one step or not at all.
 
     Args:
         pixels: (H, W) grey or (H, W, 3) RGB; uint8, for PNG and TIFF also uint16.
-        alpha: (H, W) of the same dtype, 0 for transparent; not for JPEG and BMP.
+        alpha: (H, W) of the same dtype, 0 for transparent.
         metadata: sizes in EXIF and XMP become those of the pixels.
         quality: 1 to 100, for JPEG (4:4:4) and WebP (lossless at 100).
 
-    Raises:
-        ValueError: wrong shapes or dtypes, a missing folder, what the format cannot hold.
-        OSError: the file cannot be written.
+    ValueError: what the format cannot hold, or a missing folder.
     """
     path, metadata = Path(path), metadata or Metadata()
     if not 1 <= quality <= 100:
@@ -373,7 +348,7 @@ def write_image(
 
 
 def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
-    """Check and join to (H, W, 1 to 4)."""
+    """(H, W, 1 to 4)."""
     _check_dtype(pixels.dtype)
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3), alpha in alpha=")

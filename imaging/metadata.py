@@ -46,7 +46,7 @@ DAMAGE_ERRORS = (  # what Pillow raises on damaged EXIF and PNG text
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says about an upright picture besides its pixels."""
+    """Of an upright picture."""
 
     icc_profile: bytes | None = None
     exif: bytes | None = None  # without orientation and a TIFF's layout
@@ -57,7 +57,7 @@ class Metadata:
     colour: dict[bytes, bytes] = field(default_factory=dict)
 
     def resized(self, height: int, width: int, path: Path) -> "Metadata":
-        """The same with this size in EXIF and XMP; warnings name ``path``."""
+        """With this size in EXIF and XMP; warnings name ``path``."""
         xmp = _set_in_xmp(self.xmp, b"exif:PixelXDimension", width)
         xmp = _set_in_xmp(xmp, b"exif:PixelYDimension", height)
         sizes = {0x0100: width, 0x0101: height, 0xA002: width, 0xA003: height}  # in the two directories
@@ -89,7 +89,7 @@ class Header:
 
     @property
     def is_whole(self) -> bool:
-        """Whether a PNG or TIFF has its end, which decoding may not need."""
+        """Whether a PNG or TIFF has its end."""
         if self.chunks:
             return self.chunks.get(b"IEND") == _PNG_END
         offsets = self.tiff.get(_STRIP_OFFSETS, self.tiff.get(_TILE_OFFSETS, 0))
@@ -97,7 +97,7 @@ class Header:
         return bool((np.add(offsets, lengths) <= self.length).all())
 
     def with_exif(self, path: Path) -> Metadata:
-        """All that can be handed on of the file at ``path``; the rest is a warning."""
+        """What can be handed on; the rest is a warning that names ``path``."""
         try:
             if self.exif is None:
                 raise ValueError("damaged")
@@ -109,7 +109,7 @@ class Header:
 
 
 def read_header(image: pyvips.Image | ImageFile, file: BinaryIO) -> Header:
-    """Describe an opened image; damage is no error."""
+    """Damage is no error."""
     loader = str(image.format if isinstance(image, ImageFile) else image.get("vips-loader"))
     chunks = _png_chunks(file, {b"IDAT", b"fdAT"}) if loader.startswith("png") else []
     info: dict[Any, Any] = {}
@@ -146,7 +146,6 @@ def read_header(image: pyvips.Image | ImageFile, file: BinaryIO) -> Header:
 
 
 def _keep_description(exif: Image.Exif) -> None:
-    """Remove what lays out the samples of a TIFF."""
     for tag in set(exif) - _DESCRIPTIVE_TAGS:
         del exif[tag]
 
@@ -171,7 +170,7 @@ def _colour(chunks: dict[bytes, bytes]) -> dict[bytes, bytes]:
 
 
 def _png_chunks(file: BinaryIO, skipped: Collection[bytes]) -> list[tuple[bytes, bytes]]:
-    """Kind and bytes of a PNG's chunks, but for the kinds that are skipped unread."""
+    """Kind and bytes of each; skipped kinds are not read."""
     chunks = []
     file.seek(8)
     while len(header := file.read(8)) == 8:
@@ -186,7 +185,7 @@ def _png_chunks(file: BinaryIO, skipped: Collection[bytes]) -> list[tuple[bytes,
 
 
 def save_options(metadata: Metadata) -> dict[str, object]:
-    """What Pillow's encoders take: each ignores what it does not know."""
+    """Each of Pillow's encoders ignores what it does not know."""
     png = PngImagePlugin.PngInfo()
     for key, value in metadata.text.items():
         png.add_text(key, value, zip=len(value) > 1000)
@@ -199,7 +198,7 @@ def save_options(metadata: Metadata) -> dict[str, object]:
 
 
 def png_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
-    """An encoded PNG with the metadata that Pillow writes around another."""
+    """Added as Pillow writes it around another."""
     described = io.BytesIO()
     Image.new("L", (1, 1)).save(described, "PNG", **save_options(metadata))
     added = _png_chunks(described, {b"IHDR", b"IDAT", b"IEND"})
@@ -208,7 +207,7 @@ def png_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
 
 
 def tiff_with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
-    """A TIFF in strips with a directory by Pillow, as libvips writes no EXIF, in front of the same strips."""
+    """The strips of a TIFF behind a directory by Pillow, as libvips writes no EXIF."""
     layout, directory = Image.Exif(), Image.Exif()
     layout.load(encoded)
     directory.load(metadata.exif or b"")

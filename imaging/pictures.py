@@ -13,7 +13,7 @@ _GAP, _LABEL = 8, 24  # pixels between panels, and above them
 def comparison_picture(
     source: Pixels, bicubic: Pixels, restored: Pixels, truth: Pixels | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Panels (H + 24, W', 3): input (h, w[, 3]), bicubic and restored (H, W[, 3]), and the original."""
+    """Input (h, w[, 3]) and the others (H, W[, 3]), side by side."""
     height, width = restored.shape[:2]
     rows = np.arange(height) * len(source) // height
     columns = np.arange(width) * source.shape[1] // width
@@ -24,7 +24,7 @@ def comparison_picture(
 
 
 def labelled_row(panels: dict[str, Pixels], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Labelled panels side by side, (height + 24, W', 3), each cropped or padded with black."""
+    """(height + 24, W', 3); each panel is cropped or padded with black."""
     picture = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height + _LABEL), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=16)
     for index, (name, pixels) in enumerate(panels.items()):
@@ -36,7 +36,7 @@ def labelled_row(panels: dict[str, Pixels], height: int, width: int) -> npt.NDAr
 
 
 def spread_colours(pixels: Pixels, alpha: Pixels) -> Pixels:
-    """Give every pixel (H, W) or (H, W, C) with alpha 0 the colour of the nearest other one."""
+    """Give every pixel (H, W[, C]) with alpha 0 the colour of the nearest other one."""
     # What lies hidden there would bleed into the edges of what is seen when the picture is resized.
     hidden = alpha == 0
     if hidden.all() or not hidden.any():

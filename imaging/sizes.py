@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm.contrib.concurrent import thread_map
@@ -21,14 +21,12 @@ Size = tuple[int, int]
 
 
 def image_sizes(paths: Sequence[Path], cache_dir: Path | None = None) -> list[Size | UnreadableImageError]:
-    """The upright (height, width) of every file, or why it cannot be read.
-
-    Args:
-        cache_dir: remembers sizes while time and length stay; one that cannot be written is a warning.
-    """
+    """Upright (height, width), or why a file cannot be read; remembered in `cache_dir`."""
     names = {path: os.path.abspath(path) for path in paths}
     stamps = {path: _stamp(path) for path in paths}
-    index = None if cache_dir is None else cache_dir / _index_name(names.values())
+    folder = os.path.commonpath([os.path.dirname(name) for name in names.values()]) if names else ""
+    key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    index = None if cache_dir is None else cache_dir / f"sizes-{key}.json"
     known = _load(index)
     sizes: dict[Path, Size | UnreadableImageError] = {}
     for path, stamp in stamps.items():
@@ -49,7 +47,7 @@ def image_sizes(paths: Sequence[Path], cache_dir: Path | None = None) -> list[Si
 
 
 def default_cache_dir() -> Path | None:
-    """In $XDG_CACHE_HOME or ~/.cache; None, with a warning, without a home."""
+    """None, with a warning, without a home."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:  # a user that the system does not know
@@ -66,7 +64,7 @@ def _read(path: Path) -> Size | UnreadableImageError:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Time and length of a file; nothing for one that is not there."""
+    """Nothing for a file that is not there."""
     try:
         status = path.stat()
     except OSError:
@@ -74,14 +72,8 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_mtime_ns, status.st_size]
 
 
-def _index_name(names: Collection[str]) -> str:
-    """One file for each folder of images."""
-    folder = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
-    return f"sizes-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json"
-
-
 def _load(index: Path | None) -> dict[str, object]:
-    """An index that is missing or damaged is only slower."""
+    """A damaged index is only slower."""
     try:
         known = json.loads(index.read_text(encoding="utf-8")) if index else None
     except (OSError, ValueError):

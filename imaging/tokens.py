@@ -1,4 +1,4 @@
-"""Tokens of any encoder, in files named after the images they describe: NAME.safetensors or NAME.npy."""
+"""Tokens of any encoder, in files named after the images they describe."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ SUFFIXES = (".safetensors", ".npy")
 
 
 def read_tokens(folder: str | Path, image: Path) -> Tensor:
-    """The tokens (N, E) float32 of an image, by its name without suffix; ValueError where there are none."""
+    """(N, E) float32 of an image; ValueError where there are none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,9 +1,6 @@
-"""Restore images of any size and kind: what the scripts, the validation and Python users call.
+"""Restore images of any size and kind: `restore("photo.png").save("photo_x4.png")`."""
 
-from restoration import restore
-restore("photo.png").save("photo_x4.png")
-"""
-
-from restoration.restorer import PRESETS, Restoration, RestoreConfig, Restorer, blend, restore
+from restoration.rescaled import restore
+from restoration.restorer import PRESETS, Restoration, RestoreConfig, Restorer, blend
 
 __all__ = ["PRESETS", "Restoration", "RestoreConfig", "Restorer", "blend", "restore"]

@@ -1,6 +1,5 @@
 """One image file to restore, with all that is written for it."""
 
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -9,7 +8,7 @@ import numpy as np
 
 from bicubic import upscale_image
 from engine.device import is_out_of_memory
-from imaging.atomic import write_atomically
+from imaging.atomic import save_array, write_atomically
 from imaging.files import DecodedImage, Pixels, check_format, decode_image, read_rgb, write_image
 from imaging.metadata import Metadata
 from imaging.pictures import comparison_picture
@@ -33,13 +32,12 @@ class Task:
 
     @property
     def maps(self) -> list[Path]:
-        """Picture and array of the standard deviation, if wanted."""
         path = self.uncertainty  # with_suffix would cut a name at a dot of its own
         return [] if path is None else [path.with_name(path.name + ending) for ending in (".png", ".npy")]
 
     @property
     def targets(self) -> list[Path]:
-        """Every file that is written, the result last."""
+        """The result last."""
         return [*([] if self.comparison is None else [self.comparison]), *self.maps, self.target]
 
 
@@ -51,15 +49,10 @@ def restore_file(
     strip: bool = False,
     background: tuple[int, ...] | None = None,
 ) -> str:
-    """Restore one file and write what belongs to it; returns a remark for the user, or "".
+    """Restore one file, write what belongs to it, and return a remark for the user, or "".
 
-    Args:
-        strip: leave out the metadata.
-        background: red, green and blue in [0, 255] to put a transparent image on.
-
-    Raises:
-        ValueError: before the work, an unreadable file or a format that cannot hold the result.
-        OSError: a result could not be written.
+    ValueError, before the work: an unreadable file or a format that cannot hold the result. `background` is
+    red, green and blue in [0, 255].
     """
     source = decode_image(task.source)
     if strip:
@@ -78,7 +71,7 @@ def restore_file(
 
 
 def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
-    """The image over red, green and blue in [0, 255], without alpha; grey stays grey over a grey."""
+    """Over red, green and blue in [0, 255]; grey stays grey over a grey."""
     assert image.alpha is not None
     largest = int(np.iinfo(image.pixels.dtype).max)
     height, width = image.alpha.shape
@@ -93,7 +86,6 @@ def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
 def write_results(
     task: Task, source: DecodedImage, restoration: Restoration, scale: float, truth: Pixels | None
 ) -> None:
-    """Write the side results, then the restored image: where that exists, all of them do."""
     for target in task.targets:
         target.parent.mkdir(parents=True, exist_ok=True)
     if task.comparison is not None:
@@ -102,16 +94,14 @@ def write_results(
     deviation = restoration.deviation
     if deviation is not None:
         picture, array = task.maps
-        encoded = io.BytesIO()
-        np.save(encoded, deviation)
-        write_atomically(array, lambda temporary: temporary.write_bytes(encoded.getbuffer()))
+        write_atomically(array, lambda temporary: save_array(temporary, deviation))
         white = max(float(deviation.max()), 1e-9)  # the largest
         write_image(picture, np.round(deviation / white * 255).astype(np.uint8))
     restoration.save(task.target)
 
 
 def describe_failure(error: BaseException, source: Path, target: Path) -> str:
-    """One line that names the file; raises the error where neither file nor disk nor memory are its cause."""
+    """Names the file; raises what neither file nor disk nor memory caused."""
     if isinstance(error, RuntimeError) and not is_out_of_memory(error):
         raise error
     line = one_line(error)
@@ -123,5 +113,4 @@ def describe_failure(error: BaseException, source: Path, target: Path) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, or what it is."""
     return " ".join(str(error).split()) or type(error).__name__

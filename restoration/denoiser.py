@@ -1,8 +1,7 @@
 """The network on images of any size: overlapping windows, blended at every step.
 
-This is MultiDiffusion (Bar-Tal et al. 2023, Eq. 5) of clean estimates, which higher-order solvers remember.
-
-Shapes: B images, b windows together, C channels, H x W high and h x w low resolution, in [-1, 1].
+MultiDiffusion (Bar-Tal et al. 2023, Eq. 5) of clean estimates. B images or b windows together have C
+channels, H x W high and h x w low resolution, in [-1, 1].
 """
 
 import itertools
@@ -35,12 +34,11 @@ class View(NamedTuple):
     mirrored: bool
 
     def apply(self, image: Tensor) -> Tensor:
-        """Turn and mirror (..., H, W)."""
+        """(..., H, W)."""
         turned = image.rot90(self.turns, (-2, -1)) if self.turns else image
         return turned.flip(-1) if self.mirrored else turned
 
     def undo(self, image: Tensor) -> Tensor:
-        """The inverse of `apply`."""
         turned = image.flip(-1) if self.mirrored else image
         return turned.rot90(-self.turns, (-2, -1)) if self.turns else turned
 
@@ -51,7 +49,7 @@ ALL_VIEWS = tuple(View(turns, mirrored) for mirrored in (False, True) for turns 
 
 @dataclass
 class Windows:
-    """How images are cut. Where memory runs out windows get smaller, and stay so."""
+    """Where memory runs out they get smaller, and stay so."""
 
     side: int | None  # in pixels of the result; 0 for one piece, None to decide by the image's size
     overlap: int  # pixels that neighbours share
@@ -59,7 +57,6 @@ class Windows:
     multiple: int  # of beginnings and overlaps
 
     def plan(self, height: int, width: int) -> list[Tile]:
-        """The windows of an H x W image."""
         side = self.side
         if side is None:
             side = 0 if height * width <= WHOLE_PIXELS else AUTOMATIC_TILE
@@ -71,11 +68,11 @@ class Windows:
         return plan_tiles(height, width, side, overlap, min(MARGIN, (overlap - 1) // 2))
 
     def rounded(self, side: int) -> int:
-        """The side that windows have if this one is asked for."""
+        """The side that windows have."""
         return max(2, math.ceil(side / self.multiple)) * self.multiple
 
     def attempt(self, height: int, width: int, work: Callable[[list[Tile]], Result]) -> Result:
-        """Do the work on an H x W image, in smaller windows where memory runs out."""
+        """torch.OutOfMemoryError where even the smallest windows are too large."""
         while True:
             tiles = self.plan(height, width)
             try:
@@ -87,7 +84,7 @@ class Windows:
             self.use_less_memory(max(max(tile.window.shape) for tile in tiles))
 
     def use_less_memory(self, side: int) -> None:
-        """One window at a time or, if it was one, half this side; torch.OutOfMemoryError for the smallest."""
+        """One window at a time or, if it was one, half this side."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.batch_size > 1:
@@ -103,11 +100,7 @@ class Windows:
 class Base:
     """What sampled residuals are added to: the upscaled images, plus the predicted mean if there is one.
 
-    Args:
-        low_res: (B, C, h, w) on the generator's device.
-        windows: how to cut; the mean is the same in any.
-        views: to average over.
-        tokens: (B, N, E) that describe the images.
+    `low_res` is (B, C, h, w), on the generator's device; `tokens` (B, N, E).
     """
 
     def __init__(
@@ -126,11 +119,11 @@ class Base:
         self._field = windows.attempt(*self.size, self._predict) if network.mean_reach else None
 
     def read(self, window: Window, image: int | None = None) -> Tensor:
-        """(1 or B, C, height, width) of one image or all."""
+        """(1 or B, C, height, width)."""
         return self.upscaled(window, image) if self._field is None else self._field.read(window, image)
 
     def upscaled(self, window: Window, image: int | None = None) -> Tensor:
-        """As `read`, without a predicted mean."""
+        """Without a predicted mean."""
         low_res = self.low_res if image is None else self.low_res[image : image + 1]
         return self.scale.upscale(low_res, window).clamp(-1, 1)
 
@@ -156,26 +149,19 @@ class Base:
 
 
 class Job(NamedTuple):
-    """A window of one image."""
-
     image: int
     tile: Tile
 
 
 class Prepared(NamedTuple):
-    """What a batch of windows needs at every step."""
+    """For every step of a batch of windows."""
 
     base: Tensor  # (b, C, height, width)
     contexts: tuple[Contexts, ...]  # one for each view
 
 
 class TiledDenoiser:
-    """Estimates the clean residuals of images of one size.
-
-    Args:
-        base: of B images; the n-th that is denoised is its image n modulo B.
-        progress: called with the evaluations so far, in fractions.
-    """
+    """Estimates the clean residuals of n B images, the i-th of image i modulo B of the base."""
 
     def __init__(self, base: Base, progress: Callable[[float], None]) -> None:
         self.base, self.progress = base, progress
@@ -191,22 +177,18 @@ class TiledDenoiser:
 
     # All windows see one noise field and are averaged before the next step begins, so no seam can grow.
     def __call__(self, noisy: Field, timestep: int) -> Field:
-        """The clean estimates (n B, C, H, W), in smaller windows if memory runs out."""
-        clean = Field(noisy.shape, noisy.device)
-
-        def work(tiles: list[Tile]) -> None:
-            clean.clear()
+        def work(tiles: list[Tile]) -> Field:
             if [tile.window for tile in tiles] != [tile.window for tile in self.tiles]:
                 self.prepared.clear()
             self.tiles = tiles
-            self._denoise(noisy, clean, timestep)
+            return self._denoise(noisy, timestep)
 
-        self.base.windows.attempt(*self.base.size, work)
+        clean = self.base.windows.attempt(*self.base.size, work)
         self.evaluations += 1
         return clean
 
-    def _denoise(self, noisy: Field, clean: Field, timestep: int) -> None:
-        """Add the weighted estimates of all windows to `clean`."""
+    def _denoise(self, noisy: Field, timestep: int) -> Field:
+        clean = Field(noisy.shape, noisy.device)
         batches = self._batches(noisy.shape[0])
         # Encoding costs little next to the network; kept for a large image, it would fill the memory.
         keep = noisy.shape[0] * math.prod(noisy.shape[-2:]) * len(self.base.views) <= WHOLE_PIXELS
@@ -220,6 +202,7 @@ class TiledDenoiser:
                 weighted = estimate * job.tile.row_weights.to(estimate) * job.tile.column_weights.to(estimate)
                 clean.add(job.tile.window, weighted[None], job.image)
             self.progress(self.evaluations + (place + 1) / len(batches))
+        return clean
 
     def _estimate(self, noisy: Tensor, timestep: int, prepared: Prepared) -> Tensor:
         """The mean over the views, (b, C, height, width)."""
@@ -231,7 +214,7 @@ class TiledDenoiser:
         return total / len(views)
 
     def _batches(self, images: int) -> list[list[Job]]:
-        """The windows of all images, in batches of one shape."""
+        """Of one shape each."""
         jobs = [Job(image, tile) for tile in self.tiles for image in range(images)]
         jobs.sort(key=lambda job: job.tile.window.shape, reverse=True)
         size = self.base.windows.batch_size

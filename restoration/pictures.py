@@ -1,6 +1,6 @@
 """What callers hand over, (h, w), as what the network takes, and results (H, W) back."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,8 +24,6 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Picture:
-    """An image on its way through the network."""
-
     low_res: Tensor  # (3, h, w) in [-1, 1]; grey is repeated
     alpha: Pixels | None  # (h, w)
     shape: tuple[int, ...]  # (h, w), (h, w, 1) or (h, w, 3), of the pixels without alpha
@@ -33,7 +31,7 @@ class Picture:
     metadata: Metadata = field(default_factory=Metadata)
 
     def to_pixels(self, restored: Field) -> Pixels:
-        """(1, 3, H, W) in [0, 1] as pixels; grey is the mean of the channels."""
+        """(1, 3, H, W) in [0, 1]; grey is the mean of the channels."""
         colour = self.shape[2:] == (3,)
         height, width = restored.shape[-2:]
         pixels = np.empty((height, width, 3) if colour else (height, width), self.dtype)
@@ -45,11 +43,35 @@ class Picture:
 
 
 def to_picture(image: Restorable) -> Picture:
-    """Take any image; ValueError for another type, shape, dtype or range, or an unreadable file."""
+    """ValueError for anything else than ACCEPTED, or an unreadable file."""
+    decoded = _decoded(image)
+    pixels, alpha = decoded.pixels, decoded.alpha
+    if alpha is not None:
+        pixels = spread_colours(pixels, alpha)
+    floats = isinstance(image, Tensor) and image.is_floating_point()
+    dtype = np.uint8 if floats else pixels.dtype
+    return Picture(to_input(pixels_to_unit(pixels)), alpha, pixels.shape, dtype, decoded.metadata)
+
+
+def to_input(unit: Tensor) -> Tensor:
+    """(..., 1 or 3, h, w) in [0, 1] to (..., 3, h, w) in [-1, 1]."""
+    grey = unit.shape[-3] == 1
+    return to_model_range(unit.expand(*unit.shape[:-3], 3, -1, -1) if grey else unit)
+
+
+def to_deviation(variance: Field) -> npt.NDArray[np.float32]:
+    """Variances (1, 3, H, W) to (H, W), root mean square over the channels."""
+    deviation = np.empty(variance.shape[-2:], np.float32)
+    for band in variance.bands():
+        deviation[band.top : band.bottom] = variance.read(band)[0].mean(dim=0).sqrt().cpu().numpy()
+    return deviation
+
+
+def _decoded(image: Restorable) -> DecodedImage:
     if isinstance(image, str | Path):
-        return _from_decoded(decode_image(image))
+        return decode_image(image)
     if isinstance(image, DecodedImage):
-        return _from_decoded(image)
+        return image
     if isinstance(image, Image.Image):
         return _from_pil(image)
     if isinstance(image, Tensor):
@@ -59,38 +81,16 @@ def to_picture(image: Restorable) -> Picture:
     raise ValueError(f"an image of type {type(image).__name__}: {ACCEPTED}")
 
 
-def to_input(unit: Tensor) -> Tensor:
-    """(..., 1 or 3, h, w) in [0, 1] as (..., 3, h, w) in [-1, 1]."""
-    grey = unit.shape[-3] == 1
-    return to_model_range(unit.expand(*unit.shape[:-3], 3, -1, -1) if grey else unit)
-
-
-def to_deviation(variance: Field) -> npt.NDArray[np.float32]:
-    """Variances (1, 3, H, W) as deviations (H, W), root mean square over the channels."""
-    deviation = np.empty(variance.shape[-2:], np.float32)
-    for band in variance.bands():
-        deviation[band.top : band.bottom] = variance.read(band)[0].mean(dim=0).sqrt().cpu().numpy()
-    return deviation
-
-
-def _from_decoded(image: DecodedImage) -> Picture:
-    pixels = image.pixels if image.alpha is None else spread_colours(image.pixels, image.alpha)
-    low_res = to_input(pixels_to_unit(pixels))
-    return Picture(low_res, image.alpha, pixels.shape, pixels.dtype, image.metadata)
-
-
-def _from_pixels(pixels: Pixels) -> Picture:
-    """(h, w) or (h, w, 1, 3 or, with alpha, 4)."""
+def _from_pixels(pixels: Pixels) -> DecodedImage:
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or not pixels.size:
         raise ValueError(f"an array of shape {pixels.shape}: {ACCEPTED}")
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"an array of {pixels.dtype}: {ACCEPTED}")
     has_alpha = pixels.shape[2:] == (4,)
-    colours, alpha = (pixels[..., :3], pixels[..., 3]) if has_alpha else (pixels, None)
-    return _from_decoded(DecodedImage(Path(), colours, alpha))
+    return DecodedImage(Path(), *((pixels[..., :3], pixels[..., 3]) if has_alpha else (pixels, None)))
 
 
-def _from_tensor(image: Tensor) -> Picture:
+def _from_tensor(image: Tensor) -> DecodedImage:
     if image.ndim != 3 or len(image) not in (1, 3, 4) or not image.numel():
         raise ValueError(f"a tensor of shape {tuple(image.shape)}: {ACCEPTED}")
     values = image.detach().cpu()
@@ -100,23 +100,20 @@ def _from_tensor(image: Tensor) -> Picture:
     if not (values.min() >= 0 and values.max() <= 1):  # also where one is not a number
         raise ValueError(f"a tensor of values from {values.min():g} to {values.max():g}: {ACCEPTED}")
     alpha = unit_to_pixels(values[3:]) if len(values) == 4 else None
-    picture = _from_decoded(DecodedImage(Path(), unit_to_pixels(values[:3], np.uint16), alpha))
-    return replace(picture, dtype=np.uint8)
+    return DecodedImage(Path(), unit_to_pixels(values[:3], np.uint16), alpha)
 
 
-def _from_pil(image: Image.Image) -> Picture:
-    """As a file of it: upright, with alpha and profile."""
+def _from_pil(image: Image.Image) -> DecodedImage:
+    """Upright, with alpha and profile."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "F"):
         raise ValueError(f"a PIL image of mode {upright.mode}: {ACCEPTED}")
-    deep = upright.mode.startswith("I;16")
-    if not deep:
-        mode = "L" if upright.mode in ("1", "L", "LA", "La") else "RGB"
-        upright = upright.convert(mode + "A" if upright.has_transparency_data else mode)
-    samples: Pixels = np.asarray(upright, np.uint16) if deep else np.asarray(upright, np.uint8)
     exif = upright.getexif()
     metadata = Metadata(upright.info.get("icc_profile"), exif.tobytes() if exif else None)
-    if samples.shape[2:] not in ((2,), (4,)):
-        return _from_decoded(DecodedImage(Path(), samples, None, metadata))
-    colours = samples[..., 0] if samples.shape[2] == 2 else samples[..., :3]
-    return _from_decoded(DecodedImage(Path(), colours, samples[..., -1], metadata))
+    if upright.mode.startswith("I;16"):
+        return DecodedImage(Path(), np.asarray(upright, np.uint16), None, metadata)
+    mode = "L" if upright.mode in ("1", "L", "LA", "La") else "RGB"
+    if not upright.has_transparency_data:
+        return DecodedImage(Path(), np.asarray(upright.convert(mode)), None, metadata)
+    both = upright.convert(f"{mode}A")
+    return DecodedImage(Path(), np.asarray(both.convert(mode)), np.asarray(both.getchannel("A")), metadata)

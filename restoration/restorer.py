@@ -1,6 +1,6 @@
 """The one way to restore: options, results, and the network at work on whole images.
 
-Shapes: B images, C channels, H x W high and h x w low resolution; [-1, 1] inside, [0, 1] once restored.
+B images of C channels, H x W high and h x w low resolution; [-1, 1] inside, [0, 1] once restored.
 """
 
 import copy
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,30 +21,18 @@ from torch import Tensor
 from bicubic import Border
 from degradation import degradation_from_dict
 from diffusion import Network, ProcessConfig, ResidualGenerator
-from engine.checkpoint import LoadedModel, NetworkT, load_model, load_weights
-from engine.device import autocast_dtype, select_device
+from engine.checkpoint import LoadedModel, NetworkT, load_weights
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
 from imaging.metadata import Metadata
 from restoration.denoiser import ALL_VIEWS, UPRIGHT, Base, TiledDenoiser, Windows
 from restoration.pictures import Restorable, to_deviation, to_input, to_picture
-from restoration.rescaled import find_weights, restorer_to
 from restoration.tiling import Field, Scale, Shape, Window, bytes_on_disk, row_bands
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
-from unet import UNet
 
 Preset = Literal["fidelity", "balanced", "detail"]
-Progress = Callable[[float], object]
+Progress = Callable[[float], object]  # called with the finished part of the work, up to 1
 logger = logging.getLogger(__name__)
-
-
-class Budget(NamedTuple):
-    """Denoising steps, samples to average, and the detail (`RestoreConfig`)."""
-
-    steps: int
-    num_images: int
-    detail: float
-
 
 # The mean has the highest PSNR and no texture it is unsure of; a sample has the texture and, for a perfect
 # model, twice the squared error. Between them lie samples that start from less noise. 0 steps are the mean
@@ -86,15 +74,13 @@ class RestoreConfig(Options):
         1.0, "how much tokens steer: 1 as trained, 2 doubles what they change, at twice the work", low=0
     )
 
-    @property
-    def budget(self) -> Budget:
+    def steps_and_detail(self) -> tuple[int, float]:
         """The mode's unless they were given."""
         sampled = self.num_images > 1 or self.steps
         detail = PRESETS[self.mode or ("detail" if sampled else "fidelity")]
         if self.detail is not None:
             detail = self.detail
-        steps = self.steps if self.steps is not None else SAMPLED_STEPS if detail else 0
-        return Budget(steps, self.num_images, detail)
+        return self.steps if self.steps is not None else SAMPLED_STEPS if detail else 0, detail
 
 
 @dataclass(frozen=True)
@@ -107,53 +93,20 @@ class Restoration:
     metadata: Metadata = field(default_factory=Metadata)  # of the input's file
 
     def save(self, path: str | Path) -> None:
-        """As imaging.files.write_image does."""
         pixels = self.pixels[..., 0] if self.pixels.shape[2:] == (1,) else self.pixels
         write_image(path, pixels, self.alpha, metadata=self.metadata)
 
 
-def restore(
-    image: Restorable,
-    model: str | Path | LoadedModel[NetworkT] | None = None,
-    config: RestoreConfig | None = None,
-    *,
-    scale: float | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    progress: Progress | None = None,
-    tokens: Tensor | None = None,
-) -> Restoration:
-    """Restore one picture.
-
-    Args:
-        image: see Restorer.restore.
-        model: loaded, the path of its file, or "photo" or "clean", which come with the project; None is
-            photo, or clean where there is none.
-        scale: the enlargement, above 1 and at most 16; None is the model's, or 4.
-        device, precision: see engine.device.
-        progress, tokens: see Restorer.restore.
-
-    Raises:
-        ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
-    """
-    chosen = select_device(device)
-    dtype = autocast_dtype(chosen, precision)
-    config = config or RestoreConfig()
-    if isinstance(model, LoadedModel):
-        restorers = [Restorer(model, config, chosen, dtype)]
-    else:
-        paths = find_weights(model, scale)
-        restorers = [Restorer(load_model(path, UNet), config, chosen, dtype) for path in paths]
-    return restorer_to(scale, restorers).restore(image, progress=progress, tokens=tokens)
+def no_progress(_: float) -> None:
+    """Report none."""
 
 
 def blend(
     clean: LoadedModel[NetworkT], photo: LoadedModel[NetworkT], strength: float
 ) -> LoadedModel[NetworkT]:
-    """A model between two: weights clean + strength (photo - clean), strength in [0, 1] (Wang et al. 2019).
+    """Weights clean + strength (photo - clean) (Wang et al. 2019).
 
-    Raises:
-        ValueError: their networks, processes or enlargements differ; OptionError: another strength.
+    ValueError for a strength outside [0, 1], or where their networks, processes or enlargements differ.
     """
     if not 0 <= strength <= 1:
         raise OptionError("strength", strength, "give a number from 0, clean, to 1, photo")
@@ -175,15 +128,8 @@ def blend(
 class Restorer:
     """Restores images with one network, which moves to the device, and one configuration.
 
-    Args:
-        precision: dtype to autocast the network to, None for float32.
-
-    Attributes:
-        windows: how large images are cut; smaller once memory has run out.
-        step_count, steps: of the sampler; none where the network's mean is the result.
-
-    Raises:
-        ValueError: an untrained network or one not for RGB, or options it cannot follow (OptionError).
+    `precision`: dtype to autocast to, None for float32. `steps` are none where the mean is the result.
+    ValueError: an untrained network or one not for RGB, or options it cannot follow.
     """
 
     def __init__(
@@ -197,8 +143,12 @@ class Restorer:
         self.config, self.device = config, device
         process = ProcessConfig.from_dict(model.process)
         self.generator = ResidualGenerator.of(process, device, precision, config.scheduler, config.guidance)
-        self.step_count = self._step_count()
-        self.steps = self.generator.plan(self.step_count, config.eta, config.budget.detail)
+        self.step_count, detail = config.steps_and_detail()
+        if not self.step_count and not self.network.mean_reach:
+            if config.steps == 0:
+                raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
+            self.step_count = 1
+        self.steps = self.generator.plan(self.step_count, config.eta, detail)
         self.border = _border(model.degradation) if config.consistency else None
         self.residual_std, factor = float(self.network.residual_std), float(self.network.scale)
         if self.residual_std <= 0 or factor <= 0:
@@ -214,41 +164,29 @@ class Restorer:
                 *(config.tile, multiple, side),
             )
 
-    def _step_count(self) -> int:
-        """One where the network predicts no mean and nobody asked for 0."""
-        if self.config.budget.steps or self.network.mean_reach:
-            return self.config.budget.steps
-        if self.config.steps == 0:
-            raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
-        return 1
-
     def restore(
         self,
         image: Restorable,
         *,
         deviation: bool = False,
-        progress: Progress | None = None,
+        progress: Progress = no_progress,
         tokens: Tensor | None = None,
     ) -> Restoration:
-        """Restore one picture: grey stays grey, 16 bits stay 16, alpha is restored too.
+        """Restore a picture: grey stays grey, 16 bits stay 16, alpha is restored too.
 
         Args:
-            image: the path of a file; a decoded file; a PIL image; pixels (h, w) or (h, w, 1, 3 or 4) of
-                uint8 or uint16; or a tensor (1, 3 or 4, h, w) of uint8 or of floats in [0, 1].
+            image: see pictures.ACCEPTED.
             deviation: measure the standard deviation over the samples.
-            progress: called with the finished part of the work, up to 1.
-            tokens: (N, E) that describe the image, of the encoder that the network was trained with.
+            tokens: (N, E), of the encoder that the network was trained with.
 
-        Raises:
-            ValueError: an unreadable image or none of these, the deviation of one sample, or tokens that the
-                network does not take.
-            OSError: no room in the folder of temporary files.
+        ValueError: another image, the deviation of one sample, tokens that the network does not take.
+        OSError: no room for temporary files.
         """
-        if deviation and self.config.budget.num_images < 2:
+        if deviation and self.config.num_images < 2:
             raise ValueError("an uncertainty map needs num_images of at least 2")
         picture = to_picture(image)
         described = None if tokens is None else tokens[None]
-        mean, variance = self._restore(picture.low_res[None], deviation, progress or _silent, described)
+        mean, variance = self._restore(picture.low_res[None], deviation, progress, described)
         return Restoration(
             picture.to_pixels(mean),
             None if picture.alpha is None else self._restore_alpha(picture.alpha),
@@ -257,42 +195,36 @@ class Restorer:
         )
 
     def __call__(self, low_res: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """What `restore` does, before it rounds; all images of a batch have the same noise.
+        """(B, C, h, w) or (C, h, w), C 1 or 3, and tokens (B, N, E), to H x W, float32 on the CPU.
 
-        Args:
-            low_res: (C, h, w) or (B, C, h, w) in [0, 1], C 1 or 3; ValueError otherwise.
-            tokens: (B, N, E), see `restore`.
-
-        Returns:
-            (C, H, W) or (B, C, H, W) float32 in [0, 1], on the CPU.
+        Unlike `restore`, it rounds nothing; all images have the same noise.
         """
         if low_res.ndim not in (3, 4) or low_res.shape[-3] not in (1, 3) or not low_res.numel():
             raise ValueError(
                 f"low_res is {tuple(low_res.shape)}: expected (C, h, w) or (B, C, h, w), C 1 or 3"
             )
         batch = to_input(low_res if low_res.ndim == 4 else low_res[None]).float()
-        mean, _ = self._restore(batch, False, _silent, tokens)
+        mean, _ = self._restore(batch, False, no_progress, tokens)
         restored = mean.read(Window(0, mean.shape[2], 0, mean.shape[3])).cpu()  # (B, 3, H, W)
         if low_res.shape[-3] == 1:
             restored = restored.mean(dim=1, keepdim=True)
         return restored if low_res.ndim == 4 else restored[0]
 
     def _restore_alpha(self, alpha: Pixels) -> Pixels:
-        """(h, w) to (H, W)."""
         if alpha.min() == alpha.max():
             return np.full(self.scale.high_size(*alpha.shape), alpha.flat[0], alpha.dtype)
         mask = to_picture(alpha)
         # The posterior mean: a mask has edges and no texture to invent.
         steps = self.generator.plan(0 if self.network.mean_reach else 1)
         with torch.inference_mode():
-            mean, _ = self._average(mask.low_res[None].to(self.device), steps, 1, False, _silent)
+            mean, _ = self._average(mask.low_res[None].to(self.device), steps, 1, False, no_progress)
         return mask.to_pixels(mean)
 
     @torch.inference_mode()
     def _restore(
         self, low_res: Tensor, deviation: bool, progress: Progress, tokens: Tensor | None
     ) -> tuple[Field, Field | None]:
-        """(B, C, h, w) in [-1, 1] to mean and variance (B, C, H, W) of the samples in [0, 1]."""
+        """Mean and variance of the samples in [0, 1], of (B, C, h, w) in [-1, 1]."""
         if tokens is None and self.config.guidance != 1:
             raise OptionError(
                 "guidance", self.config.guidance, "it strengthens tokens: give some, or leave it out"
@@ -300,7 +232,7 @@ class Restorer:
         if tokens is not None and not self.steps:
             raise OptionError("steps", 0, "the predicted mean takes no tokens: give 1 or more, or no tokens")
         low_res, tokens = low_res.to(self.device), None if tokens is None else tokens.to(self.device)
-        count = self.config.budget.num_images
+        count = self.config.num_images
         mean, variance = self._average(
             low_res, self.steps, count, deviation, lambda samples: progress(samples / count), tokens
         )
@@ -318,7 +250,7 @@ class Restorer:
         progress: Progress,
         tokens: Tensor | None = None,
     ) -> tuple[Field, Field | None]:
-        """Mean and, if wanted, variance of `count` samples (Welford 1962)."""
+        """Welford 1962."""
         shape = (*low_res.shape[:2], *self.scale.high_size(*low_res.shape[-2:]))
         remembered = max((len(step.clean_weights) + 1 for step in steps), default=0)
         check_room(shape, fields=remembered + 1 + deviation + (self.network.mean_reach > 0))
@@ -343,7 +275,7 @@ class Restorer:
     def _samples(
         self, base: Base, steps: Sequence[Step], count: int, progress: Progress
     ) -> Iterator[tuple[Field | None, int]]:
-        """Residuals of each sample, and where its images begin in them; (None, 0) without steps."""
+        """Residuals, and where the images of each sample begin; (None, 0) without steps."""
         if not steps:
             yield None, 0
             return
@@ -356,7 +288,7 @@ class Restorer:
             done += together
 
     def _sample(self, base: Base, steps: Sequence[Step], numbers: range, progress: Progress) -> Field:
-        """Unit-variance residuals (n B, C, H, W): the samples of those numbers, made together."""
+        """Unit-variance residuals (n B, C, H, W) of the samples of those numbers."""
         images, channels = base.low_res.shape[:2]
         streams = [noise_stream(self.config.seed, number) for number in numbers for _ in range(images)]
         noisy = Field((len(streams), channels, *base.size), self.device)
@@ -380,13 +312,7 @@ class Restorer:
 
 
 def project(restored: Field, target: Tensor, scale: Scale, border: Border) -> None:
-    """Make images shrink to their inputs, in place: back-projection (Irani & Peleg 1991) and clamping.
-
-    Args:
-        restored: (B, C, H, W) in [0, 1].
-        target: (B, C, h, w) in [0, 1].
-        border: of the bicubic that made them.
-    """
+    """Make images shrink to their inputs: back-projection (Irani & Peleg 1991)."""
     for _ in range(CONSISTENCY_ROUNDS):
         error = target.clone()
         for low in row_bands(*target.shape[-2:]):
@@ -398,7 +324,7 @@ def project(restored: Field, target: Tensor, scale: Scale, border: Border) -> No
 
 
 def check_room(shape: Shape, fields: int) -> None:
-    """OSError where so many arrays (B, C, H, W) have no room in the folder of temporary files."""
+    """OSError where so many fields have no room."""
     needed, folder = fields * bytes_on_disk(shape), tempfile.gettempdir()
     if needed and needed > (free := shutil.disk_usage(folder).free):
         raise OSError(
@@ -408,7 +334,7 @@ def check_room(shape: Shape, fields: int) -> None:
 
 
 def _border(degradation: Mapping[str, object]) -> Border:
-    """What bicubic saw beyond the edge when it shrank the images; OptionError for another degradation."""
+    """OptionError for another degradation than bicubic."""
     kind = degradation.get("kind", "bicubic")
     if kind != "bicubic":
         raise OptionError(
@@ -417,7 +343,3 @@ def _border(degradation: Mapping[str, object]) -> Border:
             f"this model undoes {kind}, not bicubic; take the clean weights, or leave it out",
         )
     return degradation_from_dict(degradation).border
-
-
-def _silent(_: float) -> None:
-    """Report no progress."""

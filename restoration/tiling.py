@@ -1,7 +1,4 @@
-"""Large images in pieces: overlapping windows, resizing them, and where the whole is kept.
-
-Shapes: B images, C channels, H x W high and h x w low resolution.
-"""
+"""Large images in pieces: overlapping windows, resizing them, and where the whole is kept."""
 
 import math
 import os
@@ -23,7 +20,7 @@ Shape = tuple[int, int, int, int]
 
 
 class Window(NamedTuple):
-    """Rows [top, bottom) and columns [left, right) of an image."""
+    """Rows [top, bottom) and columns [left, right)."""
 
     top: int
     bottom: int
@@ -32,25 +29,24 @@ class Window(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width."""
         return self.bottom - self.top, self.right - self.left
 
     def grown(self, by: int, height: int, width: int) -> "Window":
-        """With so many pixels more on each side, inside an H x W image."""
+        """As far as there are pixels."""
         top, left = max(0, self.top - by), max(0, self.left - by)
         return Window(top, min(height, self.bottom + by), left, min(width, self.right + by))
 
     def seen_from(self, top: int, left: int) -> "Window":
-        """The same pixels, counted from (top, left)."""
+        """Counted from (top, left)."""
         return Window(self.top - top, self.bottom - top, self.left - left, self.right - left)
 
     def cut(self, image: Tensor) -> Tensor:
-        """(..., H, W) -> a view (..., height, width)."""
+        """A view of (..., H, W)."""
         return image[..., self.top : self.bottom, self.left : self.right]
 
 
 class Tile(NamedTuple):
-    """A window whose pixels have the weights row_weights[y] * column_weights[x]."""
+    """Its pixels weigh row_weights[y] * column_weights[x]."""
 
     window: Window
     row_weights: Tensor  # (height, 1)
@@ -58,12 +54,9 @@ class Tile(NamedTuple):
 
 
 def plan_tiles(height: int, width: int, tile: int, overlap: int, margin: int) -> list[Tile]:
-    """Cover an image with square windows whose weights sum to 1 at every pixel.
+    """Square windows whose weights sum to 1 at every pixel.
 
-    Args:
-        tile: their side, at least 2 overlap; an image no larger is one window.
-        overlap: pixels that neighbours share.
-        margin: pixels at an inner edge that count nothing, below overlap / 2.
+    Neighbours share `overlap` pixels, at most tile / 2; `margin` of them, below overlap / 2, count nothing.
     """
     assert tile >= max(height, width) or tile >= 2 * overlap > 4 * margin >= 0
     return [
@@ -74,7 +67,7 @@ def plan_tiles(height: int, width: int, tile: int, overlap: int, margin: int) ->
 
 
 def _axis_spans(length: int, tile: int, overlap: int, margin: int) -> list[tuple[int, int, Tensor]]:
-    """(start, stop, weights (stop - start,)) along one axis; starts are multiples of tile - overlap."""
+    """(start, stop, weights); starts are multiples of tile - overlap."""
     if length <= tile:
         return [(0, length, torch.ones(length))]
     count = math.ceil((length - overlap) / (tile - overlap))
@@ -97,18 +90,14 @@ def _axis_spans(length: int, tile: int, overlap: int, margin: int) -> list[tuple
 
 
 def row_bands(height: int, width: int, rows: int = NOISE_ROWS) -> Iterator[Window]:
-    """Bands of an image from the top; the last may have fewer rows."""
+    """From the top; the last may have fewer rows."""
     for top in range(0, height, rows):
         yield Window(top, min(top + rows, height), 0, width)
 
 
-# ---------------------------------------------------------------------------------------- resizing in windows
-
-
 class Scale:
-    """High over low resolution, and resizing a window as the whole would be resized."""
+    """High over low resolution; a window is resized as the whole would be."""
 
-    # A fraction p / q: windows are cut where pixels of both resolutions begin, every q and p pixels.
     def __init__(self, factor: float) -> None:
         self.fraction = exact_scale(factor)
 
@@ -116,24 +105,24 @@ class Scale:
         return float(self.fraction)
 
     def high_size(self, height: int, width: int) -> tuple[int, int]:
-        """Of an h x w image once upscaled: each length rounded up."""
+        """Each length rounded up."""
         return math.ceil(self.fraction * height), math.ceil(self.fraction * width)
 
     def upscale(self, low_res: Tensor, window: Window) -> Tensor:
-        """The whole (..., h, w) -> a window (..., height, width) of it upscaled."""
+        """A window of the whole (..., h, w) upscaled."""
         top, bottom = self._low_span(window.top, window.bottom, low_res.shape[-2])
         left, right = self._low_span(window.left, window.right, low_res.shape[-1])
         upscaled = resize(low_res[..., top:bottom, left:right], scale=float(self))
         return window.seen_from(int(top * self.fraction), int(left * self.fraction)).cut(upscaled)
 
     def high_window(self, low: Window, height: int, width: int) -> Window:
-        """The window of an H x W image that `downscale` needs to make `low`."""
+        """Of an H x W image, what `downscale` needs to make `low`."""
         return Window(
             *self._high_span(low.top, low.bottom, height), *self._high_span(low.left, low.right, width)
         )
 
     def downscale(self, high_res: Tensor, high: Window, low: Window, border: Border = "mirror") -> Tensor:
-        """The window `low` of the downscaled image; `high_res` (..., height, width) is its `high_window`."""
+        """The window `low`, from its `high_window`."""
         shrunk = resize(high_res, scale=1 / float(self), border=border)
         return low.seen_from(int(high.top / self.fraction), int(high.left / self.fraction)).cut(shrunk)
 
@@ -146,52 +135,36 @@ class Scale:
         return int(self._aligned(start) * self.fraction), min(last, length)
 
     def _aligned(self, start: int) -> int:
-        """Where to begin to read in the low resolution."""
+        """Pixels of both resolutions begin every q and p of a scale p / q."""
         return max(0, (start - _BICUBIC_REACH) // self.fraction.denominator * self.fraction.denominator)
 
 
-# ------------------------------------------------------------------------------------------------- the fields
-
-
 class Field:
-    """A float32 array (B, C, H, W) of zeros, in memory or, if large, in an unnamed file.
-
-    Windows are handed out on the device; OSError where the folder of temporary files has no room.
-    """
+    """Zeros (B, C, H, W), float32, in memory or, if large, in an unnamed file; or OSError."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
         size = bytes_on_disk(shape)
         self._tensor = None if size else torch.zeros(shape, device=device)
         self._file = tempfile.TemporaryFile(prefix="field-") if size else None  # noqa: SIM115
-        self.clear()
-
-    def bands(self) -> Iterator[Window]:
-        """The whole, from the top."""
-        return row_bands(*self.shape[-2:])
-
-    def clear(self) -> None:
-        """Set all to zero."""
-        if self._tensor is not None:
-            self._tensor.zero_()
         if self._file is not None:
-            self._file.truncate(0)
-            size = bytes_on_disk(self.shape)
             try:
                 _reserve(self._file.fileno(), size)
             except OSError as error:
                 reason = f"{tempfile.gettempdir()} has no room for {size / 1e6:.0f} MB ({error.strerror})"
                 raise OSError(f"{reason}: set TMPDIR to a folder with more room") from error
 
+    def bands(self) -> Iterator[Window]:
+        return row_bands(*self.shape[-2:])
+
     def read(self, window: Window, image: int | None = None) -> Tensor:
-        """A copy (b, C, height, width): of one image, or of all."""
+        """A copy on the device, of one image or of all."""
         place = _place(window, image)
         if self._tensor is not None:
             return self._tensor[place].clone()
         return torch.from_numpy(np.array(self._mapped()[place])).to(self.device)
 
     def write(self, window: Window, values: Tensor, image: int | None = None) -> None:
-        """Replace the window's values by (b, C, height, width)."""
         place = _place(window, image)
         if self._tensor is not None:
             self._tensor[place] = values
@@ -199,7 +172,6 @@ class Field:
             self._mapped()[place] = values.cpu().numpy()
 
     def add(self, window: Window, values: Tensor, image: int | None = None) -> None:
-        """Add (b, C, height, width) to the window's values."""
         self.write(window, self.read(window, image) + values, image)
 
     def _mapped(self) -> npt.NDArray[np.float32]:
@@ -210,7 +182,7 @@ class Field:
 
 
 def bytes_on_disk(shape: Shape) -> int:
-    """What a Field takes in the folder of temporary files; 0 where it fits in memory."""
+    """Of a Field; 0 where it fits in memory."""
     size = 4 * math.prod(shape)
     return size if size > IN_MEMORY_BYTES else 0
 

@@ -401,10 +401,9 @@ def texture_set(seed: int) -> list[torch.Tensor]:
 
 def distances(restored: list[torch.Tensor], truth: list[torch.Tensor], seed: int = 0) -> list[float]:
     """SWD of two sets of images (C, H, W) by level, 256 patches of each."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = []
+    random, pairs = np.random.default_rng(seed), []
     for ours, theirs in zip(restored, truth, strict=True):
-        positions = patch_positions(*theirs.shape[-2:], 256, generator)
+        positions = patch_positions(*theirs.shape[-2:], 256, random)
         pairs.append(PatchPair(pyramid_patches(ours, positions), pyramid_patches(theirs, positions)))
     return patch_distance(pairs, seed)
 
