@@ -1,4 +1,4 @@
-"""All outputs and TensorBoard's scalars come from METRICS."""
+"""The metrics: all outputs and TensorBoard's scalars come from METRICS."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from evaluation.wasserstein import PatchPair, patch_distance
 
 @dataclass(frozen=True)
 class Conditions:
-    """Of scores, besides images."""
+    """What scores depend on besides images."""
 
     protocol: metrics.Protocol  # what PSNR and SSIM compare
     border: Border = "mirror"  # beyond the edge when the low resolution was made

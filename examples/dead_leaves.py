@@ -31,10 +31,9 @@ def dead_leaves(
 ) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 of size (H, W) or a square; ValueError unless 0 < min_radius < max_radius pixels."""
     height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ValueError(f"size is {size}: give a height and a width of at least 1 pixel")
-    if not 0 < min_radius < max_radius < math.inf:
-        raise ValueError(f"radii from {min_radius} to {max_radius}: give 0 < min_radius < max_radius")
+    if min(height, width) < 1 or not 0 < min_radius < max_radius < math.inf:
+        given = f"size {size}, radii from {min_radius} to {max_radius}"
+        raise ValueError(f"{given}: give at least 1 pixel, and 0 < min_radius < max_radius")
     shape = (height * SUPERSAMPLE, width * SUPERSAMPLE)
     canvas, bare = np.tile(draw_colour(rng), (*shape, 1)), np.ones(shape, np.bool_)
     noise = draw_noise(rng)

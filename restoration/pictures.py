@@ -1,6 +1,6 @@
 """What callers hand over, (h, w), as what the network takes, and results (H, W) back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,7 +28,7 @@ class Picture:
     alpha: Pixels | None  # (h, w)
     shape: tuple[int, ...]  # (h, w), (h, w, 1) or (h, w, 3), of the pixels without alpha
     dtype: npt.DTypeLike  # of the result
-    metadata: Metadata = field(default_factory=Metadata)
+    metadata: Metadata
 
     def to_pixels(self, restored: Field) -> Pixels:
         """(1, 3, H, W) in [0, 1]; grey is the mean of the channels."""

@@ -22,6 +22,7 @@ import evaluate as script
 from bicubic import downscale_image, resize, upscale_image
 from diffusion import ProcessConfig
 from engine.checkpoint import load_model, save_checkpoint
+from engine.processes import Processes
 from evaluate import main
 from evaluation import evaluation, metrics
 from evaluation.config import EvaluationConfig
@@ -374,6 +375,31 @@ def test_grey_low_resolution_of_a_colour_image_and_the_reverse(leaves, tmp_path)
     write_image(tmp_path / "coloured" / "0.png", np.stack([low_res, low_res, low_res + 1], axis=-1))
     with pytest.raises(ValueError, match="coloured"):
         first(tmp_path / "truth", tmp_path / "coloured")
+
+
+class SecondOfTwo(Processes):
+    """Measures its part, and hears nothing of the first."""
+
+    def gather(self, value):
+        return [value]
+
+
+def test_a_process_reads_its_own_images_alone_and_measures_what_one_process_would(leaves, monkeypatch):
+    chosen, read = config(), []
+    images = ImageSet(leaves, chosen)
+    whole = evaluation.evaluate(ImageSet(leaves, chosen, limit=2), chosen)
+    decode = ImageSet.read
+    monkeypatch.setattr(ImageSet, "read", lambda self, path: (read.append(path.name), decode(self, path))[1])
+    part = evaluation.evaluate(images, chosen, processes=SecondOfTwo(CPU, 1, 2))
+    assert read == ["1.png"]
+    assert [score["psnr"] for score in part.scores] == [whole.scores[1]["psnr"]]
+
+
+def test_patches_of_an_image_are_the_same_among_any_others(leaves, tmp_path):
+    shutil.copy(leaves / "1.png", tmp_path)
+    alone = measured(tmp_path).rows[0]
+    write_image(tmp_path / "0.png", np.zeros((8, 8), np.uint8))  # too small to be measured
+    assert measured(tmp_path).rows[0]["swd"] == alone["swd"]
 
 
 def test_one_image_is_in_memory_at_a_time(leaves):
