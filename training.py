@@ -104,7 +104,7 @@ class TrainingConfig(Options):
     )
     num_workers: int | None = option(
         None,
-        "processes that read images; by default 0, this one, on a CPU, else by the cores",
+        "processes that read images; auto: 0, this one, on a CPU, else by the cores",
         low=0,
         fixed=False,
     )
