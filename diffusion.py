@@ -14,7 +14,7 @@ int64 (B,) in [0, T), T - 1 the noisiest. Images are in [-1, 1], clean has unit 
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Unpack, cast
 
@@ -186,7 +186,7 @@ class LossConfig(Options):
 class Network(Protocol):
     """What training and sampling need; unet.UNet is one.
 
-    `residual_std`, of residuals in [-2, 2], and `scale`, the enlargement, are () and 0 when new.
+    `residual_std`, of residuals in [-2, 2], and `scale`, the enlargement, are () and 0 when new; (S,) for S.
     """
 
     residual_std: Tensor
@@ -324,15 +324,19 @@ class DiffusionModel:
         return loss if mean is None else loss + (mean.float() - clean).abs().flatten(1).mean(1)
 
     def restoration_loss(
-        self, degradation: Degradation, perceptual: Distance | None = None
+        self, degradation: Degradation, perceptual: Distance | None = None, scales: Sequence[float] = ()
     ) -> Callable[[nn.Module, Crops, torch.Generator], Tensor]:
         """The loss of what CropDataset sends; crops without low resolution are shrunk on their device.
+
+        `scales`: of a network of several; the crops' sizes say which.
 
         ValueError: a perceptual weight without a distance.
         """
         weighed = self.objective.perceptual_weight > 0
         if weighed and perceptual is None:
             raise ValueError("perceptual_weight needs a perceptual distance")
+        scales = scales or [degradation.scale]
+        degradations = [replace(degradation, scale=scale) for scale in scales]
 
         def loss(model: nn.Module, crops: Crops, generator: torch.Generator) -> Tensor:
             network, tokens = network_of(model), crops.tokens
@@ -340,13 +344,16 @@ class DiffusionModel:
                 draws = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
                 tokens = tokens * (draws >= self.objective.token_dropout)
             with torch.autocast(self.device.type, enabled=False):
-                sample = crops.sample(degradation)
-                clean = sample.residual / network.residual_std
-            context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res, tokens))
+                place = crops.scale_among(scales)
+                own, residual_std = degradations[place], network.residual_std.flatten()[place]
+                sample = crops.sample(own)
+                clean = sample.residual / residual_std
+            condition = Condition(sample.upscaled, sample.low_res, tokens, own.scale)
+            context, mean = network.encode_context(condition)
 
             def distance(left: Tensor) -> Tensor:
                 residual = left if mean is None else left + mean.detach()
-                restored = sample.upscaled + network.residual_std * residual
+                restored = sample.upscaled + residual_std * residual
                 return cast(Distance, perceptual)(restored, sample.original)
 
             judge = distance if weighed else None
@@ -377,7 +384,7 @@ class DiffusionModel:
         Returns the run's files, and None or the signal that ended it.
 
         Raises:
-            ValueError: an upscale function that a checkpoint cannot record.
+            ValueError: an upscale function that a checkpoint cannot record, or another number of scales.
             CheckpointError, NonFiniteError, WorkerError: see training.train.
         """
         _check_recordable(dataset)
@@ -390,7 +397,7 @@ class DiffusionModel:
         records = {name: one.to_dict() for name, one in {**own, "degradation": dataset.degradation}.items()}
         name, others = f"diffusion_model_{self.mode}", {"held_out": list(held_out)}
         run = RunFiles(checkpoint_dir, log_dir, name, {**records, **(sections or {})}, others)
-        loss = self.restoration_loss(dataset.degradation, perceptual)
+        loss = self.restoration_loss(dataset.degradation, perceptual, dataset.scales)
         return run, train(state, loss, CropDataset(dataset), config, run, **options)
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
@@ -429,12 +436,17 @@ def _check_recordable(dataset: ImageDataset) -> None:
 
 
 def _set_buffers(state: TrainState, dataset: ImageDataset) -> None:
-    network = network_of(state.model)
-    residual_std = float(network.residual_std) or measure_residual_std(dataset)
-    scale = float(network.scale) or dataset.degradation.scale
-    for one in (network, network_of(state.ema)):
-        one.residual_std.fill_(residual_std)
-        one.scale.fill_(scale)
+    network, scales = network_of(state.model), dataset.scales
+    if network.scale.numel() != len(scales):
+        raise ValueError(f"the network has {network.scale.numel()} scales, the dataset {scales}")
+    if not network.residual_std.any():
+        measured = [measure_residual_std(dataset.at(scale)) for scale in scales]
+        network.residual_std.copy_(torch.tensor(measured).view_as(network.residual_std))
+    if not network.scale.any():
+        network.scale.copy_(torch.tensor(scales).view_as(network.scale))
+    ema = network_of(state.ema)
+    ema.residual_std.copy_(network.residual_std)
+    ema.scale.copy_(network.scale)
 
 
 class ResidualGenerator:
@@ -578,12 +590,13 @@ class ResidualGenerator:
             raise ValueError(
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
             )
+        factor = one_scale(model)
         if float(model.residual_std) <= 0:
             raise ValueError("this network has no residual_std: load trained weights into it first")
         if low_res.min() < -1.001 or low_res.max() > 1.001:
             raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
         low_res = low_res.to(self.device, torch.float32)
-        scale = exact_scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
+        scale = exact_scale(factor or self.img_size / max(low_res.shape[-2:]))
         return upscale_image(low_res, float(scale)).clamp(-1, 1), low_res
 
     def _residuals(
@@ -642,6 +655,13 @@ def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
     if mean_square == 0:
         raise ValueError("bicubic upscaling already restores every training image: there is nothing to learn")
     return math.sqrt(mean_square)
+
+
+def one_scale(model: Network) -> float:
+    """Its enlargement, 0 when new; ValueError for a network of several."""
+    if model.scale.ndim:
+        raise ValueError(f"this network has the scales {model.scale.tolist()}: choose one with its at()")
+    return float(model.scale)
 
 
 def network_of(model: nn.Module) -> Network:

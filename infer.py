@@ -39,7 +39,7 @@ from evaluation.pairs import find_original
 from imaging.files import WRITABLE_SUFFIXES, list_images
 from restoration import RestoreConfig, Restorer, blend
 from restoration.batch import FILE_ERRORS, Task, describe_failure, one_line, restore_file
-from restoration.rescaled import AnyScale, find_weights, restorer_to
+from restoration.rescaled import AnyScale, each_scale, find_weights, restorer_to
 from restoration.restorer import Progress
 from unet import UNet
 
@@ -75,7 +75,7 @@ def _add_file_flags(add: Callable[..., object]) -> None:
     add("--weights", "--weights_path", dest="weights_path", metavar="photo|clean|FILE", help=weights)
     strength = "from 0, as the clean weights restore, to 1, as those of --weights do: blends the two"
     add("--strength", type=float, help=strength)
-    add("--scale", type=float, help="the enlargement, above 1 and at most 16 (default: the model's)")
+    add("--scale", type=float, help="the enlargement, above 1 and at most 16 (default: the model's largest)")
     output = "folder, or for one image the name of the result (default: ./restored)"
     add("--output", default="./restored", help=output)
     formats = sorted(suffix[1:] for suffix in WRITABLE_SUFFIXES)
@@ -276,7 +276,7 @@ def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel[UNe
     models = [load_model(path, UNet) for path in paths]
     said = None if paths == [Path(args.weights_path or "")] else ", ".join(map(str, paths))
     if args.strength is not None:
-        clean = released_model(float(models[0].network.scale))
+        clean = released_model(float(models[0].network.scale.max()))
         if paths[0] == clean:
             raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
         models[0] = blend(load_model(clean, UNet), models[0], args.strength)
@@ -303,6 +303,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
             return 0
     device = processes.device
     dtype = autocast_dtype(device, args.dtype)
+    models = [one for model in models for one in each_scale(model)]
     restorer = restorer_to(args.scale, [Restorer(one, config, device, dtype) for one in models])
     tasks = plan_tasks(args, float(restorer.scale))
     if args.skip_existing:

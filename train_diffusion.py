@@ -130,9 +130,9 @@ SECTIONS: dict[str, type[Options]] = dict(
 DEFAULTS: dict[str, dict[str, object]] = {
     "degradation": {"kind": "bicubic"},
     "training": {"accumulation_steps": 64},
-    "network": {"predictor_blocks": 12},
+    "network": {"predictor_blocks": 12, "scales": (4.0,)},
 }
-WITHOUT_FLAG = {"network": ("in_channels", "out_channels")}
+WITHOUT_FLAG = {"network": ("in_channels", "out_channels"), "degradation": ("scale",)}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -158,7 +158,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     args = parser.parse_args(arguments)
     if args.weights_path is None:
         _make_absolute(args)
-        sections = {name: from_args(kind, args) for name, kind in SECTIONS.items()}
+        sections = {name: from_args(kind, _own_scales(args, name)) for name, kind in SECTIONS.items()}
         sections["degradation"] = degradation_from_dict(sections["degradation"].to_dict())
         return Settings(**sections), None  # type: ignore[arg-type]  # each of its own class
     checkpoint = read_for_resume(_named("weights_path", args.weights_path))
@@ -170,7 +170,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     _make_absolute(args)
     given = vars(args)
     values = {
-        name: _resumed(kind, checkpoint.content[name], given, checkpoint.path)
+        name: _resumed(kind, checkpoint.content[name], vars(_own_scales(args, name)), checkpoint.path)
         for name, kind in SECTIONS.items()
     }
     resumed = {name: kind.from_dict(values[name]) for name, kind in SECTIONS.items()}
@@ -179,6 +179,17 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
         resumed["training"] = replace(cast(TrainingConfig, resumed["training"]), max_steps=None)
     resumed["run"] = replace(cast(RunOptions, resumed["run"]), init_weights=None)
     return Settings(**resumed), checkpoint  # type: ignore[arg-type]
+
+
+def _own_scales(args: argparse.Namespace, section: str) -> argparse.Namespace:
+    """Flags whose downscale_factor is the section's: those of a network of several, else the largest."""
+    if "downscale_factor" not in args:
+        return args
+    scales = args.downscale_factor
+    several = scales if len(scales) > 1 else []
+    return argparse.Namespace(
+        **{**vars(args), "downscale_factor": several if section == "network" else max(scales)}
+    )
 
 
 def _make_absolute(args: argparse.Namespace) -> None:
@@ -248,6 +259,7 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
             cache_dir=default_cache_dir(),
             degradation=settings.degradation,
             tokens=data.tokens,
+            scales=settings.network.scales,
         )
 
     root = Path(data.image_folder)
@@ -298,10 +310,11 @@ def make_model(settings: Settings, device: torch.device) -> UNet:
 
 def _check_start(loaded: LoadedModel[UNet], settings: Settings, path: str) -> None:
     """Refuse weights that mean something else here."""
-    scale, own_scale = float(loaded.network.scale), settings.degradation.scale
-    if abs(scale - own_scale) > 1e-4:
+    scales = loaded.network.scale.flatten()
+    own = torch.tensor(settings.network.scales or [settings.degradation.scale])
+    if not torch.equal(scales, own):
         raise ValueError(
-            f"--init_weights {path} enlarges by {scale:g}, but --downscale_factor is {own_scale:g}"
+            f"--init_weights {path} enlarges by {scales.tolist()}, but --downscale_factor is {own.tolist()}"
         )
     recorded = ProcessConfig.from_dict(loaded.process)
     if recorded != settings.process:
@@ -315,7 +328,8 @@ def blank_crop(settings: Settings, device: torch.device) -> tuple[torch.Tensor, 
     size = settings.data.img_size
     sides = (size, round(size / settings.degradation.scale))
     image, low_res = (torch.zeros(1, 3, side, side, device=device) for side in sides)
-    return image, torch.zeros(1, dtype=torch.long, device=device), Condition(image, low_res)
+    condition = Condition(image, low_res, scale=settings.degradation.scale)
+    return image, torch.zeros(1, dtype=torch.long, device=device), condition
 
 
 def describe_model(model: UNet, settings: Settings, device: torch.device) -> str:

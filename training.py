@@ -52,8 +52,8 @@ class Samples(Protocol):
         """Of an epoch."""
         ...
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        """The sample of (epoch, index)."""
+    def __getitem__(self, key: tuple[int, int]) -> object:
+        """The sample of (epoch, index), for `collate`."""
         ...
 
     def collate(self, samples: list[Any]) -> Batch:
@@ -104,7 +104,7 @@ class TrainingConfig(Options):
     )
     num_workers: int | None = option(
         None,
-        "processes that read images; by default 0, this one, on a CPU, else by the cores",
+        "processes that read images; auto: 0, this one, on a CPU, else by the cores",
         low=0,
         fixed=False,
     )
@@ -523,14 +523,14 @@ class _Watch(NamedTuple):
     bar: "tqdm[Never]"
 
 
-class _Watched(Dataset[Batch]):
+class _Watched(Dataset[object]):
     """A dataset that notes, where all processes see it, which sample each worker is reading."""
 
     def __init__(self, dataset: Samples, workers: int) -> None:
         self.dataset = dataset
         self.reading = torch.full((max(1, workers),), -1).share_memory_()
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
+    def __getitem__(self, key: tuple[int, int]) -> object:
         worker = get_worker_info()
         slot = 0 if worker is None else worker.id
         self.reading[slot] = key[1]

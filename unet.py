@@ -4,10 +4,11 @@ Shapes: B batch, C channels, H x W high-resolution pixels, h x w low-resolution 
 of level i, N tokens of width E (context_dim).
 """
 
+import copy
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,13 @@ class UNetConfig(Options):
         (-1,), "levels with transformer blocks; -1 is the deepest, none is allowed", may_be_empty=True
     )
     head_dim: int = option(32, "width of one attention head", low=1)
+    scales: tuple[float, ...] = option(
+        (),
+        "how much smaller the input is; several: one network for all of them",
+        flag="downscale_factor",
+        above=1,
+        may_be_empty=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +66,8 @@ class UNetConfig(Options):
         depth = len(self.dim_mults)
         if any(not -depth <= level < depth for level in self.attention_levels):
             raise OptionError("attention_levels", self.attention_levels, f"there are {depth} levels")
+        if list(self.scales) != sorted(set(self.scales)):
+            raise OptionError("scales", self.scales, "give each once, the smallest first")
 
     @property
     def concatenates(self) -> bool:
@@ -82,6 +92,7 @@ class Condition(NamedTuple):
     upscaled: Tensor | None = None  # (B, C, H, W) in [-1, 1]
     low_res: Tensor | None = None  # (B, C, h, w) in [-1, 1]
     tokens: Tensor | None = None  # (B, N, E), in place of those of low_res; zeros say nothing
+    scale: float | None = None  # one of those that the network has several of
 
 
 class Context(NamedTuple):
@@ -89,6 +100,7 @@ class Context(NamedTuple):
 
     features: Tensor | None = None  # (B, D_0, H / p, W / p) of the padded size, added after the stem
     keys_values: tuple[KeysValues, ...] = ()  # (B, heads, N, head width) each, for the blocks in order of use
+    time_bias: Tensor | None = None  # (time_dim,) says which scale, added to the time embedding
 
 
 class Attention(nn.Module):
@@ -230,9 +242,12 @@ class Predictor(nn.Module):
         """Pixels from a window's edge where, with pixel norm, its mean is the image's."""
         return self.patch_size * (2 * len(self.blocks) + 2)  # the radius of all 3x3 convolutions
 
-    def forward(self, folded: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C p p, H / p, W / p) upscaled -> mean (B, C, H, W), features (B, D_0, H / p, W / p)."""
-        x = self.blocks(self.stem(folded))
+    def forward(self, folded: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C p p, H / p, W / p) upscaled, (width,) -> (B, C, H, W), (B, D_0, H / p, W / p)."""
+        x = self.stem(folded)
+        if bias is not None:
+            x = x + bias[:, None, None].to(x.dtype)
+        x = self.blocks(x)
         return F.pixel_shuffle(self.to_mean(x), self.patch_size), self.to_features(x)
 
 
@@ -258,7 +273,8 @@ class ResidualStage(nn.Module):
 class UNet(nn.Module):
     """Predicts a diffusion target (Ronneberger et al. 2015; Ho et al. 2020, appendix B).
 
-    Takes the fields of UNetConfig. `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained.
+    Takes the fields of UNetConfig. `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained;
+    each is (S,) for S scales, () for one.
     With `checkpoint_activations`, stages are computed again in the backward pass (Chen et al. 2016).
     """
 
@@ -270,19 +286,40 @@ class UNet(nn.Module):
         config = UNetConfig(*values, **options)  # type: ignore[arg-type]  # the one listing of the options
         self.config = config
         self.checkpoint_activations = False
-        self.register_buffer("residual_std", torch.zeros(()))
-        self.register_buffer("scale", torch.zeros(()))
+        shape = (len(config.scales),) if len(config.scales) > 1 else ()
+        self.register_buffer("residual_std", torch.zeros(shape))
+        self.register_buffer("scale", torch.zeros(shape))
         dims = [config.base_dim * mult for mult in config.dim_mults]
         self._build_inputs(config, dims[0])
         self._build_levels(config, dims)
         self.out_norm = normalisation(config.norm, dims[0])
         self.out = nn.Conv2d(dims[0], config.out_channels * config.patch_size**2, 3, padding=1)
         zero_(self.out)
+        # (S, time_dim + predictor's width): what says the scale, as biases of time embedding and predictor.
+        width = 4 * dims[0] + (0 if self.predictor is None else self.predictor.stem.out_channels)
+        self.scale_bias = nn.Parameter(torch.zeros(*shape, width)) if shape else None
 
     @classmethod
     def from_config(cls, config: UNetConfig | Mapping[str, object]) -> "UNet":
         values = config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config)
         return cls(**values.to_dict())
+
+    @torch.no_grad()
+    def at(self, number: int) -> "UNet":
+        """A copy for one of its several scales alone: that scale's biases become those of the layers."""
+        one = copy.deepcopy(self)
+        one.config = replace(self.config, scales=())
+        one.residual_std, one.scale = self.residual_std[number].clone(), self.scale[number].clone()
+        layers = [one.time_embedding[-1]] + ([] if one.predictor is None else [one.predictor.stem])
+        for layer, bias in zip(layers, self._biases(number), strict=False):
+            cast(nn.Linear, layer).bias.add_(bias)
+        one.scale_bias = None
+        return one
+
+    def _biases(self, number: int) -> tuple[Tensor, ...]:
+        """What says the scale, of the time embedding and of the predictor's stem."""
+        assert self.scale_bias is not None
+        return self.scale_bias[number].tensor_split([cast(nn.Linear, self.time_embedding[-1]).out_features])
 
     @property
     def window_multiple(self) -> int:
@@ -350,10 +387,17 @@ class UNet(nn.Module):
 
     def encode_context(self, condition: Condition) -> tuple[Context, Tensor | None]:
         """What every step needs, and the mean (B, C, H, W) if any; ValueError if a part is missing."""
-        features, mean = self._features(condition)
-        return Context(features, self._keys_values(condition)), mean
+        time_bias, bias = None, None
+        if self.scale_bias is not None:
+            if condition.scale not in self.config.scales:
+                raise ValueError(
+                    f"the condition has scale {condition.scale}, not one of {self.config.scales}"
+                )
+            time_bias, bias = self._biases(self.config.scales.index(condition.scale))
+        features, mean = self._features(condition, bias)
+        return Context(features, self._keys_values(condition), time_bias), mean
 
-    def _features(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
+    def _features(self, condition: Condition, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.upscaled_stem is None and self.predictor is None:
             return None, None
         if condition.upscaled is None:
@@ -362,7 +406,7 @@ class UNet(nn.Module):
         if self.upscaled_stem is not None:
             return self._run(self.context_blocks, self.upscaled_stem(folded)), None
         assert self.predictor is not None
-        mean, features = self._run(self.predictor, folded)
+        mean, features = self._run(self.predictor, folded, bias)
         return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
 
     def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
@@ -394,7 +438,10 @@ class UNet(nn.Module):
         x = self.stem(self._fold(noisy))  # (B, D_0, H / p, W / p)
         if context.features is not None:
             x = x + context.features
-        x = self._levels(x, self.time_embedding(t), context.keys_values)
+        embedding = self.time_embedding(t)
+        if context.time_bias is not None:
+            embedding = embedding + context.time_bias
+        x = self._levels(x, embedding, context.keys_values)
         x = self.out(F.silu(self.out_norm(x)))  # (B, C p p, H / p, W / p)
         return F.pixel_shuffle(x, self.config.patch_size)[..., : noisy.shape[-2], : noisy.shape[-1]]
 
@@ -425,7 +472,7 @@ class UNet(nn.Module):
                 x = F.pixel_shuffle(self.upsample[last - level](x), 2)  # (B, D_{i-1}, double, double)
         return x
 
-    def _run(self, part: nn.Module, *inputs: Tensor) -> Any:  # noqa: ANN401  # what the part gives
+    def _run(self, part: nn.Module, *inputs: Tensor | None) -> Any:  # noqa: ANN401  # what the part gives
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)

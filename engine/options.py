@@ -126,13 +126,24 @@ def add_flags(
         if form.of is bool:
             keywords["action"] = argparse.BooleanOptionalAction if default else "store_true"
         else:
-            keywords |= {"type": form.of, "choices": form.choices or None}
+            of = _or_auto(form.of) if form.optional and form.of in (int, float) else form.of
+            keywords |= {"type": of, "choices": form.choices or None}
             keywords["nargs"] = ("*" if spec.may_be_empty else "+") if form.many else None
             if default not in (None, dataclasses.MISSING):
                 shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
                 keywords["help"] += f" (default: {shown})"
         keywords["help"] = keywords["help"].replace("%", "%%")
         group.add_argument(f"--{flag_of(kind, name)}", **keywords)
+
+
+def _or_auto(of: type) -> Callable[[str], object]:
+    """The parser of a number, or of "auto", which is None."""
+
+    def parse(text: str) -> object:
+        return None if text == "auto" else of(text)
+
+    parse.__name__ = of.__name__  # what argparse says was expected
+    return parse
 
 
 def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -> OptionsT:

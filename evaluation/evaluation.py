@@ -26,7 +26,7 @@ from evaluation.wasserstein import PatchPair, patch_count, patch_positions, pyra
 from imaging.files import pixels_to_unit, unit_to_pixels
 from restoration import RestoreConfig, Restorer
 from restoration.batch import one_line
-from restoration.rescaled import restorer_to
+from restoration.rescaled import each_scale, restorer_to
 from unet import UNet
 
 CPU = torch.device("cpu")
@@ -70,8 +70,8 @@ class TrainedModel:
 
     def method(self, how: RestoreConfig, scale: float) -> Method:
         """Restoring as infer.py does; ValueError for what the network cannot do."""
-        own = Restorer(self.loaded, how, self.device, self.precision)
-        restorer = restorer_to(scale, [own])
+        own = [Restorer(one, how, self.device, self.precision) for one in each_scale(self.loaded)]
+        restorer = restorer_to(scale, own)
         samples = how.num_images
 
         def restore(low_res: Tensor) -> Estimate:
@@ -80,7 +80,7 @@ class TrainedModel:
             return Estimate(pixels_to_unit(found.pixels), deviation)
 
         method = how.mode or ("model" if how.detail is None else f"detail {how.detail:g}")
-        label = Label(method, how.scheduler, own.step_count, samples)
+        label = Label(method, how.scheduler, own[0].step_count, samples)
         return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:
@@ -88,7 +88,7 @@ class TrainedModel:
         return {
             "file": printable(self.path.name),
             "sha256": file_digest(self.path),
-            "scale": float(self.loaded.network.scale),
+            "scale": self.loaded.network.scale.tolist(),
             "steps_trained": self.loaded.step,
             "parameters": sum(parameter.numel() for parameter in self.loaded.network.parameters()),
             "mode": process.mode,

@@ -14,6 +14,7 @@ from evaluation.metrics import Protocol
 from evaluation.table import METRICS, Conditions, Pair
 from imaging.files import to_unit_range
 from restoration import RestoreConfig, Restorer
+from restoration.rescaled import each_scale
 from training import NonFiniteError, Validation
 from unet import Condition
 from util import Crops, ImageDataset, Sample
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 class Validator:
     """For DiffusionModel.train; every process restores a part, always with the same noise.
 
-    Scalars are of "fidelity"; pictures show it and a sample of ten steps. `precision`: dtype to autocast to.
+    Scalars are of "fidelity", of several scales at the largest; pictures show it and a sample of ten steps.
+    `precision`: dtype to autocast to.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Validator:
         return counted if flat < total else [torch.ones_like(one) for one in counted]
 
     def __call__(self, network: nn.Module) -> Validation:
+        network = each_scale(LoadedModel(network, {}, {}, 0))[-1].network
         scalars = self._measure_all(network)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
         tokens = None if self.tokens[0] is None else self.tokens[0][:GRID_IMAGES]

@@ -128,14 +128,23 @@ class AnyScale:
         return torch.cat(bands, dim=-2)
 
 
+def each_scale(model: LoadedModel[NetworkT]) -> list[LoadedModel[NetworkT]]:
+    """The model at each of its enlargements, the largest last; itself where it has one."""
+    network = cast(UNet, model.network)
+    if not network.scale.ndim:
+        return [model]
+    alone = [cast(NetworkT, network.at(number)) for number in range(len(network.scale))]
+    return [model._replace(network=one) for one in alone]
+
+
 def restorer_to(scale: float | None, restorers: Sequence[Restorer]) -> Restorer | AnyScale:
-    """The one restorer, if the scale is its own or None; else the fitting chain."""
+    """The restorer of this scale, None is the largest; or the fitting chain of the restorers."""
     by_factor = {float(one.scale): one for one in restorers}
-    own = next(iter(by_factor))
-    if len(restorers) == 1 and (scale is None or abs(scale - own) < 1e-4):
-        return restorers[0]
-    assert scale is not None, "several models need a scale"
-    return AnyScale([by_factor[factor] for factor in plan_chain(scale, list(by_factor))], scale)
+    wanted = max(by_factor) if scale is None else scale
+    for factor, restorer in by_factor.items():
+        if abs(factor - wanted) < 1e-4:
+            return restorer
+    return AnyScale([by_factor[factor] for factor in plan_chain(wanted, list(by_factor))], wanted)
 
 
 def restore(
@@ -153,7 +162,7 @@ def restore(
 
     Args:
         model: loaded, or as `find_weights` takes it.
-        scale: the enlargement, above 1 and at most 16; None is the model's, or 4.
+        scale: the enlargement, above 1 and at most 16; None is the model's largest, or 4.
         device, precision: see engine.device.
 
     ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
@@ -161,8 +170,8 @@ def restore(
     chosen = select_device(device)
     dtype = autocast_dtype(chosen, precision)
     if isinstance(model, LoadedModel):
-        restorers = [Restorer(model, config or RestoreConfig(), chosen, dtype)]
+        models = each_scale(model)
     else:
-        models = [load_model(path, UNet) for path in find_weights(model, scale)]
-        restorers = [Restorer(one, config or RestoreConfig(), chosen, dtype) for one in models]
+        models = [one for path in find_weights(model, scale) for one in each_scale(load_model(path, UNet))]
+    restorers = [Restorer(one, config or RestoreConfig(), chosen, dtype) for one in models]
     return restorer_to(scale, restorers).restore(image, progress=progress, tokens=tokens)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bicubic import Border
 from degradation import degradation_from_dict
-from diffusion import Network, ProcessConfig, ResidualGenerator
+from diffusion import Network, ProcessConfig, ResidualGenerator, one_scale
 from engine.checkpoint import LoadedModel, NetworkT, load_weights
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
@@ -112,7 +112,7 @@ def blend(
         raise OptionError("strength", strength, "give a number from 0, clean, to 1, photo")
     networks: list[Network] = [cast(Network, model.network) for model in (clean, photo)]
     described = [
-        (network.config, ProcessConfig.from_dict(model.process), float(network.scale))
+        (network.config, ProcessConfig.from_dict(model.process), network.scale.tolist())
         for network, model in zip(networks, (clean, photo), strict=True)
     ]
     if described[0] != described[1]:
@@ -150,7 +150,8 @@ class Restorer:
             self.step_count = 1
         self.steps = self.generator.plan(self.step_count, config.eta, detail)
         self.border = _border(model.degradation) if config.consistency else None
-        self.residual_std, factor = float(self.network.residual_std), float(self.network.scale)
+        factor = one_scale(self.network)
+        self.residual_std = float(self.network.residual_std)
         if self.residual_std <= 0 or factor <= 0:
             raise ValueError("this network was never trained: it knows no scale; give a trained checkpoint")
         if self.network.image_channels != 3:

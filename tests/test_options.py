@@ -35,6 +35,12 @@ def test_no_flags_give_the_defaults_of_the_fields_or_of_the_script():
     assert parse(count=7) == Example(count=7)
 
 
+def test_auto_is_the_default_of_a_number_that_may_be_none():
+    assert parse("--share", "auto", share=0.5) == Example(share=None)
+    with pytest.raises(SystemExit):
+        parse("--count", "auto")
+
+
 def test_help_names_flag_default_choices_and_text(capsys):
     with pytest.raises(SystemExit):
         parse("--help")

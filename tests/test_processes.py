@@ -1,6 +1,7 @@
 """Tests of processes.py: several processes train what one does, and none of them fails alone."""
 
 import csv
+import os
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.processes import Processes, started_processes
+from infer import main as restore
 from tests.networks import PROCESS, random_model
 from tests.runs import start, wait_for
 from train_diffusion import main
@@ -137,7 +139,7 @@ def run_both(script, one, two):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
 @pytest.mark.slow
@@ -158,6 +160,34 @@ def test_two_processes_restore_the_bytes_of_one_and_then_the_rest(photo_folder, 
         assert again.stderr.count("4 of 6 images have a result") == 1
         assert len(again.stdout.split()) == 2
     assert contents(tmp_path / "two") == contents(tmp_path / "one") == images
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_only_its_current_file_and_another_run_does_the_rest(
+    photo_folder, weights, tmp_path
+):
+    """torchrun asks the other worker to stop, and that is no loss but of the file it was at."""
+    common = [str(photo_folder), "--weights_path", weights, "--device", "cpu", "--steps", "12", "--output"]
+    flags, results = [*common, str(tmp_path / "killed")], tmp_path / "killed"
+    job = subprocess.Popen([*TORCHRUN, str(ROOT / "infer.py"), *flags], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not {"0_x2.png", "1_x2.png"} <= contents(results).keys():  # one of each
+        assert job.poll() is None, job.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    before = contents(results)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(workers.split()[-1]), signal.SIGKILL)
+    _, errors = job.communicate(timeout=90)
+    assert job.returncode != 0
+    assert "SIGKILL" in errors
+    after = contents(results)
+    assert len(after) < 6
+    assert restore([*common, str(tmp_path / "whole")]) == 0
+    images = contents(tmp_path / "whole")
+    assert before.items() <= after.items() <= images.items()
+    assert restore([*flags, "--skip_existing"]) == 0
+    assert contents(results) == images
 
 
 @pytest.mark.slow
