@@ -7,17 +7,16 @@ python train_diffusion.py --weights_path checkpoints/<run>/diffusion_model_v_pre
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 
@@ -25,24 +24,8 @@ from degradation import Degradation, Photo, degradation_from_dict
 from diffusion import DiffusionModel, Distance, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, LoadedModel, load_model, load_weights, read_for_resume
 from engine.cost import Cost, count_cost, training_memory
-from engine.device import (
-    Precision,
-    autocast_dtype,
-    compile_network,
-    is_out_of_memory,
-    tune_for_training,
-)
-from engine.options import (
-    OptionError,
-    Options,
-    Plain,
-    add_flags,
-    flag_of,
-    from_args,
-    option,
-    specs,
-    with_flag,
-)
+from engine.device import Precision, autocast_dtype, compile_network, is_out_of_memory, tune_for_training
+from engine.options import OptionError, Options, add_flags, flag_of, option, specs, with_flag
 from engine.processes import Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
@@ -51,14 +34,7 @@ from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
 from imaging.sizes import default_cache_dir
-from training import (
-    BatchPlan,
-    NonFiniteError,
-    TrainingConfig,
-    WorkerError,
-    learning_rate_at,
-    optimizer_for,
-)
+from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError, learning_rate_at, optimizer_for
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import Augmentation, ImageDataset
 
@@ -69,8 +45,6 @@ FEWEST_STEPS = 1000  # a run of fewer learns next to nothing of photos
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    """Which images, and how they are cut."""
-
     image_folder: str = option("./data", "high-resolution images, searched recursively", fixed=False)
     val_folder: str | None = option(
         None, "validation images; by default part of the image folder", fixed=False
@@ -89,8 +63,6 @@ class DataOptions(Options):
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    """Where and with what to compute, and where to write."""
-
     residual_std: float | None = option(None, "what residuals are divided by; by default measured", above=0)
     device: str = option("auto", "auto, cuda, mps or cpu", fixed=False)
     precision: Precision = option(
@@ -119,32 +91,23 @@ class Settings(NamedTuple):
     run: RunOptions
 
 
-SECTIONS: dict[str, type[Options]] = dict(
-    zip(
-        Settings._fields,
-        (DataOptions, Photo, UNetConfig, ProcessConfig, LossConfig, TrainingConfig, RunOptions),
-        strict=True,
-    )
-)
-# What the script does otherwise than the classes, and flags that would have no meaning.
-DEFAULTS: dict[str, dict[str, object]] = {
-    "degradation": {"kind": "bicubic"},
-    "training": {"accumulation_steps": 64},
-    "network": {"predictor_blocks": 12, "scales": (4.0,)},
-}
-WITHOUT_FLAG = {"network": ("in_channels", "out_channels"), "degradation": ("scale",)}
+SECTIONS: dict[str, type[Options]] = {**get_type_hints(Settings), "degradation": Photo}
+# What the script does otherwise than the classes, and options that have no flag of their own.
+DEFAULTS: dict[str, object] = {"kind": "bicubic", "accumulation_steps": 64, "predictor_blocks": 12}
+WITHOUT_FLAG = ("in_channels", "out_channels", "scale")
+PATHS = set("image_folder val_folder tokens log_dir checkpoint_dir init_weights perceptual_features".split())
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Recipes (@file) are expanded before: engine.recipes."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None,
+        description=(__doc__ or "").split("\n", maxsplit=1)[0],
         epilog="@FILE stands for the flags in it; flags after it win.",
     )
     parser.add_argument("--weights_path", help="a checkpoint to resume from; needs no other flag")
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section)
-        add_flags(group, kind, skip=WITHOUT_FLAG.get(section, ()), defaults=DEFAULTS.get(section, {}))
+        add_flags(group, kind, skip=WITHOUT_FLAG, defaults={**DEFAULTS, "scales": (4.0,)})
     return parser
 
 
@@ -153,93 +116,62 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
 
     ValueError names the flag of a wrong value, or of one that contradicts the checkpoint.
     """
-    arguments = expand_recipes(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    args = parser.parse_args(arguments)
-    if args.weights_path is None:
-        _make_absolute(args)
-        sections = {name: from_args(kind, _own_scales(args, name)) for name, kind in SECTIONS.items()}
-        sections["degradation"] = degradation_from_dict(sections["degradation"].to_dict())
-        return Settings(**sections), None  # type: ignore[arg-type]  # each of its own class
-    checkpoint = read_for_resume(_named("weights_path", args.weights_path))
-    if not set(SECTIONS) <= set(checkpoint.content):
-        raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
     for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    args = parser.parse_args(arguments)
-    _make_absolute(args)
-    given = vars(args)
-    values = {
-        name: _resumed(kind, checkpoint.content[name], vars(_own_scales(args, name)), checkpoint.path)
-        for name, kind in SECTIONS.items()
-    }
-    resumed = {name: kind.from_dict(values[name]) for name, kind in SECTIONS.items()}
-    resumed["degradation"] = degradation_from_dict(values["degradation"])
-    if "epochs" in given and "max_steps" not in given:
-        resumed["training"] = replace(cast(TrainingConfig, resumed["training"]), max_steps=None)
-    resumed["run"] = replace(cast(RunOptions, resumed["run"]), init_weights=None)
-    return Settings(**resumed), checkpoint  # type: ignore[arg-type]
+        action.default = argparse.SUPPRESS  # only what is given has a value
+    given = vars(parser.parse_args(expand_recipes(sys.argv[1:] if argv is None else argv)))
+    for flag, value in given.items():
+        if value == "":
+            raise ValueError(f"--{flag} is empty: give a path or leave the flag out")
+    checkpoint = read_for_resume(given["weights_path"]) if "weights_path" in given else None
+    if checkpoint is not None and not set(SECTIONS) <= set(checkpoint.content):
+        raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
+    values: dict[str, dict[str, object]] = {}
+    for section, kind in SECTIONS.items():
+        flags = _own_scales(given, section)
+        own = {name: flags[flag_of(kind, name)] for name in specs(kind) if flag_of(kind, name) in flags}
+        if checkpoint is None:
+            former = {name: DEFAULTS.get(name, value) for name, value in kind().to_dict().items()}
+        else:
+            former = checkpoint.content[section]
+            _check_fixed(kind, former, own, checkpoint.path)
+        values[section] = {**former, **own}
+        for path in PATHS & values[section].keys():
+            if (value := values[section][path]) is not None:
+                values[section][path] = os.path.abspath(str(value))  # to resume from another folder
+    if checkpoint is not None:
+        values["run"]["init_weights"] = None
+        if "epochs" in given and "max_steps" not in given:
+            values["training"]["max_steps"] = None
+    sections = {section: kind.from_dict(values[section]) for section, kind in SECTIONS.items()}
+    sections["degradation"] = degradation_from_dict(values["degradation"])
+    return Settings(**sections), checkpoint  # type: ignore[arg-type]  # each of its own class
 
 
-def _own_scales(args: argparse.Namespace, section: str) -> argparse.Namespace:
+def _own_scales(given: dict[str, Any], section: str) -> dict[str, Any]:
     """Flags whose downscale_factor is the section's: those of a network of several, else the largest."""
-    if "downscale_factor" not in args:
-        return args
-    scales = args.downscale_factor
+    scales = given.get("downscale_factor", ())
+    if not scales:
+        return given
     several = scales if len(scales) > 1 else []
-    return argparse.Namespace(
-        **{**vars(args), "downscale_factor": several if section == "network" else max(scales)}
-    )
+    return {**given, "downscale_factor": several if section == "network" else max(scales)}
 
 
-def _make_absolute(args: argparse.Namespace) -> None:
-    """For a run resumed from another folder."""
-    for name in (
-        "image_folder",
-        "val_folder",
-        "tokens",
-        "log_dir",
-        "checkpoint_dir",
-        "init_weights",
-        "perceptual_features",
-    ):
-        value = getattr(args, name, None)
-        if value is not None:
-            setattr(args, name, os.path.abspath(_named(name, value)))
-
-
-def _named(flag: str, value: str) -> str:
-    if not value:
-        raise ValueError(f"--{flag} is empty: give a path or leave the flag out")
-    return value
-
-
-def _resumed(
-    kind: type[Options], recorded: Mapping[str, Plain], given: Mapping[str, object], path: Path
-) -> dict[str, object]:
-    """The recorded options with the given ones; fixed ones may only be repeated."""
-    values: dict[str, object] = dict(recorded)
-    defaults = kind().to_dict()
-    for name, spec in specs(kind).items():
-        flag = flag_of(kind, name)
-        if flag not in given:
-            continue
-        former = recorded.get(name, defaults[name])
-        if spec.fixed and _plain(given[flag]) not in (former, "auto"):
+def _check_fixed(
+    kind: type[Options], recorded: Mapping[str, object], given: Mapping[str, object], path: Path
+) -> None:
+    """Of a resumed run, fixed options may only be repeated."""
+    former = {**kind().to_dict(), **recorded}
+    for name, value in given.items():
+        if specs(kind)[name].fixed and value not in (former[name], "auto"):
             raise ValueError(
-                f"--{flag} is {given[flag]}, but {path} was trained with {former}: "
+                f"--{flag_of(kind, name)} is {value}, but {path} was trained with {former[name]}: "
                 "leave the flag out, or start a new run with --init_weights"
             )
-        values[name] = given[flag]
-    return values
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple[ImageDataset, ImageDataset]:
-    """Training and validation images, which have no file in common.
+    """For training and validation, without a common file.
 
     `held_out` names, below the image folder, what a resumed run validates on; None chooses.
     """
@@ -309,7 +241,6 @@ def make_model(settings: Settings, device: torch.device) -> UNet:
 
 
 def _check_start(loaded: LoadedModel[UNet], settings: Settings, path: str) -> None:
-    """Refuse weights that mean something else here."""
     scales = loaded.network.scale.flatten()
     own = torch.tensor(settings.network.scales or [settings.degradation.scale])
     if not torch.equal(scales, own):
@@ -333,7 +264,6 @@ def blank_crop(settings: Settings, device: torch.device) -> tuple[torch.Tensor, 
 
 
 def describe_model(model: UNet, settings: Settings, device: torch.device) -> str:
-    """torchinfo's table, for one crop."""
     from torchinfo import summary
 
     image, t, condition = blank_crop(settings, device)
@@ -352,7 +282,6 @@ def describe_model(model: UNet, settings: Settings, device: torch.device) -> str
 
 
 def count_crop(settings: Settings) -> tuple[int, Cost]:
-    """The parameters of the network, and what one training crop costs."""
     with torch.device("meta"):
         model = UNet.from_config(settings.network)
     model.checkpoint_activations = settings.run.checkpoint_activations
@@ -368,13 +297,12 @@ def count_crop(settings: Settings) -> tuple[int, Cost]:
 
 def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path, Path]:
     """For checkpoints and log: the resumed run's, or new ones named after mode and time."""
-    run = settings.run
     if checkpoint is not None:
         folder = checkpoint.path.resolve().parent
     else:
         name = f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = new_folder(Path(run.checkpoint_dir), name)
-    return folder, Path(run.log_dir) / folder.name
+        folder = new_folder(Path(settings.run.checkpoint_dir), name)
+    return folder, Path(settings.run.log_dir) / folder.name
 
 
 def describe_run(
@@ -385,7 +313,6 @@ def describe_run(
     images: int,
     device: torch.device,
 ) -> Iterator[str]:
-    """What a person should know before the first step."""
     precision = autocast_dtype(device, settings.run.precision)
     yield f"device {device}, {precision or torch.float32}, {plan.world_size} process(es)"
     yield f"{len(training)} training and {images} validation images, {len(training.left_out)} left out"
@@ -393,8 +320,8 @@ def describe_run(
     epochs = steps / plan.steps_per_epoch
     yield f"{steps} steps of up to {crops} crops, {plan.steps_per_epoch} steps per epoch, {epochs:.3g} epochs"
     parameters, cost = count_crop(settings)
-    batch, optimizer = min(config.batch_size, len(training)), optimizer_for(config, device)
-    memory = training_memory(parameters, cost, batch, optimizer, precision is not None)
+    batch = min(config.batch_size, len(training))
+    memory = training_memory(parameters, cost, batch, config.optimizer, precision is not None)
     yield (
         f"{parameters / 1e6:.2f} M parameters, {crops * cost.flops / 1e12:.3g} TFLOP per step, "
         f"about {memory / 1e9:.2g} GB for each process"
@@ -421,27 +348,24 @@ def describe_resume(checkpoint: Checkpoint, config: TrainingConfig) -> Iterator[
 
 
 def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processes) -> int:
-    """Set up, train, say what came of it; returns the exit status."""
-    device, options = processes.device, settings.run
-    say = functools.partial(print, flush=True) if processes.is_main else _say_nothing
+    device, options, root = processes.device, settings.run, Path(settings.data.image_folder)
     precision = autocast_dtype(device, options.precision)
     tune_for_training(device)
     held_out = None if checkpoint is None else checkpoint.content.get("held_out")
     training, validation = make_datasets(settings, held_out)
     plan = BatchPlan.of(settings.training, len(training), processes.world_size)
     config = settings.training.resolved(plan.steps_per_epoch)
+    config = replace(config, optimizer=optimizer_for(config, device))
     diffusion = DiffusionModel.of(settings.process, device, settings.objective)
     model = make_model(settings, device)
-    if processes.is_main:  # the others need not count
+    checkpoint_dir, log_dir = Path(), Path()
+    if processes.is_main:  # the others write and say nothing
         say(describe_model(model, settings, device))
+        say(*describe_run(settings, plan, config, training, len(validation), device))
+        say(*(() if checkpoint is None else describe_resume(checkpoint, config)))
+        checkpoint_dir, log_dir = run_folders(settings, checkpoint)
     if options.compile:
         compile_network(model, device)
-    if processes.is_main:
-        for line in describe_run(settings, plan, config, training, len(validation), device):
-            say(line)
-        for line in () if checkpoint is None else describe_resume(checkpoint, config):
-            say(line)
-    checkpoint_dir, log_dir = run_folders(settings, checkpoint) if processes.is_main else (Path(), Path())
     with locked(checkpoint_dir) if processes.is_main else contextlib.nullcontext():
         run, received = diffusion.train(
             model,
@@ -454,68 +378,64 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
             processes=processes,
             precision=precision,
             sections={"data": settings.data.to_dict(), "run": options.to_dict()},
-            held_out=names_below(Path(settings.data.image_folder), validation.paths),
+            held_out=[
+                one.relative_to(root).as_posix() for one in validation.paths if one.is_relative_to(root)
+            ],
             perceptual=make_perceptual(settings, device),
             profile=options.profile,
         )
-    return report_end(run, received, say)
+    if processes.is_main:
+        say(*describe_end(run, received))
+    return 0 if received is None else 128 + received
 
 
-def names_below(root: Path, paths: Sequence[Path]) -> list[str]:
-    """Of those below the folder."""
-    return [path.relative_to(root).as_posix() for path in paths if path.is_relative_to(root)]
+def say(*lines: str) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 def make_perceptual(settings: Settings, device: torch.device) -> Distance | None:
-    """If it has any weight."""
     if settings.objective.perceptual_weight == 0:
         return None
     return perceptual_distance(device, settings.run.perceptual_features)
 
 
-def report_end(run: RunFiles, received: int | None, say: Callable[[str], None]) -> int:
-    """Name the files and what to do next; returns the exit status."""
+def describe_end(run: RunFiles, received: int | None) -> Iterator[str]:
     if run.best.exists():
-        say(f"best:   {run.best}")
-    say(f"newest: {run.last}")
+        yield f"best:   {run.best}"
+    yield f"newest: {run.last}"
     if received is not None:
-        say(f"resume: python train_diffusion.py --weights_path {shlex.quote(str(run.last))}")
-        return 128 + received
-    say(f"restore: python infer.py --weights_path {shlex.quote(str(run.best))} --input photo.png")
-    return 0
-
-
-def _say_nothing(message: str) -> None:
-    """For processes that are not the main one."""
+        yield f"resume: python train_diffusion.py --weights_path {shlex.quote(str(run.last))}"
+    else:
+        yield f"restore: python infer.py --weights_path {shlex.quote(str(run.best))} --input photo.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         settings, checkpoint = parse(argv)
         with started_processes(settings.run.device) as processes:
             return train(settings, checkpoint, processes)
     except (ValueError, OSError) as error:
-        kinds = tuple(SECTIONS.values())
-        message = with_flag(error, kinds) if isinstance(error, OptionError) else str(error)
-        print(f"train_diffusion.py: error: {message}", file=sys.stderr)
-        return 2
+        kinds = list(SECTIONS.values())
+        status, message = 2, with_flag(error, kinds) if isinstance(error, OptionError) else str(error)
     except (NonFiniteError, WorkerError, MetricUnavailableError) as error:
-        print(f"train_diffusion.py: error: {error}", file=sys.stderr)
-        return 1
+        status, message = 1, str(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            "train_diffusion.py: error: out of memory: lower --batch_size and raise --accumulation_steps as "
-            "much, or add --checkpoint_activations; the checkpoints are as they were",
-            file=sys.stderr,
+        status, message = (
+            1,
+            (
+                "out of memory: lower --batch_size and raise --accumulation_steps as much, or add "
+                "--checkpoint_activations; the checkpoints are as they were"
+            ),
         )
-        return 1
     except KeyboardInterrupt:
         print("train_diffusion.py: stopped; the checkpoints are as they were", file=sys.stderr)
         return 130
+    print(f"train_diffusion.py: error: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from engine.checkpoint import Checkpoint, CheckpointError, load_weights
@@ -34,39 +34,24 @@ from samplers import noise_seed
 logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[nn.Module, Any, torch.Generator], Tensor]
+OptimizerName = Literal["auto", "adamw8bit", "adamw"]
 MAX_SKIPPED_IN_A_ROW = 5
 
 
 class Batch(Protocol):
     """Samples as they are collated: a tensor, or what moves like one."""
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
-        """On another device."""
-        ...
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch": ...
 
 
 class Samples(Protocol):
-    """A dataset the loop can train on."""
+    """A dataset the loop can train on; keys are (epoch, index)."""
 
-    def __len__(self) -> int:
-        """Of an epoch."""
-        ...
-
-    def __getitem__(self, key: tuple[int, int]) -> object:
-        """The sample of (epoch, index), for `collate`."""
-        ...
-
-    def collate(self, samples: list[Any]) -> Batch:
-        """A batch of them."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Its file."""
-        ...
-
-    def failures(self) -> int:
-        """How many could not be read."""
-        ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: tuple[int, int]) -> object: ...  # for `collate`
+    def collate(self, samples: list[Any]) -> Batch: ...
+    def name(self, index: int) -> str: ...  # its file
+    def failures(self) -> int: ...  # how many could not be read
 
 
 @dataclass(frozen=True)
@@ -90,7 +75,7 @@ class TrainingConfig(Options):
     ema_decay: float = option(
         0.999, "of the averaged weights, ramped up as (1 + step) / (10 + step)", low=0, high=1
     )
-    optimizer: Literal["auto", "adamw8bit", "adamw"] = option("auto", "auto is 8-bit AdamW on CUDA")
+    optimizer: OptimizerName = option("auto", "auto is 8-bit AdamW on CUDA")
     seed: int = option(0, "of data order, crops, noise and timesteps", low=0, high=2**63 - 1)
     validate_every: int | None = option(
         None, "optimiser steps; by default 20 times in the run", low=1, fixed=False
@@ -129,17 +114,9 @@ class WorkerError(RuntimeError):
     """A process that reads data died, or no data can be read; names the files."""
 
 
-# --------------------------------------------------------------------------------------------------
-# The order of the data
-# --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which samples each optimiser step uses: an epoch is one shuffled pass, its last group may be smaller.
-
-    `length` counts samples; `world_size` processes share a step.
-    """
+    """Which of `length` samples a step uses: an epoch is one shuffled pass, its last group may be smaller."""
 
     length: int
     batch_size: int
@@ -153,7 +130,6 @@ class BatchPlan:
 
     @property
     def group_size(self) -> int:
-        """Samples of a step, except an epoch's last."""
         return self.batch_size * self.accumulation_steps * self.world_size
 
     @property
@@ -173,8 +149,7 @@ class BatchPlan:
     def of_rank(self, step: int, rank: int) -> list["MicroBatch"]:
         """A process's forward passes in a step, as many as each other one's.
 
-        Where none is left, the first is repeated with no weight, so that all meet at every exchange of
-        gradients.
+        Where none is left, the first is repeated with no weight: all meet at every exchange of gradients.
         """
         parts = self.micro_batches(step)
         samples = sum(len(part) for part in parts)
@@ -202,55 +177,23 @@ class MicroBatch(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(length: int, seed: int, epoch: int) -> list[int]:
-    """A permutation, a function of (seed, epoch)."""
     order: list[int] = np.random.default_rng((seed, epoch)).permutation(length).tolist()
     return order
 
 
-class PlannedBatches(Sampler[list[tuple[int, int]]]):
-    """Batch sampler: one process's micro-batches of steps [first_step, last_step)."""
-
-    def __init__(self, plan: BatchPlan, first_step: int, last_step: int, rank: int = 0) -> None:
-        self.plan = plan
-        self.steps = range(first_step, last_step)
-        self.rank = rank
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.steps:
-            for micro_batch in self.plan.of_rank(step, self.rank):
-                yield micro_batch.pairs
-
-
-# --------------------------------------------------------------------------------------------------
-# The state of a run
-# --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class TrainState:
-    """What is saved of a run.
-
-    Attributes:
-        ema: the network with averaged weights, which is validated and used.
-        step: skipped ones included.
-        best_psnr: of `ema`, in dB.
-        skipped: steps without finite loss or gradient.
-        wrapped: for several processes.
-        scaler: of the loss, for float16, whose smallest gradients would be 0 (Micikevicius et al. 2018).
-    """
-
     model: nn.Module
-    ema: nn.Module
+    ema: nn.Module  # with averaged weights, validated and used
     optimizer: torch.optim.Optimizer
     optimizer_name: str
-    step: int = 0
-    best_psnr: float = -math.inf
-    skipped: int = 0
-    wrapped: DistributedDataParallel | None = None
-    scaler: torch.amp.GradScaler = dataclasses.field(default_factory=lambda: _scaler("cpu", False))
+    scaler: torch.amp.GradScaler  # of the loss, for float16 (Micikevicius et al. 2018)
+    step: int = 0  # with skipped ones
+    best_psnr: float = -math.inf  # of `ema`, in dB
+    skipped: int = 0  # steps without finite loss or gradient
+    wrapped: DistributedDataParallel | None = None  # for several processes
 
     def content(self) -> dict[str, object]:
-        """The loop's entries of a checkpoint."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -263,21 +206,16 @@ class TrainState:
 
 
 def new_state(model: nn.Module, config: TrainingConfig, precision: torch.dtype | None = None) -> TrainState:
-    """At step 0, of a model on its device."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = list(model.parameters())
-    name = optimizer_for(config, parameters[0].device)
-    scaler = _scaler(parameters[0].device.type, precision == torch.float16)
-    return TrainState(model, ema, _optimizer(name, parameters, config), name, scaler=scaler)
-
-
-def _scaler(kind: str, enabled: bool) -> torch.amp.GradScaler:
+    device = parameters[0].device
+    name = optimizer_for(config, device)
     # From a scale at which no first step overflows; it doubles where it can.
-    return torch.amp.GradScaler(kind, init_scale=2.0**12, enabled=enabled)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=precision == torch.float16)
+    return TrainState(model, ema, _optimizer(name, parameters, config), name, scaler)
 
 
-def optimizer_for(config: TrainingConfig, device: torch.device) -> str:
-    """Its name, "auto" decided."""
+def optimizer_for(config: TrainingConfig, device: torch.device) -> OptimizerName:
     if config.optimizer != "auto":
         return config.optimizer
     if device.type != "cuda":
@@ -291,7 +229,7 @@ def optimizer_for(config: TrainingConfig, device: torch.device) -> str:
 
 
 def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
-    """Of bitsandbytes; ValueError where that cannot be imported."""
+    """Of bitsandbytes (Dettmers et al. 2022); ValueError where that cannot be imported."""
     try:
         from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this optimiser alone
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
@@ -301,7 +239,6 @@ def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
 
 
 def _optimizer(name: str, parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, fused, or bitsandbytes' AdamW8bit (Dettmers et al. 2022)."""
     betas, decay = (0.9, config.beta2), config.weight_decay
     if name == "adamw8bit":
         return _eight_bit_adamw()(parameters, lr=config.learning_rate, betas=betas, weight_decay=decay)
@@ -345,32 +282,22 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def ema_decay_at(step: int, config: TrainingConfig) -> float:
-    """Ramped up to forget the first steps."""
     return min(config.ema_decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, in place; buffers are copied."""
-    averaged: list[Tensor] = list(ema.parameters())
-    current: list[Tensor] = list(model.parameters())
-    torch._foreach_lerp_(averaged, current, 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for own, theirs in zip(ema.buffers(), model.buffers(), strict=True):
         own.copy_(theirs)
 
 
-# --------------------------------------------------------------------------------------------------
-# One step
-# --------------------------------------------------------------------------------------------------
-
-
 class StepReport(NamedTuple):
-    """Mean loss, gradient's norm before clipping, are both finite, did a process ask to stop."""
-
-    loss: float
-    grad_norm: float
-    finite: bool
-    stop: bool
+    loss: float  # mean
+    grad_norm: float  # before clipping
+    finite: bool  # both
+    stop: bool  # a process asked to
 
 
 def train_step(
@@ -380,7 +307,7 @@ def train_step(
     config: TrainingConfig,
     processes: Processes,
     precision: torch.dtype | None = None,
-    stopping: Callable[[], bool] = lambda: False,
+    signals: StopSignals | None = None,
 ) -> StepReport:
     """One optimiser step; a step whose loss or gradient is not finite changes nothing.
 
@@ -388,20 +315,20 @@ def train_step(
     """
     device, model = processes.device, state.model.train()
     generator, total = torch.Generator(device), torch.zeros((), device=device)
-    for micro_batch, samples in micro_batches:
-        generator.manual_seed(noise_seed(config.seed, state.step, micro_batch.number))
-        apart = state.wrapped is not None and not micro_batch.is_last
-        with state.wrapped.no_sync() if apart and state.wrapped else contextlib.nullcontext():
+    for micro, samples in micro_batches:
+        generator.manual_seed(noise_seed(config.seed, state.step, micro.number))
+        with state.wrapped.no_sync() if state.wrapped and not micro.is_last else contextlib.nullcontext():
             inputs = samples.to(device, non_blocking=True)
             with torch.autocast(device.type, precision, enabled=precision is not None):
                 losses = loss(state.wrapped or model, inputs, generator)  # (B,)
-            part = losses.float().sum() * micro_batch.weight
+            part = losses.float().sum() * micro.weight
             state.scaler.scale(part * processes.world_size).backward()  # averaged, where the sum is wanted
         total += part.detach()
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     state.scaler.update()
-    shared = torch.stack([total, grad_norm / processes.world_size, torch.full_like(total, stopping())])
+    stopping = torch.full_like(total, signals is not None and signals.received is not None)
+    shared = torch.stack([total, grad_norm / processes.world_size, stopping])
     mean_loss, norm, stops = processes.sum(shared).tolist()
     finite = math.isfinite(mean_loss) and math.isfinite(norm)
     if finite:
@@ -415,43 +342,24 @@ def train_step(
     return StepReport(mean_loss, norm, finite, stops > 0)
 
 
-# --------------------------------------------------------------------------------------------------
-# The loop
-# --------------------------------------------------------------------------------------------------
-
-
 class Validation(NamedTuple):
-    """Of the averaged weights.
+    """Of the averaged weights; scalars, images and curves are for TensorBoard."""
 
-    Attributes:
-        psnr: in dB, chooses the best checkpoint.
-        scalars, images, curves: for TensorBoard: value, (3, H, W) in [0, 1], (right edges, heights) of a
-        histogram.
-    """
-
-    psnr: float
+    psnr: float  # in dB, chooses the best checkpoint
     scalars: dict[str, float]
-    images: dict[str, Tensor]
-    curves: dict[str, tuple[list[float], list[float]]] = {}  # noqa: RUF012  # never changed
+    images: dict[str, Tensor]  # (3, H, W) in [0, 1]
+    curves: dict[str, tuple[list[float], list[float]]] = {}  # noqa: RUF012  # right edges, heights
 
 
 Validate = Callable[[nn.Module], Validation]
 
 
 class LoopOptions(TypedDict, total=False):
-    """How the loop runs.
-
-    Attributes:
-        precision: dtype to autocast the loss to, None for float32.
-        validate: called with the averaged network, in every process.
-        profile: trace five steps into the log folder.
-    """
-
     processes: Processes | None
-    precision: torch.dtype | None
-    validate: Validate | None
+    precision: torch.dtype | None  # to autocast the loss to, None for float32
+    validate: Validate | None  # called with the averaged network, in every process
     progress: bool
-    profile: bool
+    profile: bool  # trace five steps into the log folder
 
 
 def train(
@@ -464,63 +372,36 @@ def train(
 ) -> int | None:
     """Train from state.step to config.max_steps; returns None, or the signal that ended it early.
 
-    Either way the last checkpoint holds the final state.
-
-    Raises:
-        NonFiniteError: too many such steps in a row.
-        WorkerError: the data gave out.
-        CheckpointError: one could not be written.
+    The last checkpoint holds the final state. NonFiniteError, WorkerError, CheckpointError.
     """
     processes = options.get("processes") or Processes(next(state.model.parameters()).device)
     plan = BatchPlan.of(config, len(dataset), processes.world_size)
     config = config.resolved(plan.steps_per_epoch)
     run = dataclasses.replace(run, sections={**run.sections, "training": config.to_dict()})
     batches = _Batches(dataset, plan, config, state.step, processes)
-    precision = options.get("precision")
     if processes.world_size > 1:
         state.wrapped = DistributedDataParallel(state.model, broadcast_buffers=False)
-    with _recorded(state, run, config, plan, processes, batches, options) as recorder:
-        while state.step < cast(int, config.max_steps):
-            parts = plan.of_rank(state.step, processes.rank)
-            with recorder.saving_what_is_sound():
-                samples = batches.of(parts)
-                report = train_step(state, loss, samples, config, processes, precision, recorder.stopping)
-            recorder.after_step(report, parts)
-            if report.stop:
-                return recorder.signals.received or int(signal.SIGTERM)
-    return None
-
-
-@contextlib.contextmanager
-def _recorded(
-    state: TrainState,
-    run: RunFiles,
-    config: TrainingConfig,
-    plan: BatchPlan,
-    processes: Processes,
-    batches: "_Batches",
-    options: LoopOptions,
-) -> Iterator["_Recorder"]:
-    """Catch signals; open and close log and progress bar."""
-    is_main = processes.is_main
+    is_main, precision = processes.is_main, options.get("precision")
     hidden = not (options.get("progress", True) and is_main)
     with (
         StopSignals() as signals,
         RunLogger(run.log_dir, is_main, state.step, run.sections) as log,
-        profiled(options.get("profile", False) and is_main, run.log_dir, processes.device) as after_step,
+        profiled(options.get("profile", False) and is_main, run.log_dir, processes.device) as trace_step,
         tqdm(None, "train", config.max_steps, initial=state.step, unit="step", disable=hidden) as bar,
     ):
-        watch = _Watch(signals, log, after_step, bar)
-        yield _Recorder(state, run, config, plan, processes, batches, watch, options.get("validate"))
-
-
-class _Watch(NamedTuple):
-    """What is open while a run is recorded."""
-
-    signals: StopSignals
-    log: RunLogger
-    after_step: Callable[[], None]
-    bar: "tqdm[Never]"
+        validate = options.get("validate")
+        recorder = _Recorder(state, run, config, plan, batches, log, trace_step, bar, is_main, validate)
+        while state.step < cast(int, config.max_steps):
+            parts = plan.of_rank(state.step, processes.rank)
+            try:
+                report = train_step(state, loss, batches.of(parts), config, processes, precision, signals)
+            except WorkerError:
+                recorder.save()  # the last whole step
+                raise
+            recorder.after_step(report, parts)
+            if report.stop:
+                return signals.received or int(signal.SIGTERM)
+    return None
 
 
 class _Watched(Dataset[object]):
@@ -539,7 +420,6 @@ class _Watched(Dataset[object]):
         return sample
 
     def names(self) -> str:
-        """Of what is being read."""
         return ", ".join(self.dataset.name(index) for index in self.reading.tolist() if index >= 0)
 
 
@@ -554,10 +434,10 @@ class _Batches:
         if workers is None:
             workers = default_workers(processes.device, processes.world_size)
         self.watched = _Watched(dataset, workers)
-        last_step = cast(int, config.max_steps)
+        steps = range(first_step, cast(int, config.max_steps))
         loader = DataLoader(
             self.watched,
-            batch_sampler=PlannedBatches(plan, first_step, last_step, processes.rank),
+            batch_sampler=(part.pairs for step in steps for part in plan.of_rank(step, processes.rank)),
             num_workers=workers,
             collate_fn=dataset.collate,
             pin_memory=processes.device.type == "cuda",
@@ -567,7 +447,6 @@ class _Batches:
         self.seconds_waited = 0.0
 
     def of(self, parts: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Batch]]:
-        """The micro-batches of a step with their samples, which must be those that come next."""
         for part in parts:
             started = time.perf_counter()
             try:
@@ -576,9 +455,8 @@ class _Batches:
                 if "DataLoader worker" not in str(error):
                     raise WorkerError(str(error)) from error
                 reading = self.watched.names() or "no image"
-                raise WorkerError(
-                    f"a process that reads images died while reading {reading} ({error})"
-                ) from error
+                message = f"a process that reads images died while reading {reading} ({error})"
+                raise WorkerError(message) from error
             self.seconds_waited += time.perf_counter() - started
             yield part, samples
 
@@ -590,40 +468,34 @@ def _due(step: int, every: int | None, last: int | None) -> bool:
     return step == last or (every is not None and step % every == 0)
 
 
+@dataclass
 class _Recorder:
     """Curves, validation and checkpoints as they fall due. Only the main process writes."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        run: RunFiles,
-        config: TrainingConfig,
-        plan: BatchPlan,
-        processes: Processes,
-        batches: _Batches,
-        watch: _Watch,
-        validate: Validate | None,
-    ) -> None:
-        self.state, self.run, self.config, self.plan = state, run, config, plan
-        self.processes, self.batches, self.validate = processes, batches, validate
-        self.signals, self.log, self._after_step, self._bar = watch
+    state: TrainState
+    run: RunFiles
+    config: TrainingConfig
+    plan: BatchPlan
+    batches: _Batches
+    log: RunLogger
+    trace_step: Callable[[], None]
+    bar: "tqdm[Never]"
+    is_main: bool
+    validate: Validate | None
+
+    def __post_init__(self) -> None:
         self._losses: list[float] = []
         self._samples = 0
         self._since = time.perf_counter()
         self._skipped_in_a_row = 0
-        self._first = (state.step + 1, self._since)  # a step that warms up
-
-    def stopping(self) -> bool:
-        """Whether a signal came."""
-        return self.signals.received is not None
+        self._warm = (self.state.step + 1, self._since)  # a first step, and when it ended
 
     def after_step(self, report: StepReport, parts: Sequence[MicroBatch]) -> None:
         """NonFiniteError: too many steps in a row were skipped."""
         state, config = self.state, self.config
-        self._after_step()
-        self._bar.update()
-        best = f"{state.best_psnr:.2f} dB"
-        self._bar.set_postfix(loss=f"{report.loss:.4f}", best=best, refresh=False)
+        self.trace_step()
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{report.loss:.4f}", best=f"{state.best_psnr:.2f} dB", refresh=False)
         self._tell_duration()
         self._raise_if_diverged(report, parts)
         self._losses.append(report.loss)
@@ -633,28 +505,20 @@ class _Recorder:
         if self.validate is not None and _due(state.step, config.validate_every, config.max_steps):
             self._validate(self.validate)
         if report.stop or _due(state.step, config.save_every, config.max_steps):
-            self._save()
+            self.save()
         if state.step == config.max_steps:
             self.log.finish(state.step, {"final/best_psnr": state.best_psnr, "final/loss": report.loss})
 
     def _tell_duration(self) -> None:
         """Say after ten steps when the run ends."""
-        if self.state.step == self._first[0]:
-            self._first = (self.state.step, time.perf_counter())
-        if self.processes.is_main and self.state.step == self._first[0] + 9:
-            seconds = (time.perf_counter() - self._first[1]) / 9
+        first, ended = self._warm
+        if self.state.step == first:
+            self._warm = (first, time.perf_counter())
+        if self.is_main and self.state.step == first + 9:
+            seconds = (time.perf_counter() - ended) / 9
             left = seconds * (cast(int, self.config.max_steps) - self.state.step)
             end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
             logger.info("%.3g s per step: the run ends in %.2g hours, %s", seconds, left / 3600, end)
-
-    @contextlib.contextmanager
-    def saving_what_is_sound(self) -> Iterator[None]:
-        """Save the last whole step where the data gave out."""
-        try:
-            yield
-        except WorkerError:
-            self._save()
-            raise
 
     def _raise_if_diverged(self, report: StepReport, parts: Sequence[MicroBatch]) -> None:
         self._skipped_in_a_row = 0 if report.finite else self._skipped_in_a_row + 1
@@ -666,7 +530,6 @@ class _Recorder:
             )
 
     def _log_curves(self, report: StepReport) -> None:
-        """Means since the last time."""
         now = time.perf_counter()
         values = {
             "loss": float(np.mean(self._losses)),
@@ -682,7 +545,6 @@ class _Recorder:
         self._samples, self._since, self.batches.seconds_waited = 0, now, 0.0
 
     def _validate(self, validate: Validate) -> None:
-        """Keep the averaged network if it is the best so far."""
         started, step = time.perf_counter(), self.state.step
         found = validate(self.state.ema)
         self.log.scalars(step, {f"validation/{name}": value for name, value in found.scalars.items()})
@@ -691,10 +553,10 @@ class _Recorder:
         self.log.flush()
         if found.psnr > self.state.best_psnr:
             self.state.best_psnr = found.psnr
-            if self.processes.is_main:
+            if self.is_main:
                 self.run.save_best(self.state.content())
         self._since += time.perf_counter() - started  # no training: not part of images per second
 
-    def _save(self) -> None:
-        if self.processes.is_main:
+    def save(self) -> None:
+        if self.is_main:
             self.run.save_last(self.state.content(), self.state.step, self.config.keep_checkpoints)

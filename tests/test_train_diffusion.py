@@ -119,6 +119,10 @@ def test_the_checkpoint_rebuilds_the_network(finished):
     assert float(loaded.network.scale) == 2
 
 
+def test_the_optimizer_is_decided_once_and_recorded(finished):
+    assert load_checkpoint(newest(finished[0]))["training"]["optimizer"] == "adamw"
+
+
 def logged(folder, tag="train/loss"):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -17,7 +17,6 @@ from engine.run import RunFiles
 from training import (
     BatchPlan,
     NonFiniteError,
-    PlannedBatches,
     TrainingConfig,
     Validation,
     WorkerError,
@@ -105,12 +104,6 @@ def test_epochs_are_shuffled_differently_and_repeatably():
     assert orders[0] != orders[1]
     assert orders[1] == [index for _, index in again.micro_batches(1)[0]]
     assert orders[0] != [index for _, index in BatchPlan(50, 50, 1, seed=4).micro_batches(0)[0]]
-
-
-def test_the_sampler_starts_where_it_is_told():
-    plan = BatchPlan(10, 3, 2, seed=0)
-    everything = list(PlannedBatches(plan, 0, 6))
-    assert everything[-len(list(PlannedBatches(plan, 2, 6))) :] == list(PlannedBatches(plan, 2, 6))
 
 
 def test_noise_seeds_do_not_collide():
