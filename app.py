@@ -64,7 +64,6 @@ def slides(source: Pixels, result: Pixels) -> tuple[Image.Image, Image.Image]:
 
 
 def build_page(weights: Sequence[Path]) -> Any:  # noqa: ANN401  # gradio is optional
-    """As gradio.Blocks; pictures are restored one at a time."""
     import gradio
 
     def work(
@@ -123,7 +122,6 @@ def serve(weights: Sequence[Path], port: int | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("weights", nargs="*", type=Path, help="models of your own, offered first")
     parser.add_argument("--port", type=int, help="of 127.0.0.1 (default: the first free one from 7860)")

@@ -134,7 +134,6 @@ def _check(image: Tensor, border: Border, rounding: Rounding) -> None:
 def _output_sizes(
     in_size: tuple[int, ...], scale: float | None, size: tuple[int, int] | None
 ) -> list[tuple[int, float]]:
-    """(output length, scale) of the height and of the width."""
     if (scale is None) == (size is None):
         raise ValueError(f"scale={scale} and size={size}: give one of them")
     if size is not None:
@@ -192,7 +191,6 @@ def _dense_block(
 
 
 def _cubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Keys' kernel with a = -1/2."""
     x = np.abs(x)
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2

@@ -8,7 +8,7 @@ A schedule is (signal_scale, noise_scale), a prediction (c_skip, c_out, weight o
 a line in the tables below.
 
 Shapes: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, T timesteps. `t` is
-int64 (B,) in [0, T), T - 1 the noisiest. Images are in [-1, 1], clean has unit variance.
+int64 (B,), T - 1 the noisiest. Images are in [-1, 1], clean has unit variance.
 """
 
 import math
@@ -36,10 +36,6 @@ Denoiser = Callable[[Tensor, Tensor, object], Tensor]
 Distance = Callable[[Tensor, Tensor], Tensor]  # two (B, C, H, W) in [-1, 1] -> (B,)
 Contexts = tuple[object, ...]  # encoded conditions: with tokens and, for guidance, without
 
-# --------------------------------------------------------------------------------------------------
-# Schedules: timesteps T -> signal_scale and noise_scale, each (T,) float64
-# --------------------------------------------------------------------------------------------------
-
 Scales = tuple[Tensor, Tensor]
 
 
@@ -48,28 +44,28 @@ def variance_preserving(alpha_bar: Tensor) -> Scales:
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
-def cosine_alpha_bar(timesteps: int, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
-    """(T,) float64 (Nichol & Dhariwal 2021, Eq. 17), betas up to max_beta."""
+def cosine_alpha_bar(timesteps: int) -> Tensor:
+    """(T,) float64 (Nichol & Dhariwal 2021, Eq. 17)."""
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
-    f = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
-    betas = (1 - f[1:] / f[:-1]).clamp(max=max_beta)
-    return torch.cumprod(1 - betas, dim=0)
+    return _capped(torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+def _capped(f: Tensor) -> Tensor:
+    """What alpha_bar follows, (T + 1,), with betas of at most 0.999."""
+    return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), dim=0)
 
 
 def linear_alpha_bar(timesteps: int) -> Tensor:
-    """(T,) float64; betas from 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4); any T ends alike."""
+    """(T,) float64; betas from 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4)."""
     stretch = 1000 / timesteps
     betas = torch.linspace(1e-4 * stretch, 0.02 * stretch, timesteps, dtype=torch.float64)
     return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
 
 
-def sigmoid_alpha_bar(timesteps: int, start: float = -3.0, end: float = 3.0) -> Tensor:
-    """(T,) float64 (Jabri et al. 2022, Algorithm 2), temperature 1, betas up to 0.999."""
-    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
-    f = torch.sigmoid(-(start + u * (end - start)))
-    normalised = (f - f[-1]) / (f[0] - f[-1])
-    betas = (1 - normalised[1:] / normalised[:-1]).clamp(max=0.999)
-    return torch.cumprod(1 - betas, dim=0)
+def sigmoid_alpha_bar(timesteps: int) -> Tensor:
+    """(T,) float64 (Jabri et al. 2022, Algorithm 2), from -3 to 3 at temperature 1."""
+    f = torch.sigmoid(3 - 6 * torch.arange(timesteps + 1, dtype=torch.float64) / timesteps)
+    return _capped((f - f[-1]) / (f[0] - f[-1]))
 
 
 def zero_terminal_alpha_bar(timesteps: int) -> Tensor:
@@ -97,6 +93,7 @@ def resshift_scales(timesteps: int, kappa: float = 2.0, power: float = 0.3) -> S
     return 1 - root**2, kappa * root
 
 
+# T -> signal_scale and noise_scale, each (T,) float64
 SCHEDULES: dict[str, Callable[[int], Scales]] = {
     "cosine": lambda timesteps: variance_preserving(cosine_alpha_bar(timesteps)),
     "linear": lambda timesteps: variance_preserving(linear_alpha_bar(timesteps)),
@@ -105,10 +102,6 @@ SCHEDULES: dict[str, Callable[[int], Scales]] = {
     "flow": flow_scales,
     "resshift": resshift_scales,
 }
-
-# --------------------------------------------------------------------------------------------------
-# What the network predicts: signal_scale, noise_scale -> c_skip, c_out, weight of its squared error
-# --------------------------------------------------------------------------------------------------
 
 
 def _v_prediction(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,8 +113,8 @@ def _v_prediction(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor
 def _noise(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of noise prediction (Ho et al. 2020, Eq. 14) on a network that outputs v.
 
-    The error of the noise, noise_scale noisy + signal_scale v, is signal_scale that of v. An output of noise
-    would have its error divided by signal_scale, 5e-5 at the noisiest.
+    The error of the noise is signal_scale that of v; an output of noise would have its error divided by
+    signal_scale, 5e-5 at the noisiest.
     """
     c_skip, c_out, _ = _v_prediction(signal, noise)
     return c_skip, c_out, signal.square() / (signal.square() + noise.square())
@@ -131,18 +124,16 @@ def _clean(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros_like(signal), torch.ones_like(signal), torch.ones_like(signal)
 
 
+# signal_scale, noise_scale -> c_skip, c_out, weight of the squared error
 MODES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "v_prediction": _v_prediction,
     "noise": _noise,
     "clean": _clean,
 }
 
-# --------------------------------------------------------------------------------------------------
-# Which timesteps are trained most: even shares in [0, 1) -> timesteps as fractions of T
-# --------------------------------------------------------------------------------------------------
-
 HIGH_NOISE_SHIFT = 3.0
 LARGEST_PERCEIVED = 4.0  # noise level above which clean estimates are means, not pictures
+# Which timesteps are trained most: even shares in [0, 1) -> timesteps as fractions of T
 TIMESTEP_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda share: share,
     # The logit is a standard normal variable, which favours the middle (Esser et al. 2024, section 3.1).
@@ -154,21 +145,16 @@ TIMESTEP_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class ProcessConfig(Options):
-    """The process a network was trained for."""
-
     timesteps: int = option(1000, "noise levels of the diffusion process", low=1, high=100_000)
     mode: str = option("v_prediction", "what the network predicts", flag="diffusion_mode", choices=MODES)
     schedule: str = option("cosine", "how noise grows", choices=SCHEDULES)
 
     def scales(self) -> Scales:
-        """Each (T,) float64 on the CPU."""
         return SCHEDULES[self.schedule](self.timesteps)
 
 
 @dataclass(frozen=True)
 class LossConfig(Options):
-    """What is trained most."""
-
     min_snr_gamma: float | None = option(
         None, "weigh losses by min(SNR, gamma) (Hang et al. 2023, Eq. 8); 5 is usual", above=0
     )
@@ -184,37 +170,22 @@ class LossConfig(Options):
 
 
 class Network(Protocol):
-    """What training and sampling need; unet.UNet is one.
+    """What training and sampling need; unet.UNet is one. `residual_std` and `scale` are 0 when new."""
 
-    `residual_std`, of residuals in [-2, 2], and `scale`, the enlargement, are () and 0 when new; (S,) for S.
-    """
-
-    residual_std: Tensor
-    scale: Tensor
+    residual_std: Tensor  # (), of residuals in [-2, 2]; (S,) for S scales
+    scale: Tensor  # (), the enlargement; (S,)
 
     @property
-    def config(self) -> Options:
-        """What rebuilds it."""
-        ...
-
+    def config(self) -> Options: ...  # what rebuilds it
     @property
-    def image_channels(self) -> int:
-        """Of the images."""
-        ...
-
+    def image_channels(self) -> int: ...
     @property
-    def window_multiple(self) -> int:
-        """Windows of an image begin at multiples of these pixels."""
-        ...
-
+    def window_multiple(self) -> int: ...  # windows of an image begin at multiples of these pixels
     @property
-    def mean_reach(self) -> int:
-        """Pixels from a window's edge where its mean is the image's; 0: it has none."""
-        ...
+    def mean_reach(self) -> int: ...  # pixels from a window's edge where its mean is the image's; 0: no mean
 
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:
         """(B, C, h, w) -> (B, N, E), shared by all windows of an image, or None."""
-        ...
 
     def encode_context(self, condition: Condition) -> tuple[object, Tensor | None]:
         """Once per image: what `__call__` takes, and the mean (B, C, H, W) or None."""
@@ -254,12 +225,8 @@ class DiffusionModel:
 
     @classmethod
     def of(
-        cls,
-        process: ProcessConfig,
-        device: torch.device | str = "cpu",
-        objective: LossConfig | None = None,
+        cls, process: ProcessConfig, device: torch.device | str = "cpu", objective: LossConfig | None = None
     ) -> "DiffusionModel":
-        """The model of a recorded process."""
         return cls(device=device, **process.to_dict(), **(objective or LossConfig()).to_dict())  # type: ignore[arg-type]
 
     def q_sample(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -271,12 +238,10 @@ class DiffusionModel:
         return _at(self.c_skip, t), _at(self.c_out, t)
 
     def clean_estimate(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """What the output (B, C, H, W) stands for."""
         c_skip, c_out = self.coefficients(t)
         return c_skip * noisy + c_out * output
 
     def target(self, clean: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """The inverse of `clean_estimate`."""
         c_skip, c_out = self.coefficients(t)
         return (clean - c_skip * noisy) / c_out
 
@@ -302,10 +267,9 @@ class DiffusionModel:
 
         Args:
             denoiser: (noisy, t, context) -> (B, C, H, W).
-            clean: (B, C, H, W), unit variance.
             generator: of timesteps and noise, on the device.
-            mean: (B, C, H, W); the diffusion models what it leaves (Whang et al. 2022, section 3), without
-            gradient. t: (B,); None draws them.
+            mean: (B, C, H, W); the diffusion models what it leaves (Whang et al. 2022, section 3).
+            t: (B,); None draws them.
             distance: of a clean estimate, (B, C, H, W) -> (B,), added where noise_scale < 4 signal_scale.
         """
         if t is None:
@@ -326,9 +290,7 @@ class DiffusionModel:
     def restoration_loss(
         self, degradation: Degradation, perceptual: Distance | None = None, scales: Sequence[float] = ()
     ) -> Callable[[nn.Module, Crops, torch.Generator], Tensor]:
-        """The loss of what CropDataset sends; crops without low resolution are shrunk on their device.
-
-        `scales`: of a network of several; the crops' sizes say which.
+        """The loss of what CropDataset sends; the crops' sizes say which of several scales.
 
         ValueError: a perceptual weight without a distance.
         """
@@ -375,17 +337,14 @@ class DiffusionModel:
         perceptual: Distance | None = None,
         **options: Unpack[LoopOptions],
     ) -> tuple[RunFiles, int | None]:
-        """Train a Network on this model's device to restore what the dataset degrades.
+        """Train a Network on what the dataset degrades; its files, and the signal that ended it or None.
 
         Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `sections` and the
         names `held_out`. `perceptual` is the distance that perceptual_weight weighs, as
         evaluation.lpips.perceptual_distance; `validate` of the options an evaluation.validation.Validator.
 
-        Returns the run's files, and None or the signal that ended it.
-
-        Raises:
-            ValueError: an upscale function that a checkpoint cannot record, or another number of scales.
-            CheckpointError, NonFiniteError, WorkerError: see training.train.
+        ValueError: an upscale function that a checkpoint cannot record, or another number of scales; else as
+        training.train.
         """
         _check_recordable(dataset)
         state = new_state(model, config, options.get("precision"))
@@ -409,7 +368,7 @@ class DiffusionModel:
             print(f"{path}: {self.mode}, {loaded.step} steps")  # noqa: T201  # what verbose asks for
 
     def load_checkpoint_for_resume(self, state: TrainState, checkpoint: str | Path | Checkpoint) -> None:
-        """CheckpointError: as load_model_weights, or of another optimiser."""
+        """CheckpointError, also of another optimiser."""
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = read_for_resume(checkpoint, self.device)
         self._check_process(checkpoint.content.get("process"), checkpoint.path)
@@ -452,8 +411,7 @@ def _set_buffers(state: TrainState, dataset: ImageDataset) -> None:
 class ResidualGenerator:
     """Restores images by sampling their residuals, in any number of steps from 1 to T.
 
-    Clean estimates are clipped so that upscaled + residual is an image: a projection, which brings them
-    closer to the truth.
+    Clean estimates are clipped so that upscaled + residual is an image: a projection, closer to the truth.
 
     Args:
         img_size: longer side of a result, for networks without a scale.
@@ -492,15 +450,8 @@ class ResidualGenerator:
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
         guidance: float = 1.0,
     ) -> "ResidualGenerator":
-        return cls(
-            device=device,
-            num_train_timesteps=process.timesteps,
-            predict_mode=process.mode,
-            precision=precision,
-            scheduler=scheduler,
-            schedule=process.schedule,
-            guidance=guidance,
-        )
+        steps, mode = process.timesteps, process.mode
+        return cls(3, 256, device, steps, mode, precision, scheduler, process.schedule, guidance)
 
     def generate_images(
         self,
@@ -513,7 +464,7 @@ class ResidualGenerator:
         eta: float = 0.0,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """Restore images.
+        """(B * num_images, C, H, W) in [0, 1], those of one image next to each other.
 
         Args:
             low_resolution_image: (B, C, h, w) in [-1, 1].
@@ -523,16 +474,11 @@ class ResidualGenerator:
             eta: of "ddim": 0 none, 1 as DDPM.
             tokens: (B, N, E) on the device, which describe the images.
 
-        Returns:
-            (B * num_images, C, H, W) in [0, 1], those of one image next to each other.
-
-        Raises:
-            ValueError: a wrong shape, range or step count, or an untrained network.
+        ValueError: a wrong shape, range or step count, or an untrained network.
         """
-        condition = Condition(*self._inputs(model, low_resolution_image), tokens)
-        residuals = self._residuals(model, condition, num_images, num_inference_steps, seed, eta)
-        upscaled = cast(Tensor, condition.upscaled)
-        return to_unit_range((upscaled.repeat_interleave(num_images, dim=0) + residuals).clamp(-1, 1))
+        plan = self.plan(num_inference_steps, eta)
+        base, residuals = self._generate(model, low_resolution_image, num_images, plan, seed, tokens)
+        return to_unit_range((base + residuals).clamp(-1, 1))
 
     def generate_residuals(
         self,
@@ -546,15 +492,15 @@ class ResidualGenerator:
         tokens: Tensor | None = None,
     ) -> Tensor:
         """As generate_images, but what is added to the upscaled image, in [-2, 2]."""
-        condition = Condition(*self._inputs(model, low_resolution_image), tokens)
-        return self._residuals(model, condition, num_images, num_inference_steps, seed, eta)
+        plan = self.plan(num_inference_steps, eta)
+        return self._generate(model, low_resolution_image, num_images, plan, seed, tokens)[1]
 
     def plan(self, steps: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
-        """The steps of the sampler, none for 0; ValueError for a number it or the process cannot take."""
+        """The sampler's, none for 0; OptionError."""
         return self.sampler.steps(steps, eta, detail) if steps else ()
 
     def encode(self, model: Network, condition: Condition) -> tuple[Contexts, Tensor | None]:
-        """The condition for `estimate`, and the predicted mean or None."""
+        """For `estimate`, and the predicted mean if any."""
         with self.autocast():
             context, mean = model.encode_context(condition)
             if self.guidance == 1 or condition.tokens is None:
@@ -567,10 +513,7 @@ class ResidualGenerator:
     ) -> Tensor:
         """The network's clean residual (B, C, H, W) of unit variance.
 
-        Args:
-            noisy: (B, C, H, W).
-            contexts: see `encode`.
-            base: (B, C, H, W), upscaled + residual_std * mean; base + residual is clipped to [-1, 1].
+        `base` is upscaled + residual_std * mean, (B, C, H, W); base + residual is clipped to [-1, 1].
         """
         t = torch.full((len(noisy),), timestep, device=noisy.device)
         with self.autocast():
@@ -585,7 +528,6 @@ class ResidualGenerator:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     def _inputs(self, model: Network, low_res: Tensor) -> tuple[Tensor, Tensor]:
-        """Check the input, move it to the device: (upscaled, low_res)."""
         if low_res.ndim != 4 or low_res.shape[1] != self.img_channels:
             raise ValueError(
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
@@ -599,31 +541,28 @@ class ResidualGenerator:
         scale = exact_scale(factor or self.img_size / max(low_res.shape[-2:]))
         return upscale_image(low_res, float(scale)).clamp(-1, 1), low_res
 
-    def _residuals(
+    def _generate(
         self,
         model: Network,
-        condition: Condition,
+        low_res: Tensor,
         num_images: int,
-        steps: int,
+        plan: Sequence[Step],
         seed: int | None,
-        eta: float,
-    ) -> Tensor:
-        """(B * num_images, C, H, W) in [-2, 2]."""
+        tokens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Upscaled images and their residuals, each (B * num_images, C, H, W)."""
+        upscaled, low_res = self._inputs(model, low_res)
+        condition = Condition(upscaled, low_res, tokens)
         seed = torch.seed() % 2**62 if seed is None else seed
-        plan, images = self.plan(steps, eta), range(len(cast(Tensor, condition.upscaled)))
         residuals = [
-            self._residual(model, condition, plan, [noise_stream(seed, number) for _ in images])
+            self._residual(model, condition, plan, [noise_stream(seed, number) for _ in upscaled])
             for number in range(num_images)
         ]
-        return torch.stack(residuals, dim=1).flatten(0, 1)
+        return upscaled.repeat_interleave(num_images, dim=0), torch.stack(residuals, dim=1).flatten(0, 1)
 
     @torch.inference_mode()
     def _residual(
-        self,
-        model: Network,
-        condition: Condition,
-        plan: Sequence[Step],
-        streams: Sequence[torch.Generator],
+        self, model: Network, condition: Condition, plan: Sequence[Step], streams: Sequence[torch.Generator]
     ) -> Tensor:
         """One sample of each image: (B, C, H, W) in [-2, 2]."""
         upscaled = cast(Tensor, condition.upscaled)
@@ -649,7 +588,7 @@ class ResidualGenerator:
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
-    """Root mean square in [-2, 2] of up to `samples` crops; ValueError if 0."""
+    """Of residuals in [-2, 2] of up to `samples` crops; ValueError if 0."""
     crops = [dataset[index].residual.double() for index in range(min(samples, len(dataset)))]
     mean_square = float(torch.stack(crops).square().mean())
     if mean_square == 0:
@@ -665,6 +604,5 @@ def one_scale(model: Network) -> float:
 
 
 def network_of(model: nn.Module) -> Network:
-    """Without a wrapper."""
     inner = getattr(model, "module", getattr(model, "_orig_mod", model))
     return cast(Network, inner)

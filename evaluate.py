@@ -154,7 +154,6 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
     args = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

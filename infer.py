@@ -287,7 +287,6 @@ def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel[UNe
 
 
 def run(args: argparse.Namespace, processes: Processes) -> int:
-    """Load, restore, report; returns the exit status."""
     check_flags(args)
     config = from_args(RestoreConfig, args)
     models = open_models(args, processes.is_main)
@@ -333,7 +332,6 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a line to stderr, if anybody can read it."""
     with contextlib.suppress(OSError):
         print(f"infer.py: {text}", file=sys.stderr, flush=True)
 
@@ -359,7 +357,6 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for

@@ -24,8 +24,6 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class UNetConfig(Options):
-    """What rebuilds a UNet."""
-
     in_channels: int = option(3, "image channels of the noisy input", low=1)
     out_channels: int = option(3, "image channels of the prediction", low=1)
     base_dim: int = option(32, "width of the first level, a multiple of 4", flag="unet_base_dim", low=4)
@@ -144,7 +142,6 @@ class BasicTransformerBlock(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """Of (B, N, E) tokens."""
         if self.cross_attention is None:
             raise ValueError("this BasicTransformerBlock was built without a context_dim")
         return self.cross_attention.keys_values(context)

@@ -65,35 +65,28 @@ class PixelNorm(nn.Module):
         return F.layer_norm(last, self.weight.shape, self.weight, self.bias).permute(0, 3, 1, 2)
 
 
-def normalisation(norm: Norm, channels: int, groups: int = 8) -> nn.Module:
-    """PixelNorm, or GroupNorm (Wu & He 2018) of at most `groups` groups."""
+def normalisation(norm: Norm, channels: int) -> nn.Module:
+    """PixelNorm, or GroupNorm (Wu & He 2018) of at most 8 groups."""
     if norm == "pixel":
         return PixelNorm(channels)
     if norm == "group":
-        return nn.GroupNorm(math.gcd(groups, channels), channels)
+        return nn.GroupNorm(math.gcd(8, channels), channels)
     raise ValueError(f"norm must be 'group' or 'pixel', not {norm!r}")
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with normalisation and SiLU, added to the input (He et al. 2016).
+    """Two 3x3 convolutions with normalisation and SiLU, added to the input (He et al. 2016), at first 0.
 
-    A time embedding scales and shifts the second normalisation (Dhariwal & Nichol 2021, section 3). New, it
-    is the identity, or a 1x1 projection.
+    A time embedding scales and shifts the second normalisation (Dhariwal & Nichol 2021, section 3).
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        time_dim: int | None = None,
-        *,
-        norm: Norm = "group",
-        groups: int = 8,
+        self, in_channels: int, out_channels: int, time_dim: int | None = None, *, norm: Norm = "group"
     ) -> None:
         super().__init__()
-        self.norm1 = normalisation(norm, in_channels, groups)
+        self.norm1 = normalisation(norm, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = normalisation(norm, out_channels, groups)
+        self.norm2 = normalisation(norm, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.modulation = None if time_dim is None else nn.Linear(time_dim, 2 * out_channels)
         same = in_channels == out_channels
@@ -105,8 +98,7 @@ class ResidualBlock(nn.Module):
         if (time_embedding is None) != (self.modulation is None):
             expected = "needs a" if self.modulation is not None else "was built without a"
             raise ValueError(f"this ResidualBlock {expected} time embedding; see its time_dim")
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.norm2(hidden)
+        hidden = self.norm2(self.conv1(F.silu(self.norm1(x))))
         if self.modulation is not None and time_embedding is not None:
             modulation = self.modulation(F.silu(time_embedding))[:, :, None, None]
             scale, shift = modulation.chunk(2, dim=1)  # each (B, C_out, 1, 1)
@@ -118,18 +110,17 @@ class ResidualBlock(nn.Module):
 class MultiHeadAttentionBlock(nn.Module):
     """Pre-normalised self-attention over all pixels, added (Vaswani et al. 2017)."""
 
-    def __init__(self, channels: int, num_heads: int = 4, *, norm: Norm = "group", groups: int = 8) -> None:
+    def __init__(self, channels: int, num_heads: int = 4, *, norm: Norm = "group") -> None:
         super().__init__()
         if num_heads < 1 or channels % num_heads:
             raise ValueError(f"{channels} channels do not split into {num_heads} heads")
         self.num_heads = num_heads
-        self.norm = normalisation(norm, channels, groups)
+        self.norm = normalisation(norm, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         zero_(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
         batch, channels, height, width = x.shape
         heads = (batch, 3, self.num_heads, channels // self.num_heads, height * width)
         query, key, value = self.qkv(self.norm(x)).reshape(heads).transpose(-1, -2).unbind(1)
@@ -157,7 +148,7 @@ class Sample(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """A crop or a batch of crops, uint8, and what is said of their images."""
+    """A crop or a batch of crops, uint8, and tokens of their images."""
 
     high_res: Tensor  # (..., 3, H, W)
     low_res: Tensor | None = None  # (..., 3, h, w); None: the degradation, which is not random, makes it
@@ -165,7 +156,6 @@ class Crops(NamedTuple):
 
     @classmethod
     def stack(cls, crops: Sequence["Crops"]) -> "Crops":
-        """A batch of crops that have the same parts."""
         parts = zip(*crops, strict=True)
         return cls(*cast(Any, [None if one[0] is None else torch.stack(one) for one in parts]))
 
@@ -178,20 +168,18 @@ class Crops(NamedTuple):
         return min(range(len(scales)), key=lambda place: abs(scales[place] - ratio))
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Crops":
-        """On another device, as a tensor would be."""
         parts = [None if one is None else one.to(device, non_blocking=non_blocking) for one in self]
         return Crops(*cast(Any, parts))
 
     def sample(self, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image) -> Sample:
-        """What the network trains on; ValueError unless the sides are whole multiples of the scale."""
+        """ValueError unless the sides are whole multiples of the scale."""
         low_res = cast(Bicubic, degradation)(self.high_res) if self.low_res is None else self.low_res
         low_res, original = (to_model_range(image.float() / 255) for image in (low_res, self.high_res))
         upscaled = upscale_function(low_res, degradation.scale).clamp(-1, 1)
         if upscaled.shape != original.shape:
             raise ValueError(
                 f"the upscale function gave {tuple(upscaled.shape)} for an original of "
-                f"{tuple(original.shape)}: the sides must be whole multiples of the scale "
-                f"{degradation.scale:g}"
+                f"{tuple(original.shape)}: the sides must be multiples of the scale {degradation.scale:g}"
             )
         return Sample(low_res, upscaled, original, original - upscaled)
 
@@ -209,8 +197,8 @@ def check_crop_size(img_size: int, downscale_factor: float) -> None:
 class ImageDataset(Dataset[Sample]):
     """A folder of photos as samples: `dataset[index]` of epoch 0, `dataset[epoch, index]` of any.
 
-    A sample depends on (seed, epoch, index) alone. `left_out` has the images too small or unreadable and the
-    reason; `failed`, which workers share, marks those that turn unreadable later: the next takes their place.
+    A sample depends on (seed, epoch, index) alone. `left_out` has the images that cannot be used and why;
+    `failed`, which workers share, marks those that turn unreadable later: the next takes their place.
 
     Args:
         images: a folder, searched with its subfolders, or files.
@@ -220,12 +208,11 @@ class ImageDataset(Dataset[Sample]):
         augment: "none", "flip" (left-right) or "dihedral" (all 8 flips and rotations).
         reader: path -> (H, W, 3) uint8.
         cache_dir: remembers the sizes of the images.
-        degradation: makes the low resolution; by default bicubic by downscale_factor.
+        degradation: by default bicubic by downscale_factor.
         tokens: folder of tokens, see imaging.tokens.
         scales: of a network of several, which all divide img_size; by default the degradation's alone.
 
-    Raises:
-        ValueError: no usable image, an impossible crop, or images of the same name where there are tokens.
+    ValueError: no usable image, an impossible crop, or images of the same name where there are tokens.
     """
 
     def __init__(
@@ -268,15 +255,13 @@ class ImageDataset(Dataset[Sample]):
         self.failed = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
-        """Usable images: one crop of each is an epoch."""
         return len(self.paths)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Sample:
-        """The sample of an index or of (epoch, index)."""
         return self.pair(index).sample(self.degradation, self.upscale_function)
 
     def pair(self, index: int | tuple[int, int]) -> Crops:
-        """Both resolutions, (3, img_size, img_size) and (3, h, w): what the degradation made, cut."""
+        """Both resolutions, (3, img_size, img_size) and (3, h, w)."""
         return self.degraded(*self.window(index))
 
     def at(self, scale: float) -> "ImageDataset":
@@ -298,11 +283,10 @@ class ImageDataset(Dataset[Sample]):
         )
 
     def crop(self, index: int | tuple[int, int]) -> Crops:
-        """Without low resolution, for a degradation that needs no margin."""
         return self.window(index)[0]
 
     def window(self, index: int | tuple[int, int]) -> tuple[Crops, np.random.Generator]:
-        """A crop with the degradation's margin, and its generator for what follows."""
+        """A crop with the degradation's margin, and the generator for what follows."""
         epoch, position = index if isinstance(index, tuple) else (0, index)
         if not 0 <= position < len(self.paths):
             raise IndexError(f"index {position} of {len(self.paths)} images")
@@ -327,7 +311,7 @@ class ImageDataset(Dataset[Sample]):
         return Crops(high_res, tokens=tokens), random
 
     def _read(self, position: int) -> tuple[npt.NDArray[np.uint8], Path]:
-        """The image at a position, or the next that can be read, and its file."""
+        """At a position, or the next that can be read; and its file."""
         for offset in range(len(self.paths)):
             candidate = (position + offset) % len(self.paths)
             if self.failed[candidate]:
@@ -344,7 +328,7 @@ class ImageDataset(Dataset[Sample]):
 
 
 class CropDataset(Dataset[object]):
-    """The crops of an ImageDataset: what workers send. What is random is degraded here, the rest batched.
+    """The crops of an ImageDataset: what is random is degraded here, in workers, the rest batched.
 
     Of several scales, each batch has one, drawn by its first crop.
     """
@@ -356,13 +340,11 @@ class CropDataset(Dataset[object]):
         return len(self.images)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Any:  # noqa: ANN401  # what collate takes
-        """A crop, with its low resolution where its degradation is random; or a window of several scales."""
         if len(self.images.scales) > 1:
             return self.images.window(index)
         return self.images.pair(index) if self.images.degradation.random else self.images.crop(index)
 
     def collate(self, samples: Sequence[Any]) -> Crops:
-        """A batch of them."""
         scales = self.images.scales
         if len(scales) > 1:
             one = self.images.at(scales[samples[0][1].integers(len(scales))])
@@ -370,11 +352,9 @@ class CropDataset(Dataset[object]):
         return Crops.stack(samples)
 
     def name(self, index: int) -> str:
-        """The path of the image."""
         return str(self.images.paths[index])
 
     def failures(self) -> int:
-        """How many images turned unreadable."""
         return int(self.images.failed.sum())
 
 
