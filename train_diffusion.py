@@ -244,9 +244,8 @@ def _check_start(loaded: LoadedModel[UNet], settings: Settings, path: str) -> No
     scales = loaded.network.scale.flatten()
     own = torch.tensor(settings.network.scales or [settings.degradation.scale])
     if not torch.equal(scales, own):
-        raise ValueError(
-            f"--init_weights {path} enlarges by {scales.tolist()}, but --downscale_factor is {own.tolist()}"
-        )
+        there, here = (" ".join(f"{one:g}" for one in each.tolist()) for each in (scales, own))
+        raise ValueError(f"--init_weights {path} enlarges by {there}, but --downscale_factor is {here}")
     recorded = ProcessConfig.from_dict(loaded.process)
     if recorded != settings.process:
         raise ValueError(f"--init_weights {path} is of {recorded}, but this run has {settings.process}")
