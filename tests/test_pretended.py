@@ -60,7 +60,7 @@ def test_the_loss_reads_nothing(pretended, mode, conditioning, predictor_blocks)
 
 def test_the_loss_of_several_scales_reads_nothing(pretended, predictor_blocks):
     network = tiny_unet(scales=(2.0, 4.0), predictor_blocks=predictor_blocks).to(pretended.device)
-    loss = DiffusionModel(100, pretended.device).restoration_loss(Bicubic(scale=4.0), (2.0, 4.0))
+    loss = DiffusionModel(100, pretended.device).restoration_loss(Bicubic(scale=4.0), scales=(2.0, 4.0))
     for side in (SIZE // 2, SIZE // 4):
         low_res = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=pretended.device)
         given = crops(pretended.device)._replace(low_res=low_res)
