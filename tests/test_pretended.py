@@ -19,6 +19,7 @@ from training import MicroBatch, TrainingConfig, new_state, train_step
 from util import Crops, ImageDataset
 
 pytestmark = pytest.mark.slow
+PREDICTOR = pytest.mark.parametrize("predictor_blocks", [0, 2], ids=["without predictor", "with predictor"])
 SCALE, SIZE = 2.0, 32
 
 
@@ -47,7 +48,7 @@ def reads_between_evaluations(network, pretended):
     return counts
 
 
-@pytest.mark.parametrize("predictor_blocks", [0, 2], ids=["without predictor", "with predictor"])
+@PREDICTOR
 @pytest.mark.parametrize(
     ("conditioning", "mode"),
     [*zip(("none", "concat", "cross_attention", "both", "tokens"), itertools.cycle(MODES), strict=False)],
@@ -63,8 +64,9 @@ def test_the_loss_reads_nothing(pretended, conditioning, mode, predictor_blocks)
     assert not pretended.reads
 
 
+@PREDICTOR
 def test_the_loss_of_several_scales_reads_nothing(pretended, predictor_blocks):
-    network = tiny_unet(scales=(2.0, 4.0), predictor_blocks=predictor_blocks).to(pretended.device)
+    network = small_unet(predictor_blocks, scales=(2.0, 4.0)).to(pretended.device)
     loss = DiffusionModel(100, pretended.device).restoration_loss(Bicubic(scale=4.0), (2.0, 4.0))
     for side in (SIZE // 2, SIZE // 4):
         low_res = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=pretended.device)
