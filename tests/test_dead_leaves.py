@@ -42,6 +42,7 @@ def test_shapes_lie_in_their_circle_and_hold_its_centre():
         assert np.hypot(x, y)[inside].max() <= 1.0001
 
 
+@pytest.mark.slow
 def test_the_power_spectrum_falls_as_in_photos():
     # A photo's falls with exponent -2 on average (Field 1987).
     power = np.mean([radial_power(dead_leaves(256, np.random.default_rng([8, i]))) for i in range(4)], axis=0)

@@ -1,5 +1,6 @@
 """Tests of diffusion.py: the process against closed forms, training against what it must do."""
 
+import itertools
 import math
 
 import pytest
@@ -128,10 +129,17 @@ def test_a_process_survives_the_journey_through_a_dict_and_tolerates_a_missing_f
     assert ProcessConfig.from_dict({"timesteps": 100}) == ProcessConfig(100)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("schedule", "mode", "scheduler"),
+    [
+        (*process, scheduler)
+        for process, scheduler in zip(
+            itertools.product(SCHEDULES, MODES), itertools.cycle(SCHEDULERS), strict=False
+        )
+    ],
+)
 def test_every_process_can_be_sampled(schedule, mode, scheduler):
+    """The samplers are tested with every schedule by themselves."""
     process = ProcessConfig(50, mode, schedule)
     generator = ResidualGenerator.of(process, "cpu", None, scheduler)
     assert generator.diffusion.process == process
@@ -396,6 +404,7 @@ def test_an_upscale_function_that_no_checkpoint_can_record_is_refused(photo_fold
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_beats_bicubic(trained, photo_folder):
     run, received, _, _, _ = trained
     validation = ImageDataset(photo_folder, 32, 2, train=False)
@@ -405,6 +414,7 @@ def test_training_beats_bicubic(trained, photo_folder):
     assert result.psnr == pytest.approx(load_checkpoint(run.best)["best_psnr"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_training_leaves_the_named_checkpoints(trained):
     run, _, _, _, _ = trained
     assert run.best.name == "diffusion_model_v_prediction_best.pth"
@@ -412,6 +422,7 @@ def test_training_leaves_the_named_checkpoints(trained):
     assert load_checkpoint(run.last)["step"] == 90
 
 
+@pytest.mark.slow
 def test_the_network_carries_its_scale_and_residual_std(trained):
     run, _, unet, dataset, _ = trained
     loaded = load_model(run.best, UNet).network
@@ -420,6 +431,7 @@ def test_the_network_carries_its_scale_and_residual_std(trained):
     assert float(unet.residual_std) == float(loaded.residual_std)
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_what_a_person_looks_for(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -443,6 +455,7 @@ def test_tensorboard_shows_what_a_person_looks_for(trained):
     assert len(events.Histograms("validation/loss_by_timestep")) == 3
 
 
+@pytest.mark.slow
 def test_the_loss_is_shown_by_timestep(trained, photo_folder):
     run, _, _, _, _ = trained
     validation = ImageDataset(photo_folder, 32, 2, train=False)
@@ -454,6 +467,7 @@ def test_the_loss_is_shown_by_timestep(trained, photo_folder):
     assert heights[0] > heights[10] > 0  # v of a nearly clean image is its noise, which cannot be seen
 
 
+@pytest.mark.slow
 def test_the_mission_s_example_runs(trained):
     run, _, _, _, _ = trained
     unet = UNet(in_channels=3, out_channels=3, **SMALL)
@@ -473,6 +487,7 @@ def test_the_mission_s_example_runs(trained):
     assert image.max() <= 1
 
 
+@pytest.mark.slow
 def test_weights_of_another_mode_are_refused(trained):
     unet = UNet(**SMALL)
     with pytest.raises(CheckpointError, match=r"v_prediction.*noise"):
@@ -481,6 +496,7 @@ def test_weights_of_another_mode_are_refused(trained):
         DiffusionModel(500).load_model_weights(unet, trained[0].best)
 
 
+@pytest.mark.slow
 def test_resuming_restores_the_whole_state(trained):
     run, _, unet, _, _ = trained
     config = TrainingConfig(max_steps=60)

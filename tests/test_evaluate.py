@@ -1,7 +1,6 @@
 """The evaluator: its rows against direct calls of the metrics, its files, and how it refuses wrong input."""
 
 import csv
-import gc
 import io
 import json
 import math
@@ -149,6 +148,7 @@ def assert_is_bicubic_row(row, paths, scale, seed=0):
 # ---------------------------------------------------------------- rows
 
 
+@pytest.mark.slow
 def test_bicubic_row_is_what_the_metrics_say(leaves):
     report = measured(leaves)
     assert [row.label for row in report.rows] == [Label("bicubic")]
@@ -188,6 +188,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", OPTIONS)
 def test_a_model_row_is_what_the_restorer_writes(leaves, random_weights, how):
     images = ImageSet(leaves, config())
@@ -205,6 +206,7 @@ def test_a_model_row_is_what_the_restorer_writes(leaves, random_weights, how):
     assert (row["uncertainty_pearson"] is None) == (samples == 1)
 
 
+@pytest.mark.slow
 def test_averaging_samples_removes_noise_and_has_an_uncertainty(leaves, random_weights):
     how = [{"steps": 3, "num_images": number} for number in (1, 4)]
     single, mean = measured(leaves, random_weights, how).rows[1:]
@@ -213,6 +215,7 @@ def test_averaging_samples_removes_noise_and_has_an_uncertainty(leaves, random_w
     assert -1 <= mean["uncertainty_spearman"] <= 1
 
 
+@pytest.mark.slow
 def test_any_callable_is_a_restorer(leaves):
     def nearest(low_res):
         return low_res.repeat_interleave(2, -1).repeat_interleave(2, -2)
@@ -274,6 +277,7 @@ def test_a_random_degradation_depends_on_the_seed_and_the_name_alone(leaves, kin
     assert kind in first.describe()
 
 
+@pytest.mark.slow
 def test_a_grey_file_is_its_own_luma(leaves, untrained, tmp_path):
     grey = [read_rgb(path).mean(axis=-1).astype(np.uint8) for path in sorted(leaves.glob("*.png"))]
     for index, pixels in enumerate(grey):
@@ -289,6 +293,7 @@ def test_a_grey_file_is_its_own_luma(leaves, untrained, tmp_path):
     assert model["psnr"] == pytest.approx(bicubic["psnr"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_grey_and_colour_go_together_and_an_exact_image_hides_nothing(leaves, tmp_path):
     write_image(tmp_path / "colour.png", read_rgb(leaves / "0.png"))
     alone = measured(tmp_path).rows[0]
@@ -406,7 +411,6 @@ def test_one_image_is_in_memory_at_a_time(leaves):
     given, alive = [], []
 
     def restore(low_res):
-        gc.collect()
         alive.append(sum(reference() is not None for reference in given))
         result = resize(low_res, scale=2)
         given.extend([weakref.ref(low_res), weakref.ref(result)])
@@ -420,6 +424,7 @@ def test_one_image_is_in_memory_at_a_time(leaves):
 # ---------------------------------------------------------------- time
 
 
+@pytest.mark.slow
 def test_time_is_that_of_restoring(leaves):
     def slow(low_res):
         time.sleep(0.05)
@@ -460,6 +465,7 @@ def test_lpips_is_measured_where_it_can_be_had(leaves, monkeypatch):
     assert perception_distortion_figure(report).axes[0].get_ylabel().startswith("LPIPS")
 
 
+@pytest.mark.slow
 def test_without_lpips_the_notes_say_why_and_the_rest_goes_on(leaves, monkeypatch):
     def missing(device, weights):
         raise MetricUnavailableError("no network")
@@ -534,6 +540,7 @@ def test_json_writes_infinity_as_a_string_and_what_is_missing_as_null():
     assert found["psnr"] == 30.0
 
 
+@pytest.mark.slow
 def test_markdown_is_a_table_of_what_was_measured(leaves, untrained):
     how = [{"steps": 1, "num_images": number} for number in (1, 2)]
     report = measured(leaves, untrained, how)
@@ -576,6 +583,7 @@ def run_main(*flags):
     return main([*map(str, flags), *"--scale 2 --no_lpips --device cpu".split()])
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_counted_and_left_out(leaves, tmp_path, capsys):
     shutil.copytree(leaves, tmp_path / "photos")
     (tmp_path / "photos" / "0a.png").write_bytes((leaves / "0.png").read_bytes()[:300])
@@ -604,6 +612,7 @@ def test_running_out_of_memory_for_one_image_leaves_it_out_of_every_row(leaves):
     assert "CUDA out of memory" in report.failures[0]
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_loses_no_other(leaves, tmp_path, monkeypatch, capsys):
     write = script.write_text_atomically
 

@@ -383,6 +383,7 @@ def test_8_bit_images_are_turned_upright_as_pillow_does(tmp_path, suffix, orient
     assert exif.get_ifd(0x8769)[0x9003] == "2020:02:03 04:05:06"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("channels", [1, 3])
 def test_16_bit_images_are_turned_as_8_bit_ones(tmp_path, channels, orientation):
@@ -529,6 +530,7 @@ def test_the_limit_of_pixels_holds_before_anything_is_decoded(tmp_path, monkeypa
     decode_image(tmp_path / "bomb.png")
 
 
+@pytest.mark.slow
 def test_an_image_of_100_megapixels_is_read(tmp_path):
     pyvips.Image.black(10_000, 10_000).pngsave(str(tmp_path / "large.png"), bitdepth=1)
     assert image_size(tmp_path / "large.png") == (10_000, 10_000)
@@ -546,6 +548,7 @@ def test_the_error_survives_the_way_out_of_a_worker_process():
 # Writing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_metadata", [False, True])
 @pytest.mark.parametrize(
     ("suffix", "channels", "dtype", "with_alpha"),
@@ -732,8 +735,9 @@ def pictures(draw):
     return suffix, pixels, alpha
 
 
+@pytest.mark.slow
 @given(picture=pictures())
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_picture_comes_back_as_written(tmp_path, picture):
     suffix, pixels, alpha = picture
     path = tmp_path / f"image{suffix}"
@@ -759,7 +763,7 @@ WHOLE_FILES = [
 @given(
     share=st.floats(0, 1, exclude_max=True), channels=st.sampled_from([1, 3]), quality=st.integers(50, 100)
 )
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_short_anywhere_is_never_half_a_picture(
     tmp_path, suffix, dtype, with_alpha, share, channels, quality
 ):

@@ -91,6 +91,7 @@ def test_a_folder_with_a_bad_file_in_it(weights, picture, tmp_path, capsys):
     assert written == [Path("a_x4.png"), Path("more/b_x4.png")]
 
 
+@pytest.mark.slow
 def test_export_is_read_wherever_a_checkpoint_is(weights, picture, tmp_path, capsys):
     model = tmp_path / "model.safetensors"
     assert here("--weights_path", weights, "--export", model) == 0
@@ -173,6 +174,7 @@ def test_what_a_format_cannot_hold_is_said_before_the_work(weights, picture, tmp
 # ---------------------------------------------------------------------------------------------- side results
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_the_others_of_its_folder(weights, picture, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -240,6 +242,7 @@ def used(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if "weights: " in line]
 
 
+@pytest.mark.slow
 def test_the_weights_are_those_for_photos_where_there_are_some(released, picture, tmp_path, capsys):
     write_image(tmp_path / "photo.png", picture)
     flags = (tmp_path / "photo.png", "--steps", 1, "--overwrite", "--output", tmp_path / "out")
@@ -264,6 +267,7 @@ def test_consistency_needs_the_clean_weights_and_says_so(released, picture, tmp_
     assert here(*flags, "--weights", "clean") == 0
 
 
+@pytest.mark.slow
 def test_strength_blends_clean_and_photo(released, tmp_path, capsys):
     released()
     target = tmp_path / "blend.safetensors"
@@ -278,6 +282,7 @@ def test_strength_blends_clean_and_photo(released, tmp_path, capsys):
         torch.testing.assert_close(value, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -362,6 +367,7 @@ def test_the_input_is_never_replaced(weights, picture, tmp_path, capsys):
     assert photo.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_leaves_whole_files_and_can_go_on(
     number, weights, picture, tmp_path, capsys, monkeypatch
@@ -563,6 +569,7 @@ def three(picture, tmp_path):
     return [tmp_path / f"{name}.png" for name in "abc"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -610,6 +617,7 @@ class Closed(io.StringIO):
         raise OSError(self.number, os.strerror(self.number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
 def test_a_stdout_that_takes_no_more_does_not_stop_the_work(number, weights, three, tmp_path, monkeypatch):
     stream = Closed()

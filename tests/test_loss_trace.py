@@ -45,6 +45,7 @@ def trace(folder):
     return [event.value for event in events]
 
 
+@pytest.mark.slow
 def test_the_first_losses_are_the_kept_ones(tmp_path):
     kept = json.loads(KEPT.read_text())
     losses = trace(tmp_path)

@@ -196,6 +196,7 @@ def test_published_bicubic_rows(name, scale):
     assert similarity == pytest.approx(PUBLISHED[name, scale][1], abs=0.0002)
 
 
+@pytest.mark.slow
 @needs_photos
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize("border", ["mirror", "replicate"])
@@ -408,6 +409,7 @@ def distances(restored: list[torch.Tensor], truth: list[torch.Tensor], seed: int
     return patch_distance(pairs, seed)
 
 
+@pytest.mark.slow
 def test_distance_grows_from_zero_with_noise_and_with_blur():
     truth = texture_set(0)
     noisier = [[noisy(image, deviation) for image in truth] for deviation in (0.0, 0.02, 0.05, 0.1)]
@@ -420,6 +422,7 @@ def test_distance_grows_from_zero_with_noise_and_with_blur():
         assert finest[-1] > 40
 
 
+@pytest.mark.slow
 def test_distance_is_a_function_of_its_seed():
     restored, truth = texture_set(3), texture_set(0)
     first = distances(restored, truth, seed=5)
@@ -505,6 +508,7 @@ def lpips(untrained_features):
     return Lpips(weights=untrained_features)
 
 
+@pytest.mark.slow
 def test_lpips_is_a_distance_per_image(lpips):
     truth = torch.cat([texture(0, height=64, width=64), texture(1, height=64, width=64)])
     restored = noisy(truth, 0.1)
@@ -518,6 +522,7 @@ def test_lpips_is_a_distance_per_image(lpips):
     assert not distances.requires_grad
 
 
+@pytest.mark.slow
 def test_lpips_takes_grey_and_overshoot_and_refuses_tiny_images(lpips):
     grey = texture(0, channels=1, height=64, width=64)
     as_rgb = lpips(noisy(grey, 0.2).expand(-1, 3, -1, -1), grey.expand(-1, 3, -1, -1))
@@ -526,6 +531,7 @@ def test_lpips_takes_grey_and_overshoot_and_refuses_tiny_images(lpips):
         lpips(grey[:, :, :31], grey[:, :, :31])
 
 
+@pytest.mark.slow
 def test_lpips_reads_pth_with_the_whole_network_and_the_variable(
     untrained_features, lpips, tmp_path, monkeypatch
 ):
@@ -540,6 +546,7 @@ def test_lpips_reads_pth_with_the_whole_network_and_the_variable(
     assert digest[:12] in found.describe()
 
 
+@pytest.mark.slow
 def test_lpips_of_wrong_weights_is_refused_and_not_replaced_by_a_download(untrained_features, tmp_path):
     features = load_file(untrained_features)
     del features["features.3.bias"]
@@ -568,6 +575,7 @@ def nothing_fetched(monkeypatch, tmp_path):
     monkeypatch.delenv("SR_LPIPS_WEIGHTS", raising=False)
 
 
+@pytest.mark.slow
 def test_the_perceptual_distance_is_that_of_three_stages_of_vgg16_and_has_a_gradient(tmp_path):
     from torchmetrics.functional.image.lpips import _LPIPS
 
@@ -589,6 +597,7 @@ def test_the_perceptual_distance_is_that_of_three_stages_of_vgg16_and_has_a_grad
         perceptual_distance("cpu", tmp_path / "missing.safetensors")
 
 
+@pytest.mark.slow
 def test_lpips_without_network_says_so(monkeypatch, nothing_fetched):
     def unreachable(*_args, **_kwargs):
         raise socket.gaierror(-2, "Name or service not known")
@@ -599,6 +608,7 @@ def test_lpips_without_network_says_so(monkeypatch, nothing_fetched):
     assert socket.getdefaulttimeout() is None
 
 
+@pytest.mark.slow
 def test_lpips_from_a_silent_server_gives_up(monkeypatch, nothing_fetched):
     """A server that accepts and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -614,6 +624,7 @@ def test_lpips_from_a_silent_server_gives_up(monkeypatch, nothing_fetched):
             Lpips(timeout=0.2)
 
 
+@pytest.mark.slow
 def test_lpips_with_a_damaged_download_or_without_torchmetrics_says_so(monkeypatch, nothing_fetched):
     def damaged(*_args, **_kwargs):
         raise RuntimeError('invalid hash value (expected "7be5be79", got "00000000")')

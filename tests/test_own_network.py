@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -50,10 +51,11 @@ class Plain(nn.Module):
         return self.layers(torch.cat([noisy, context, time], dim=1))
 
 
+@pytest.mark.slow
 def test_a_network_of_one_s_own_is_trained_saved_loaded_and_restored_with(photo_folder, tmp_path):
     torch.manual_seed(0)
     diffusion = DiffusionModel(mode="clean")
-    config = TrainingConfig(max_steps=30, batch_size=4, learning_rate=1e-3)
+    config = TrainingConfig(max_steps=10, batch_size=4, learning_rate=1e-3)
     run, _ = diffusion.train(
         Plain(PlainConfig(width=6)),
         ImageDataset(photo_folder, 32, 2),

@@ -1,5 +1,7 @@
 """CUDA without CUDA: every tensor is on the right device, and nobody waits for it but once per step."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,14 +12,15 @@ from engine.checkpoint import LoadedModel
 from engine.processes import Processes
 from evaluation.validation import Validator
 from restoration import RestoreConfig, Restorer
-from samplers import SCHEDULERS
+from samplers import DEFAULT_SCHEDULER, SCHEDULERS
 from tests.networks import PROCESS, tiny_unet
 from tests.pretended import pretended_device
 from training import MicroBatch, TrainingConfig, new_state, train_step
 from util import Crops, ImageDataset
 
+pytestmark = pytest.mark.slow
+PREDICTOR = pytest.mark.parametrize("predictor_blocks", [0, 2], ids=["without predictor", "with predictor"])
 SCALE, SIZE = 2.0, 32
-CONDITIONINGS = ("none", "concat", "cross_attention", "both", "tokens")
 
 
 @pytest.fixture
@@ -29,9 +32,9 @@ def pretended(monkeypatch):
             one.cache_clear()
 
 
-@pytest.fixture(params=[0, 2], ids=["without predictor", "with predictor"])
-def predictor_blocks(request):
-    return request.param
+def small_unet(predictor_blocks=2, **settings):
+    """Of few layers: on the pretended device every operation costs the same, however small it is."""
+    return tiny_unet(predictor_blocks=predictor_blocks, blocks_per_level=1, **settings)
 
 
 def crops(device, count=2):
@@ -45,10 +48,13 @@ def reads_between_evaluations(network, pretended):
     return counts
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_the_loss_reads_nothing(pretended, mode, conditioning, predictor_blocks):
-    network = tiny_unet(conditioning=conditioning, predictor_blocks=predictor_blocks).to(pretended.device)
+@PREDICTOR
+@pytest.mark.parametrize(
+    ("conditioning", "mode"),
+    [*zip(("none", "concat", "cross_attention", "both", "tokens"), itertools.cycle(MODES), strict=False)],
+)
+def test_the_loss_reads_nothing(pretended, conditioning, mode, predictor_blocks):
+    network = small_unet(predictor_blocks, conditioning=conditioning).to(pretended.device)
     loss = DiffusionModel(100, pretended.device, mode).restoration_loss(Bicubic(scale=SCALE))
     losses = loss(network, crops(pretended.device), torch.Generator(pretended.device))
     losses.sum().backward()
@@ -58,8 +64,9 @@ def test_the_loss_reads_nothing(pretended, mode, conditioning, predictor_blocks)
     assert not pretended.reads
 
 
+@PREDICTOR
 def test_the_loss_of_several_scales_reads_nothing(pretended, predictor_blocks):
-    network = tiny_unet(scales=(2.0, 4.0), predictor_blocks=predictor_blocks).to(pretended.device)
+    network = small_unet(predictor_blocks, scales=(2.0, 4.0)).to(pretended.device)
     loss = DiffusionModel(100, pretended.device).restoration_loss(Bicubic(scale=4.0), scales=(2.0, 4.0))
     for side in (SIZE // 2, SIZE // 4):
         low_res = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=pretended.device)
@@ -78,8 +85,8 @@ def test_weights_and_densities_read_nothing(pretended, gamma, density):
     assert not pretended.reads
 
 
-def test_an_optimiser_step_reads_once(pretended, predictor_blocks):
-    network = tiny_unet(predictor_blocks=predictor_blocks).to(pretended.device)
+def test_an_optimiser_step_reads_once(pretended):
+    network = small_unet().to(pretended.device)
     config = TrainingConfig(max_steps=4, optimizer="adamw", warmup_steps=1)
     state = new_state(network, config)
     loss = DiffusionModel(100, pretended.device).restoration_loss(Bicubic(scale=SCALE))
@@ -92,62 +99,66 @@ def test_an_optimiser_step_reads_once(pretended, predictor_blocks):
     assert len(pretended.reads) == 2 * 3  # three numbers, together, a step
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("scheduler", "predictor_blocks"), [*((name, 2) for name in SCHEDULERS), (DEFAULT_SCHEDULER, 0)]
+)
 def test_sampling_reads_nothing_between_evaluations(pretended, scheduler, predictor_blocks):
-    network = tiny_unet(predictor_blocks=predictor_blocks).to(pretended.device).eval()
+    network = small_unet(predictor_blocks).to(pretended.device).eval()
     counts = reads_between_evaluations(network, pretended)
     generator = ResidualGenerator(device=pretended.device, scheduler=scheduler)
     eta = 0.5 if scheduler == "ddim" else 0.0
-    images = generator.generate_images(network, torch.zeros(2, 3, 12, 16), 2, 4, seed=0, eta=eta)
+    images = generator.generate_images(network, torch.zeros(2, 3, 12, 16), 2, 3, seed=0, eta=eta)
     assert images.shape == (4, 3, 24, 32)
     assert images.device.type == "cuda"
-    assert len(counts) == 2 * len(generator.plan(4))
+    assert len(counts) == 2 * len(generator.plan(3))
     assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "predictor_blocks"),
     [
-        {"tile": 32, "overlap": 8},
-        {"tile": 0},
-        {"tile": 32, "overlap": 8, "self_ensemble": True, "batch_size": 3},
-        {"tile": 32, "overlap": 8, "scheduler": "ddim", "eta": 1.0, "num_images": 3},
-        {"tile": 32, "overlap": 8, "consistency": True},
+        ({"steps": 3}, 0),
+        ({"steps": 3}, 2),
+        ({"steps": 3, "tile": 0}, 2),
+        ({"self_ensemble": True, "batch_size": 3}, 2),
+        ({"scheduler": "ddim", "eta": 1.0, "num_images": 2}, 2),
+        ({"consistency": True}, 2),
     ],
     ids=str,
 )
 def test_restoring_reads_nothing_between_evaluations(pretended, options, predictor_blocks):
-    network = tiny_unet(predictor_blocks=predictor_blocks, attention_window=2)
-    config = RestoreConfig(steps=3, **options)
+    """In two windows, one above the other."""
+    network = small_unet(predictor_blocks, attention_window=2)
+    config = RestoreConfig(**{"steps": 2, "tile": 32, "overlap": 8} | options)
     restorer = Restorer(LoadedModel(network, PROCESS, {}, 1), config, pretended.device)
     counts = reads_between_evaluations(restorer.network, pretended)
-    restored = restorer(torch.full((3, 40, 24), 0.5))
-    assert restored.shape == (3, 80, 48)
+    restored = restorer(torch.full((3, 20, 12), 0.5))
+    assert restored.shape == (3, 40, 24)
     assert counts
     assert len(set(counts)) == 1
 
 
 def test_the_mean_is_predicted_on_the_device(pretended):
-    model = LoadedModel(tiny_unet(predictor_blocks=2), PROCESS, {}, 1)
+    model = LoadedModel(small_unet(), PROCESS, {}, 1)
     restorer = Restorer(model, RestoreConfig(mode="fidelity", tile=32), pretended.device)
     assert restorer(torch.full((3, 40, 24), 0.5)).shape == (3, 80, 48)
 
 
-def test_validation_stays_on_the_device(pretended, photo_folder, predictor_blocks):
-    diffusion = DiffusionModel(100, pretended.device)
-    dataset = ImageDataset(photo_folder, SIZE, SCALE, train=False)
-    found = Validator(diffusion, dataset)(tiny_unet(predictor_blocks=predictor_blocks).to(pretended.device))
+def test_validation_stays_on_the_device(pretended, photo_folder):
+    diffusion = DiffusionModel(5, pretended.device)
+    dataset = ImageDataset([photo_folder / "0.png"], SIZE, SCALE, train=False)
+    found = Validator(diffusion, dataset)(small_unet(0).to(pretended.device))
     assert set(found.images) == {"low_bicubic_mean_original", "low_bicubic_sample_original"}
 
 
-def test_a_device_without_float64_is_given_none(pretended, monkeypatch, photo_folder, predictor_blocks):
+def test_a_device_without_float64_is_given_none(pretended, monkeypatch, photo_folder):
     """MPS has none: what is made in float64 is made on the CPU."""
     monkeypatch.setattr(bicubic, "WITHOUT_FLOAT64", {pretended.device.type})
-    network = tiny_unet(predictor_blocks=predictor_blocks).to(pretended.device)
-    diffusion = DiffusionModel(100, pretended.device)
+    network = small_unet().to(pretended.device)
+    diffusion = DiffusionModel(5, pretended.device)
     loss = diffusion.restoration_loss(Bicubic(scale=SCALE))
     loss(network, crops(pretended.device), torch.Generator(pretended.device)).sum().backward()
-    Validator(diffusion, ImageDataset(photo_folder, SIZE, SCALE, train=False))(network)
+    Validator(diffusion, ImageDataset([photo_folder / "0.png"], SIZE, SCALE, train=False))(network)
     assert torch.float32 in pretended.dtypes
     assert torch.float64 not in pretended.dtypes
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
+import infer
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.processes import Processes, started_processes
-from infer import main as restore
 from tests.networks import PROCESS, random_model
 from tests.runs import start, wait_for
 from train_diffusion import main
@@ -58,16 +60,24 @@ def test_a_world_size_without_torchrun_is_refused(given, monkeypatch):
         pass
 
 
-def start_two(folder, argv):
-    """The script in two processes that meet as torchrun's do."""
+def start_two(script, folder, argv):
+    """A script's main in two processes that meet as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     folder.mkdir()
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        start(main, argv, folder / f"printed_{rank}", RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"
+        start(script, argv, folder / f"printed_{rank}", RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"
     ]
+
+
+def run_two(script, folder, argv):
+    """The statuses of two such processes, and what each of them printed."""
+    two = start_two(script, folder, argv)
+    for process in two:
+        process.join(120)
+    return [process.exitcode for process in two], [(folder / f"printed_{rank}").read_text() for rank in "01"]
 
 
 @pytest.mark.slow
@@ -75,13 +85,9 @@ def test_two_processes_train_what_one_does(photo_folder, tmp_path):
     """5 training images in groups of 4: the last group of an epoch leaves one process without a sample."""
     more = ["--max_steps", "4", "--validate_every", "2"]
     assert main(flags(photo_folder, tmp_path / "one", *more, "--accumulation_steps", "4")) == 0
-    two = start_two(
-        tmp_path / "two", flags(photo_folder, tmp_path / "two", *more, "--accumulation_steps", "2")
-    )
-    for process in two:
-        process.join(120)
-    printed = [(tmp_path / "two" / f"printed_{rank}").read_text() for rank in "01"]
-    assert [process.exitcode for process in two] == [0, 0], printed
+    argv = flags(photo_folder, tmp_path / "two", *more, "--accumulation_steps", "2")
+    statuses, printed = run_two(main, tmp_path / "two", argv)
+    assert statuses == [0, 0], printed
     assert "2 process(es)" in printed[0]
     assert "process(es)" not in printed[1]  # rank 0 alone speaks
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -97,7 +103,7 @@ ENDLESS = "--max_steps 100000 --save_every 2 --validate_every 100000 --accumulat
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_killed_ends_the_other_and_the_checkpoint_is_good(photo_folder, tmp_path, rank):
-    two = start_two(tmp_path / "run", flags(photo_folder, tmp_path / "run", *ENDLESS))
+    two = start_two(main, tmp_path / "run", flags(photo_folder, tmp_path / "run", *ENDLESS))
     wait_for(lambda: list(tmp_path.glob("run/checkpoints/*/*_last.pth")), two[0])
     two[rank].kill()
     two[1 - rank].join(60)
@@ -130,36 +136,38 @@ def weights(tmp_path_factory):
     return str(path)
 
 
-def run_both(script, one, two):
-    """The script in one process with some flags, and in two with others."""
-    return [
-        subprocess.run([*start, str(ROOT / script), *flags], capture_output=True, text=True, check=False)
-        for start, flags in (([sys.executable], one), (TORCHRUN, two))
-    ]
-
-
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
 @pytest.mark.slow
-def test_two_processes_restore_the_bytes_of_one_and_then_the_rest(photo_folder, weights, tmp_path):
+def test_two_processes_restore_the_bytes_of_one_and_then_the_rest(photo_folder, weights, tmp_path, capsys):
     common = [str(photo_folder), "--weights_path", weights, "--device", "cpu", "--steps", "2", "--output"]
-    flags = [[*common, str(tmp_path / name)] for name in ("one", "two")]
-    one, two = run_both("infer.py", *flags)
-    assert [one.returncode, two.returncode] == [0, 0], two.stderr
-    assert sorted(one.stdout.split()) == sorted(two.stdout.replace("/two/", "/one/").split())
-    images = contents(tmp_path / "one")
-    assert len(images) == 6
-    assert contents(tmp_path / "two") == images
-    for name in ("one", "two"):  # what a killed worker did not come to
-        (tmp_path / name / "0_x2.png").unlink()
-        (tmp_path / name / "3_x2.png").unlink()
-    for again in run_both("infer.py", *([*each, "--skip_existing"] for each in flags)):
-        assert again.returncode == 0, again.stderr
-        assert again.stderr.count("4 of 6 images have a result") == 1
-        assert len(again.stdout.split()) == 2
-    assert contents(tmp_path / "two") == contents(tmp_path / "one") == images
+    one, two = ([*common, str(tmp_path / name)] for name in ("one", "two"))
+
+    def run_both(folder, *more):
+        """What one process printed, and what two did."""
+        assert infer.main([*one, *more]) == 0
+        statuses, printed = run_two(infer.main, tmp_path / folder, [*two, *more])
+        assert statuses == [0, 0], printed
+        return "".join(capsys.readouterr()), "".join(printed)
+
+    def results(printed):
+        return sorted(Path(line).name for line in printed.splitlines() if line.endswith(".png"))
+
+    images = [f"{number}_x2.png" for number in range(6)]
+    assert [results(printed) for printed in run_both("first")] == [images, images]
+    expected = contents(tmp_path / "one")
+    assert sorted(expected) == images
+    assert contents(tmp_path / "two") == expected
+    lost = [images[0], images[3]]  # what a killed worker did not come to
+    for name in ("one", "two"):
+        for image in lost:
+            (tmp_path / name / image).unlink()
+    for printed in run_both("again", "--skip_existing"):
+        assert printed.count("4 of 6 images have a result") == 1
+        assert results(printed) == lost
+    assert contents(tmp_path / "two") == contents(tmp_path / "one") == expected
 
 
 @pytest.mark.slow
@@ -183,34 +191,25 @@ def test_a_killed_worker_loses_only_its_current_file_and_another_run_does_the_re
     assert "SIGKILL" in errors
     after = contents(results)
     assert len(after) < 6
-    assert restore([*common, str(tmp_path / "whole")]) == 0
+    assert infer.main([*common, str(tmp_path / "whole")]) == 0
     images = contents(tmp_path / "whole")
     assert before.items() <= after.items() <= images.items()
-    assert restore([*flags, "--skip_existing"]) == 0
+    assert infer.main([*flags, "--skip_existing"]) == 0
     assert contents(results) == images
 
 
 @pytest.mark.slow
-def test_two_processes_measure_the_table_of_one(photo_folder, weights, tmp_path):
-    (tmp_path / "photos").mkdir()
-    for path in photo_folder.iterdir():
-        (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "photos" / "0_damaged.png").write_bytes(b"no image")
-    common = [
-        "--data",
-        str(tmp_path / "photos"),
-        "--scale",
-        "2",
-        "--weights_path",
-        weights,
-        "--device",
-        "cpu",
-    ]
+def test_two_processes_measure_the_table_of_one(photo_folder, weights, tmp_path, capsys):
+    photos = shutil.copytree(photo_folder, tmp_path / "photos")
+    (photos / "0_damaged.png").write_bytes(b"no image")
+    common = ["--data", str(photos), "--scale", "2", "--weights_path", weights, "--device", "cpu"]
     common += ["--no_lpips", "--steps", "1", "--csv"]
-    flags = [[*common, str(tmp_path / f"{name}.csv")] for name in ("one", "two")]
-    for result in run_both("evaluate.py", *flags):
-        assert result.returncode == 1, result.stderr
-        assert result.stderr.count("1 of 7 images were left out") == 1
+    one, two = ([*common, str(tmp_path / f"{name}.csv")] for name in ("one", "two"))
+    assert evaluate.main(one) == 1
+    statuses, printed = run_two(evaluate.main, tmp_path / "two", two)
+    assert statuses == [1, 1], printed
+    for each in (capsys.readouterr().err, "".join(printed)):
+        assert each.count("1 of 7 images were left out") == 1
     tables = []
     for name in ("one", "two"):
         rows = csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines())

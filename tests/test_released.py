@@ -37,6 +37,7 @@ def test_an_enlargement_that_is_not_there_is_named():
         released_model(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "weights"), RELEASED)
 def test_an_image_nobody_trained_on_gets_better(scale, weights):
     """Drawn images, not photos: nothing like them was trained on."""
@@ -103,12 +104,13 @@ def test_set5_x2_is_better_than_srcnn_in_one_step(sr_data):
 
 @pytest.mark.slow
 def test_photos_of_another_set_read_as_measured(sr_data):
-    """The first twelve of BSD100."""
-    bicubic, mean = rows_of(sr_data / "test" / "BSD100", 4, ["fidelity"], limit=12)
-    assert bicubic["psnr"] == pytest.approx(25.93, abs=0.005)
-    assert mean["psnr"] == pytest.approx(27.09, abs=0.005)
+    """The first four of BSD100."""
+    bicubic, mean = rows_of(sr_data / "test" / "BSD100", 4, ["fidelity"], limit=4)
+    assert bicubic["psnr"] == pytest.approx(26.14, abs=0.005)
+    assert mean["psnr"] == pytest.approx(27.19, abs=0.005)
 
 
+@pytest.mark.slow
 def test_infer_needs_nothing_but_a_photo(tmp_path):
     write_image(tmp_path / "photo.png", dead_leaves((24, 32), np.random.default_rng(0)))
     flags = [

@@ -60,6 +60,7 @@ def test_the_scale_of_the_model_is_the_model_itself():
     assert restorer_to(None, [own]) is own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "passes"), [(1.5, 1), (3.0, 2), (3.7, 2), (4.0, 2)])
 def test_a_result_is_the_repeated_models_shrunk_as_a_whole(scale, passes):
     """70 rows become more than one band."""

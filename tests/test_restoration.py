@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -36,7 +36,6 @@ from tests.networks import PROCESS, random_model
 from unet import Condition, UNet
 
 CPU = torch.device("cpu")
-unhurried = settings(deadline=None)  # the first example pays for imports and caches
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +50,11 @@ def picture():
     return (40 + 0.7 * drawn).astype(np.uint8)
 
 
+@pytest.fixture(scope="module")
+def patch(picture):
+    return picture[:40, :40]
+
+
 def run(image, model, **settings):
     return restore(image, model, RestoreConfig(**settings), device="cpu", precision="fp32")
 
@@ -63,7 +67,6 @@ def psnr(a, b):
 # -------------------------------------------------------------------------------------------------- windows
 
 
-@unhurried
 @given(
     height=st.integers(1, 150),
     width=st.integers(1, 150),
@@ -91,7 +94,7 @@ def test_tile_weights_sum_to_1_at_every_pixel(height, width, tile, overlap, marg
 FACTORS = st.sampled_from([1.0, 1.5, 1.7, 2.0, 2.4, 2.5, 3.0, 10 / 3, 4.0])
 
 
-@unhurried
+@pytest.mark.slow
 @given(data=st.data(), factor=FACTORS, height=st.integers(1, 60), width=st.integers(1, 60))
 def test_a_window_is_resized_as_in_the_whole_image(data, factor, height, width):
     low_res = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -116,7 +119,6 @@ def test_a_window_is_resized_as_in_the_whole_image(data, factor, height, width):
     torch.testing.assert_close(made, cut(shrunk, low), rtol=1e-5, atol=1e-5)
 
 
-@unhurried
 @given(numerator=st.integers(1, 64), denominator=st.integers(1, 16))
 def test_single_precision_does_not_change_a_scale(numerator, denominator):
     stored = float(torch.tensor(numerator / denominator, dtype=torch.float32))
@@ -182,11 +184,11 @@ def test_windows_work_with_every_scheduler(scheduler, model, picture):
     assert psnr(whole, tiled) >= 45
 
 
-@unhurried
+@pytest.mark.slow
 @given(side=st.integers(1, 300), overlap=st.integers(2, 300), multiple=st.sampled_from([4, 16, 64]))
 def test_windows_begin_at_multiples_and_are_as_large_as_was_asked(side, overlap, multiple):
     windows = Windows(side, overlap, 1, multiple)
-    for tile in windows.plan(400, 700):
+    for tile in windows.plan(200, 350):
         assert tile.window.top % multiple == tile.window.left % multiple == 0
         assert max(tile.window.shape) <= max(2 * multiple, side + multiple - 1)
 
@@ -222,9 +224,16 @@ OUT_OF_MEMORY = [
 ]
 
 
+@pytest.fixture(scope="module")
+def in_one_piece(model, picture):
+    return run(picture, model, tile=0, steps=3, num_images=2).pixels
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:16])
 @pytest.mark.slow
-def test_the_work_goes_on_in_smaller_windows_when_memory_runs_out(error, model, picture, caplog, monkeypatch):
+def test_the_work_goes_on_in_smaller_windows_when_memory_runs_out(
+    error, model, picture, in_one_piece, caplog, monkeypatch
+):
     restorer = Restorer(model, RestoreConfig(tile=0, steps=3, batch_size=2, num_images=2), CPU)
     largest, shapes = 200, []
     estimate = restorer.generator.estimate
@@ -241,7 +250,7 @@ def test_the_work_goes_on_in_smaller_windows_when_memory_runs_out(error, model, 
     assert all(batch == 1 and side <= largest for timestep, batch, side in shapes if timestep != 999)
     assert restorer.windows.side == 192
     assert "192" in caplog.text
-    assert psnr(pixels, run(picture, model, tile=0, steps=3, num_images=2).pixels) > 45
+    assert psnr(pixels, in_one_piece) > 45
 
 
 def test_no_memory_even_for_the_smallest_windows_is_an_error(model, picture, monkeypatch):
@@ -292,11 +301,11 @@ def test_peak_memory_hardly_grows_with_the_image():
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def test_one_piece_is_what_the_generator_gives(model, picture):
-    low_res = to_model_range(pixels_to_unit(picture))[None]
+def test_one_piece_is_what_the_generator_gives(model, patch):
+    low_res = to_model_range(pixels_to_unit(patch))[None]
     for steps in (1, 3):
         expected = ResidualGenerator().generate_images(model.network, low_res, 1, steps, seed=5)
-        ours = run(picture, model, steps=steps, seed=5).pixels
+        ours = run(patch, model, steps=steps, seed=5).pixels
         assert psnr(ours, np.round(expected[0].permute(1, 2, 0).numpy() * 255)) > 70
 
 
@@ -307,36 +316,39 @@ def test_a_scale_kept_in_single_precision_gives_the_size_it_stands_for(picture):
     assert run(picture[:50, :30], loaded, steps=1).pixels.shape == (120, 72, 3)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, picture):
-    first, again, other = (run(picture, model, steps=3, seed=seed).pixels for seed in (1, 1, 2))
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, patch):
+    first, again, other = (run(patch, model, steps=3, seed=seed).pixels for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert psnr(first, other) < 40
 
 
-def test_a_batch_does_not_change_the_result(model, picture):
+@pytest.mark.slow
+def test_a_batch_does_not_change_the_result(model, patch):
     for several in ({"num_images": 4}, {"tile": 128}):
-        alone = run(picture, model, steps=3, **several).pixels
-        together = run(picture, model, steps=3, batch_size=3, **several).pixels
+        alone = run(patch, model, steps=3, **several).pixels
+        together = run(patch, model, steps=3, batch_size=3, **several).pixels
         assert psnr(alone, together) > 60
 
 
-def test_mean_and_deviation_are_those_of_the_samples(model, picture):
+@pytest.mark.slow
+def test_mean_and_deviation_are_those_of_the_samples(model, patch):
     restorer = Restorer(model, RestoreConfig(steps=2, num_images=3), CPU)
-    result = restorer.restore(picture, deviation=True)
-    low_res = to_model_range(pixels_to_unit(picture))[None]
+    result = restorer.restore(patch, deviation=True)
+    low_res = to_model_range(pixels_to_unit(patch))[None]
     samples = ResidualGenerator().generate_images(model.network, low_res, 3, 2, seed=0)
     mean = samples.mean(0).permute(1, 2, 0).numpy()
     assert np.abs(result.pixels / 255 - mean).max() < 0.6 / 255
     expected = samples.var(0).mean(0).sqrt().numpy()
     np.testing.assert_allclose(result.deviation, expected, atol=1e-4)
     with pytest.raises(ValueError, match="at least 2"):
-        Restorer(model, RestoreConfig(), CPU).restore(picture, deviation=True)
+        Restorer(model, RestoreConfig(), CPU).restore(patch, deviation=True)
 
 
-def test_self_ensemble_turns_with_the_image(model, picture):
+@pytest.mark.slow
+def test_self_ensemble_turns_with_the_image(model, patch):
     """Estimates of a turned image and turned noise are the turned estimates."""
     restorer = Restorer(model, RestoreConfig(), CPU)
-    low_res = to_model_range(pixels_to_unit(picture[:40, :40]))[None]
+    low_res = to_model_range(pixels_to_unit(patch))[None]
     noise = draw_noise([noise_stream(0, 0)], 3, 160, 160)
     whole = Window(0, 160, 0, 160)
 
@@ -355,6 +367,7 @@ def test_self_ensemble_turns_with_the_image(model, picture):
     assert (upright - turn(upright)).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_progress_rises_to_1(model, picture):
     seen = []
     restorer = Restorer(model, RestoreConfig(steps=2, num_images=2, tile=256), CPU)
@@ -368,6 +381,7 @@ def test_progress_rises_to_1(model, picture):
 # ------------------------------------------------------------------------------------- what it is faithful to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [4.0, 2.5])
 def test_consistency_makes_the_downscaled_result_equal_the_input(factor, picture):
     loaded = random_model(scale=factor)
@@ -380,6 +394,7 @@ def test_consistency_makes_the_downscaled_result_equal_the_input(factor, picture
     assert scores[1] > scores[0] + 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recorded", "other"), [("mirror", "replicate"), ("replicate", "mirror")])
 def test_consistency_shrinks_with_the_recorded_border(recorded, other, model, picture):
     loaded = model._replace(degradation=Bicubic(border=recorded).to_dict())
@@ -451,6 +466,7 @@ def test_a_network_that_cannot_restore_is_refused():
 # -------------------------------------------------------------------------------------------- kinds of pixels
 
 
+@pytest.mark.slow
 def test_grey_16_bits_and_alpha_stay_what_they_are(model, picture, tmp_path):
     grey = picture.mean(axis=2).astype(np.uint8)
     assert run(grey, model, steps=2).pixels.shape == (384, 320)
@@ -517,6 +533,7 @@ def test_fidelity_is_the_predicted_mean_whatever_the_noise(predicting, picture):
     torch.testing.assert_close(generated, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [64, 128])
 def test_the_predicted_mean_is_exact_in_tiles(predicting, picture, tile):
     low_res = pixels_to_unit(picture)
@@ -525,14 +542,15 @@ def test_the_predicted_mean_is_exact_in_tiles(predicting, picture, tile):
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"tile": 128}, {"self_ensemble": True}, {"num_images": 2}])
-def test_samples_are_added_to_the_mean(predicting, picture, settings):
+def test_samples_are_added_to_the_mean(predicting, patch, settings):
     """With a silent refiner (predicting 0) every sample is the mean."""
     silent = copy.deepcopy(predicting)
     for parameter in silent.network.out.parameters():
         parameter.zero_()
     model = silent._replace(process={**PROCESS, "mode": "clean"})
-    low_res = pixels_to_unit(picture)
+    low_res = pixels_to_unit(patch)
     views = {name: value for name, value in settings.items() if name == "self_ensemble"}
     mean = Restorer(model, RestoreConfig(mode="fidelity", **views), CPU)(low_res)
     sampled = Restorer(model, RestoreConfig(steps=3, **settings), CPU)(low_res)
@@ -655,6 +673,7 @@ def test_missing_room_for_a_field_is_said_before_it_is_written(monkeypatch):
 # ------------------------------------------------------------------------------------------------- blending
 
 
+@pytest.mark.slow
 def test_a_blend_is_clean_at_0_photo_at_1_and_between_in_between():
     clean = random_model()
     photo = random_model(gain=2.0)._replace(degradation=Photo().to_dict())

@@ -16,7 +16,7 @@ from diffusers.schedulers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion import (
@@ -41,7 +41,6 @@ from samplers import (
 )
 
 T = 1000
-unhurried = settings(deadline=None)  # the first example pays for imports and caches
 DEVIATIONS = (0.1, 0.2, 0.4, 1.0)
 MEAN = 0.3
 
@@ -98,6 +97,7 @@ def gaussian_moments(sampler, count, deviation, pair=COSINE):
     return mean, float(state @ state) / deviation**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_mean_and_variance_of_a_gaussian_converge(name):
     for deviation in DEVIATIONS:
@@ -152,6 +152,7 @@ def test_every_step_count_ends_in_its_last_clean_estimate(name, total):
         assert len(set(timesteps)) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_true_clean_image_keeps_the_scales_of_each_timestep(pair, name):
@@ -169,6 +170,7 @@ def test_a_true_clean_image_keeps_the_scales_of_each_timestep(pair, name):
         assert state.tolist() == pytest.approx([0, 1], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("pair", ["flow", "resshift"])
 def test_flow_and_resshift_end_in_the_moments_of_the_gaussian(pair, name):
@@ -247,6 +249,7 @@ def run_diffusers(name, timesteps, sigmas, noisy, denoise):
     return scaled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unipc", "dpm++", "heun"])
 @pytest.mark.parametrize("schedule", DIFFUSERS_SCHEDULES)
 def test_a_random_linear_denoiser_is_sampled_as_by_diffusers(schedule, name):
@@ -282,7 +285,7 @@ def test_ddim_visits_exactly_its_own_list_at_every_step_count():
         assert len(set(timesteps)) == count
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 10, 50, 125, T])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 10, 50, 125, pytest.param(T, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("schedule", DIFFUSERS_SCHEDULES)
 def test_ddim_is_that_of_diffusers_where_the_step_count_divides_t(schedule, count, eta):
@@ -373,7 +376,6 @@ def test_a_sample_keeps_the_variance_that_its_detail_leaves(detail):
     assert float(result.std()) == pytest.approx(expected, rel=0.1)
 
 
-@unhurried
 @given(data=st.data(), total=st.integers(1, 3000))
 def test_timestep_lists_fall_strictly_from_the_noisiest(data, total):
     count = data.draw(st.integers(1, total))

@@ -65,6 +65,7 @@ def test_missing_tokens_are_named(tmp_path):
         read_tokens(tmp_path, tmp_path / "lost.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("tile", [0, 16])
 def test_guidance_goes_from_no_tokens_through_tokens_and_beyond(scheduler, tile):
@@ -184,7 +185,8 @@ def test_a_network_learns_what_only_tokens_tell(stripes, tmp_path_factory):
 @pytest.mark.slow
 def test_the_scripts_train_and_restore_with_tokens(stripes, tmp_path_factory, capsys):
     folder = tmp_path_factory.mktemp("run")
-    size = "--img_size 32 --downscale_factor 2 --unet_base_dim 8 --predictor_blocks 0".split()
+    size = "--img_size 32 --downscale_factor 2 --predictor_blocks 0".split()
+    size += "--unet_base_dim 8 --unet_dim_mults 1 2".split()
     places = [
         "--image_folder",
         str(stripes),

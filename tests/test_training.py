@@ -136,6 +136,7 @@ def test_accumulating_micro_batches_equals_one_large_batch(tmp_path, monkeypatch
     torch.testing.assert_close(weights[0], weights[2], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_a_learnable_problem(tmp_path):
     run_training(tmp_path, config(max_steps=200, learning_rate=3e-2, log_every=20))
     losses = list(logged(tmp_path).values())
@@ -277,6 +278,7 @@ def test_the_state_of_another_optimiser_is_refused(tmp_path):
         restore_state(new_state(small_model(), config()), read_for_resume(run.last))
 
 
+@pytest.mark.slow
 def test_eight_bit_adamw_resumes_bit_for_bit_on_the_cpu(tmp_path):
     pytest.importorskip("bitsandbytes")
 
@@ -440,6 +442,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
         train(new_state(small_model(), settings), interrupted, Numbers(), settings, run_in(tmp_path))
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_run(tmp_path):
     here = final_weights(tmp_path / "here", config())
     there = final_weights(tmp_path / "there", config(num_workers=2))

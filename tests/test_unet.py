@@ -81,6 +81,7 @@ def test_a_new_predictor_predicts_zero_and_a_network_without_one_nothing():
     assert UNet(base_dim=8, dim_mults=(1, 2), context_dim=16).encode_context(condition)[1] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditioning", ["none", "concat", "both"])
 @pytest.mark.parametrize("size", [(32, 32), (30, 17), (1, 1)])
 def test_the_refiner_starts_from_the_predictor_s_features(conditioning, size):
@@ -106,6 +107,7 @@ def test_the_mean_of_a_window_is_that_of_the_whole_image_beyond_its_reach():
     assert not torch.allclose(window, whole[..., 16:, 16:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("levels", "count"), [((-1,), 3), ((), 0), ((0,), 2), ((0, 1), 5), ((1, -1), 3), ((0, 1, 2), 7)]
 )

@@ -195,6 +195,7 @@ def test_samples_do_not_depend_on_the_worker(photo_folder):
     assert torch.equal(torch.cat([batch.high_res for batch in loader]), here)
 
 
+@pytest.mark.slow
 def test_random_degradations_depend_on_seed_epoch_and_index_alone(photo_folder):
     dataset = CropDataset(ImageDataset(photo_folder, 32, degradation=Photo(clean_share=0)))
     order = [(epoch, index) for epoch in range(2) for index in range(6)]
@@ -235,6 +236,7 @@ def test_images_without_room_for_a_margin_are_taken(tmp_path, size):
     assert (low_res.shape, high_res.shape) == ((3, 8, 8), (3, 32, 32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("augment", "count"), [("none", 1), ("flip", 2), ("dihedral", 8)])
 def test_augmentations_are_the_flips_and_rotations_they_say(tmp_path, augment, count):
     pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)

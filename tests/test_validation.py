@@ -31,6 +31,7 @@ def with_flat(photo_folder, folder, level=77):
     return ImageDataset([folder / "flat.png", *sorted(photo_folder.iterdir())], 32, SCALE, train=False)
 
 
+@pytest.mark.slow
 def test_the_validation_of_a_random_degradation_is_always_the_same(photo_folder):
     photos = ImageDataset(photo_folder, 32, train=False, degradation=Photo("heavy", float(SCALE)))
     shrunk = ImageDataset(photo_folder, 32, SCALE, train=False)
@@ -62,6 +63,7 @@ def test_scalars_are_what_the_metrics_say_of_one_step(dataset):
     assert found.psnr == found.scalars["psnr"]
 
 
+@pytest.mark.slow
 def test_a_flat_image_changes_no_scalar_and_is_said(photo_folder, dataset, tmp_path, caplog):
     unet, diffusion = tiny_unet(), DiffusionModel()
     without = Validator(diffusion, dataset)(unet)
