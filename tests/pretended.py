@@ -43,6 +43,8 @@ def _backward(tensor):
 @contextlib.contextmanager
 def pretended_device(kind, monkeypatch):
     """Pretend a device, given out as a PretendedDevice."""
+    # Autograd counts the devices when it is first used: a thread for this one would not survive a fork.
+    torch.ones((), requires_grad=True).backward()
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch.Tensor, "backward", _backward)
     monkeypatch.setattr(torch.utils, "swap_tensors", _stay)  # of module.to(device)

@@ -97,6 +97,7 @@ def test_our_network_is_the_recipe_s():
     assert (config.patch_size, config.base_dim) == (4, 64)
 
 
+@pytest.mark.slow
 def test_each_size_gets_each_budget_of_operations():
     trials = scaling_trials()
     assert len(trials) == len(SIZES) * len(BUDGETS)
@@ -104,6 +105,7 @@ def test_each_size_gets_each_budget_of_operations():
     assert found == pytest.approx(BUDGETS * len(SIZES), rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_is_one_that_the_script_takes(change):
     assert Trial("", change.split(), 1).tflop > 0
