@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,6 +50,14 @@ CHANGES = (
 )
 
 
+@lru_cache
+def tflop_per_step(*flags: str) -> float:
+    """Of the recipe with these flags."""
+    settings, _ = train_diffusion.parse([f"@{RECIPE}", *flags])
+    _, cost = train_diffusion.count_crop(settings)
+    return settings.training.batch_size * cost.flops / 1e12
+
+
 class Trial(NamedTuple):
     """A row: its name, what it changes, how long it trains."""
 
@@ -59,9 +68,7 @@ class Trial(NamedTuple):
     @property
     def tflop(self) -> float:
         """Operations of the training."""
-        settings, _ = train_diffusion.parse([f"@{RECIPE}", *self.flags])
-        _, cost = train_diffusion.count_crop(settings)
-        return self.steps * settings.training.batch_size * cost.flops / 1e12
+        return self.steps * tflop_per_step(*self.flags)
 
 
 class Result(NamedTuple):
@@ -81,8 +88,7 @@ def scaling_trials() -> list[Trial]:
     trials = []
     for name, (width, blocks) in SIZES.items():
         flags = ["--unet_base_dim", str(width), "--predictor_blocks", str(blocks)]
-        per_step = Trial(name, flags, 1).tflop
-        trials += [Trial(name, flags, round(budget / per_step)) for budget in BUDGETS]
+        trials += [Trial(name, flags, round(budget / tflop_per_step(*flags))) for budget in BUDGETS]
     return trials
 
 

@@ -402,7 +402,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next_run(finished):
 def test_weights_of_another_enlargement_or_process_are_no_start(finished, photo_folder, tmp_path, capsys):
     start = ["--init_weights", str(newest(finished[0])), "--max_steps", "1"]
     assert main([*flags(photo_folder, tmp_path), *start, "--downscale_factor", "4"]) == 2
-    assert "enlarges by [2.0]" in capsys.readouterr().err
+    assert "enlarges by 2," in capsys.readouterr().err
     assert main([*flags(photo_folder, tmp_path), *start, "--diffusion_mode", "clean"]) == 2
     assert "clean" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()
