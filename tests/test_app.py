@@ -135,6 +135,7 @@ def test_a_file_that_cannot_be_restored_gets_the_sentence_of_infer(
     assert sentence in page.get_by_test_id("toast-body").inner_text()
 
 
+@pytest.mark.slow
 def test_one_picture_at_a_time_is_restored(weights):
     pytest.importorskip("gradio")
     blocks = app.build_page([weights])

@@ -48,6 +48,7 @@ def test_operations_are_counted_as_arithmetic_says():
         assert floating_point_operations(lambda: convolution(image)) == 2 * 8 * 3 * 9 * 16 * 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "published"), [("RLFN", 0.317e6), ("RFDN", 0.433e6), ("ESRGAN generator", 16.7e6)]
 )
