@@ -302,6 +302,7 @@ def test_weights_that_are_not_there_or_do_not_blend_are_named(released, flags, m
 # ---------------------------------------------------------------------------------------------- what is wrong
 
 
+@pytest.mark.slow
 def test_every_wrong_value_is_one_line_that_names_it(weights, picture, tmp_path, capsys):
     photo, other = tmp_path / "photo.png", tmp_path / "other.png"
     write_image(photo, picture)

@@ -71,6 +71,7 @@ def test_what_is_imported_is_required(folders, extras):
     assert not imports_of(folders) - required
 
 
+@pytest.mark.slow
 def test_what_is_required_is_imported():
     through_torch = {"tensorboard"}
     assert not names(PROJECT["dependencies"]) - imports_of(PACKAGE) - through_torch

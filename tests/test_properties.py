@@ -55,6 +55,7 @@ def definition(line, scale, out_size, border):
 # Resize
 
 
+@pytest.mark.slow
 @given(lengths, scales, borders, seeds)
 def test_resize_equals_its_definition_in_both_directions(length, scale, border, seed):
     line = random_image((length,), seed)

@@ -96,6 +96,7 @@ def finished(photo_folder, tmp_path_factory):
     return folder, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_does_and_what_comes_next(finished):
     folder, printed = finished
     assert "UNet" in printed  # torchinfo's table
