@@ -100,7 +100,8 @@ class Windows:
 class Base:
     """What sampled residuals are added to: the upscaled images, plus the predicted mean if there is one.
 
-    `low_res` is (B, C, h, w), on the generator's device; `tokens` (B, N, E).
+    `low_res` is (B, C, h, w), on the generator's device; `tokens` (B, N, E); `progress` is called with the
+    part of the mean that is predicted.
     """
 
     def __init__(
@@ -111,9 +112,10 @@ class Base:
         windows: Windows,
         views: Sequence[View],
         tokens: Tensor | None = None,
+        progress: Callable[[float], object] = lambda _: None,
     ) -> None:
         self.generator, self.network, self.low_res = generator, network, low_res
-        self.windows, self.views, self.tokens = windows, views, tokens
+        self.windows, self.views, self.tokens, self.progress = windows, views, tokens, progress
         self.scale = Scale(float(network.scale))
         self.size = self.scale.high_size(*low_res.shape[-2:])
         self._field = windows.attempt(*self.size, self._predict) if network.mean_reach else None
@@ -132,10 +134,12 @@ class Base:
         # The predictor sees all that it reaches, from where the whole image would be padded and folded alike.
         multiple = self.network.window_multiple
         halo = math.ceil(self.network.mean_reach / multiple) * multiple
-        for tile, image in itertools.product(tiles, range(len(self.low_res))):
+        places = list(itertools.product(tiles, range(len(self.low_res))))
+        for number, (tile, image) in enumerate(places):
             seen = tile.window.grown(halo, *self.size)
             mean = self._mean(self.upscaled(seen, image))
             field.write(tile.window, tile.window.seen_from(seen.top, seen.left).cut(mean), image)
+            self.progress((number + 1) / len(places))
         return field
 
     def _mean(self, upscaled: Tensor) -> Tensor:

@@ -256,7 +256,8 @@ class Restorer:
         remembered = max((len(step.clean_weights) + 1 for step in steps), default=0)
         check_room(shape, fields=remembered + 1 + deviation + (self.network.mean_reach > 0))
         views = ALL_VIEWS if self.config.self_ensemble else UPRIGHT
-        base = Base(self.generator, self.network, low_res, self.windows, views, tokens)
+        predicted = no_progress if steps else progress  # the mean is then all that is computed
+        base = Base(self.generator, self.network, low_res, self.windows, views, tokens, predicted)
         mean = Field(shape, self.device)
         variance = Field(shape, self.device) if deviation else None
         for number, (residuals, first) in enumerate(self._samples(base, steps, count, progress)):

@@ -378,6 +378,15 @@ def test_progress_rises_to_1(model, picture):
     assert seen[-1] == 1
 
 
+def test_the_predicted_mean_alone_has_a_progress_too():
+    seen, low_res = [], np.zeros((40, 40, 3), np.uint8)
+    model = random_model(predictor_blocks=1, attention_window=2)
+    Restorer(model, RestoreConfig(mode="fidelity", tile=64), CPU).restore(low_res, progress=seen.append)
+    assert seen == sorted(seen)
+    assert len(seen) > 4
+    assert seen[-1] == 1
+
+
 # ------------------------------------------------------------------------------------- what it is faithful to
 
 
