@@ -39,8 +39,8 @@ from evaluation.pairs import find_original
 from imaging.files import WRITABLE_SUFFIXES, list_images
 from restoration import RestoreConfig, Restorer, blend
 from restoration.batch import FILE_ERRORS, Task, describe_failure, one_line, restore_file
-from restoration.rescaled import AnyScale, each_scale, find_weights, restorer_to
-from restoration.restorer import Progress
+from restoration.denoiser import Progress
+from restoration.rescaled import AnyScale, build_restorer, find_weights
 from unet import UNet
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -301,9 +301,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         if not args.inputs and not args.input:
             return 0
     device = processes.device
-    dtype = autocast_dtype(device, args.dtype)
-    models = [one for model in models for one in each_scale(model)]
-    restorer = restorer_to(args.scale, [Restorer(one, config, device, dtype) for one in models])
+    restorer = build_restorer(models, config, args.scale, device, autocast_dtype(device, args.dtype))
     tasks = plan_tasks(args, float(restorer.scale))
     if args.skip_existing:
         missing = [task for task in tasks if not task.target.exists()]

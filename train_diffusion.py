@@ -423,12 +423,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        status, message = (
-            1,
-            (
-                "out of memory: lower --batch_size and raise --accumulation_steps as much, or add "
-                "--checkpoint_activations; the checkpoints are as they were"
-            ),
+        status = 1
+        message = (
+            "out of memory: lower --batch_size and raise --accumulation_steps as much, or add "
+            "--checkpoint_activations; the checkpoints are as they were"
         )
     except KeyboardInterrupt:
         print("train_diffusion.py: stopped; the checkpoints are as they were", file=sys.stderr)

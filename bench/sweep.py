@@ -51,11 +51,11 @@ CHANGES = (
 
 
 @lru_cache
-def tflop_per_step(*flags: str) -> float:
-    """Of the recipe with these flags."""
+def counted(*flags: str) -> tuple[int, float]:
+    """Parameters, and TFLOP per step, of the recipe with these flags."""
     settings, _ = train_diffusion.parse([f"@{RECIPE}", *flags])
-    _, cost = train_diffusion.count_crop(settings)
-    return settings.training.batch_size * cost.flops / 1e12
+    parameters, cost = train_diffusion.count_crop(settings)
+    return parameters, settings.training.batch_size * cost.flops / 1e12
 
 
 class Trial(NamedTuple):
@@ -68,7 +68,7 @@ class Trial(NamedTuple):
     @property
     def tflop(self) -> float:
         """Operations of the training."""
-        return self.steps * tflop_per_step(*self.flags)
+        return self.steps * counted(*self.flags)[1]
 
 
 class Result(NamedTuple):
@@ -88,7 +88,7 @@ def scaling_trials() -> list[Trial]:
     trials = []
     for name, (width, blocks) in SIZES.items():
         flags = ["--unet_base_dim", str(width), "--predictor_blocks", str(blocks)]
-        trials += [Trial(name, flags, round(budget / tflop_per_step(*flags))) for budget in BUDGETS]
+        trials += [Trial(name, flags, round(budget / counted(*flags)[1])) for budget in BUDGETS]
     return trials
 
 
@@ -115,7 +115,7 @@ def run(trial: Trial, photos: str, others: str, out: Path) -> Result:
     methods = [model.method(RestoreConfig(mode=mode), 4) for mode in ("fidelity", "detail")]
     report = evaluate(ImageSet(others, config, limit=IMAGES), config, methods)
     mean, detail = ([row["psnr"], row["lpips"]] for row in report.rows[1:])
-    parameters = sum(weights.numel() for weights in model.loaded.network.parameters())
+    parameters, _ = counted(*trial.flags)
     result = Result(parameters, trial.tflop, seconds, *mean, *detail)  # type: ignore[arg-type]  # all are there
     write_text_atomically(kept, json.dumps(result._asdict()))
     return result

@@ -24,9 +24,9 @@ from evaluation.report import Json, Label, Report, Scores
 from evaluation.table import METRICS, Conditions, Pair
 from evaluation.wasserstein import PatchPair, patch_count, patch_positions, pyramid_patches
 from imaging.files import pixels_to_unit, unit_to_pixels
-from restoration import RestoreConfig, Restorer
+from restoration import RestoreConfig
 from restoration.batch import one_line
-from restoration.rescaled import each_scale, restorer_to
+from restoration.rescaled import build_restorer
 from unet import UNet
 
 CPU = torch.device("cpu")
@@ -70,8 +70,7 @@ class TrainedModel:
 
     def method(self, how: RestoreConfig, scale: float) -> Method:
         """Restoring as infer.py does; ValueError for what the network cannot do."""
-        own = [Restorer(one, how, self.device, self.precision) for one in each_scale(self.loaded)]
-        restorer = restorer_to(scale, own)
+        restorer = build_restorer([self.loaded], how, scale, self.device, self.precision)
         samples = how.num_images
 
         def restore(low_res: Tensor) -> Estimate:
@@ -80,7 +79,7 @@ class TrainedModel:
             return Estimate(pixels_to_unit(found.pixels), deviation)
 
         method = how.mode or ("model" if how.detail is None else f"detail {how.detail:g}")
-        label = Label(method, how.scheduler, own[0].step_count, samples)
+        label = Label(method, how.scheduler, restorer.step_count, samples)
         return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:

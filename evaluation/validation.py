@@ -14,9 +14,8 @@ from evaluation.metrics import Protocol
 from evaluation.table import METRICS, Conditions, Pair
 from imaging.files import to_unit_range
 from restoration import RestoreConfig, Restorer
-from restoration.rescaled import each_scale
 from training import NonFiniteError, Validation
-from unet import Condition
+from unet import Condition, UNet
 from util import Crops, ImageDataset, Sample
 
 VALIDATION_SEED = 0
@@ -70,7 +69,8 @@ class Validator:
         return counted if flat < total else [torch.ones_like(one) for one in counted]
 
     def __call__(self, network: nn.Module) -> Validation:
-        network = each_scale(LoadedModel(network, {}, {}, 0))[-1].network
+        if cast(Network, network).scale.ndim:
+            network = cast(UNet, network).at(-1)
         scalars = self._measure_all(network)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
         tokens = None if self.tokens[0] is None else self.tokens[0][:GRID_IMAGES]

@@ -13,8 +13,9 @@ from imaging.files import DecodedImage, Pixels, check_format, decode_image, read
 from imaging.metadata import Metadata
 from imaging.pictures import comparison_picture
 from imaging.tokens import read_tokens
+from restoration.denoiser import Progress
 from restoration.rescaled import AnyScale
-from restoration.restorer import Progress, Restoration, Restorer
+from restoration.restorer import Restoration, Restorer
 
 FILE_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # what one picture may fail with
 

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,10 +22,15 @@ from unet import Condition
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Progress = Callable[[float], object]  # called with the finished part of the work, up to 1
 
 AUTOMATIC_TILE = 512
 WHOLE_PIXELS = 2**20  # an image of no more is restored in one piece unless told otherwise
 MARGIN = 16  # pixels at the inner edge of a window that see most of the padding beyond it
+
+
+def no_progress(_: float) -> None:
+    """Report none."""
 
 
 class View(NamedTuple):
@@ -100,8 +106,7 @@ class Windows:
 class Base:
     """What sampled residuals are added to: the upscaled images, plus the predicted mean if there is one.
 
-    `low_res` is (B, C, h, w), on the generator's device; `tokens` (B, N, E); `progress` is called with the
-    part of the mean that is predicted.
+    `low_res` is (B, C, h, w), on the generator's device; `tokens` (B, N, E); `progress` is that of the mean.
     """
 
     def __init__(
@@ -112,13 +117,14 @@ class Base:
         windows: Windows,
         views: Sequence[View],
         tokens: Tensor | None = None,
-        progress: Callable[[float], object] = lambda _: None,
+        progress: Progress = no_progress,
     ) -> None:
         self.generator, self.network, self.low_res = generator, network, low_res
-        self.windows, self.views, self.tokens, self.progress = windows, views, tokens, progress
+        self.windows, self.views, self.tokens = windows, views, tokens
         self.scale = Scale(float(network.scale))
         self.size = self.scale.high_size(*low_res.shape[-2:])
-        self._field = windows.attempt(*self.size, self._predict) if network.mean_reach else None
+        predict = partial(self._predict, progress)
+        self._field = windows.attempt(*self.size, predict) if network.mean_reach else None
 
     def read(self, window: Window, image: int | None = None) -> Tensor:
         """(1 or B, C, height, width)."""
@@ -129,7 +135,7 @@ class Base:
         low_res = self.low_res if image is None else self.low_res[image : image + 1]
         return self.scale.upscale(low_res, window).clamp(-1, 1)
 
-    def _predict(self, tiles: list[Tile]) -> Field:
+    def _predict(self, progress: Progress, tiles: list[Tile]) -> Field:
         field = Field((*self.low_res.shape[:2], *self.size), self.low_res.device)
         # The predictor sees all that it reaches, from where the whole image would be padded and folded alike.
         multiple = self.network.window_multiple
@@ -139,7 +145,7 @@ class Base:
             seen = tile.window.grown(halo, *self.size)
             mean = self._mean(self.upscaled(seen, image))
             field.write(tile.window, tile.window.seen_from(seen.top, seen.left).cut(mean), image)
-            self.progress((number + 1) / len(places))
+            progress((number + 1) / len(places))
         return field
 
     def _mean(self, upscaled: Tensor) -> Tensor:
@@ -167,7 +173,7 @@ class Prepared(NamedTuple):
 class TiledDenoiser:
     """Estimates the clean residuals of n B images, the i-th of image i modulo B of the base."""
 
-    def __init__(self, base: Base, progress: Callable[[float], None]) -> None:
+    def __init__(self, base: Base, progress: Progress) -> None:
         self.base, self.progress = base, progress
         self.evaluations = 0
         with base.generator.autocast():

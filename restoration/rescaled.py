@@ -17,8 +17,9 @@ from engine.checkpoint import KINDS, LoadedModel, NetworkT, load_model, released
 from engine.device import autocast_dtype, select_device
 from engine.options import OptionError
 from imaging.files import DecodedImage
+from restoration.denoiser import Progress, no_progress
 from restoration.pictures import Restorable
-from restoration.restorer import Progress, Restoration, RestoreConfig, Restorer, no_progress
+from restoration.restorer import Restoration, RestoreConfig, Restorer
 from restoration.tiling import Scale, row_bands
 from unet import UNet
 
@@ -74,6 +75,10 @@ class AnyScale:
         self._parts = [made / sum(pixels) for made in pixels]  # of the work, and so of the progress
         self._excess = Scale(reached[-1] / scale)
 
+    @property
+    def step_count(self) -> int:
+        return self.restorers[0].step_count
+
     def restore(
         self,
         image: Restorable,
@@ -128,13 +133,21 @@ class AnyScale:
         return torch.cat(bands, dim=-2)
 
 
-def each_scale(model: LoadedModel[NetworkT]) -> list[LoadedModel[NetworkT]]:
-    """The model at each of its enlargements, the largest last; itself where it has one."""
-    network = cast(UNet, model.network)
-    if not network.scale.ndim:
-        return [model]
-    alone = [cast(NetworkT, network.at(number)) for number in range(len(network.scale))]
-    return [model._replace(network=one) for one in alone]
+def build_restorer(
+    models: Sequence[LoadedModel[NetworkT]],
+    config: RestoreConfig,
+    scale: float | None,
+    device: torch.device,
+    precision: torch.dtype | None = None,
+) -> Restorer | AnyScale:
+    """To this scale with these models, each at every enlargement that it has; see `restorer_to`."""
+    alone: list[LoadedModel[Any]] = []
+    for model in models:
+        network = cast(UNet, model.network)
+        several = range(len(network.scale)) if network.scale.ndim else ()
+        parts = [network.at(number) for number in several] or [network]
+        alone += [model._replace(network=cast(NetworkT, one)) for one in parts]
+    return restorer_to(scale, [Restorer(one, config, device, precision) for one in alone])
 
 
 def restorer_to(scale: float | None, restorers: Sequence[Restorer]) -> Restorer | AnyScale:
@@ -168,10 +181,11 @@ def restore(
     ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
     """
     chosen = select_device(device)
+    models: list[LoadedModel[Any]] = (
+        [model]
+        if isinstance(model, LoadedModel)
+        else [load_model(path, UNet) for path in find_weights(model, scale)]
+    )
     dtype = autocast_dtype(chosen, precision)
-    if isinstance(model, LoadedModel):
-        models = each_scale(model)
-    else:
-        models = [one for path in find_weights(model, scale) for one in each_scale(load_model(path, UNet))]
-    restorers = [Restorer(one, config or RestoreConfig(), chosen, dtype) for one in models]
-    return restorer_to(scale, restorers).restore(image, progress=progress, tokens=tokens)
+    restorer = build_restorer(models, config or RestoreConfig(), scale, chosen, dtype)
+    return restorer.restore(image, progress=progress, tokens=tokens)

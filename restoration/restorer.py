@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -25,13 +25,20 @@ from engine.checkpoint import LoadedModel, NetworkT, load_weights
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
 from imaging.metadata import Metadata
-from restoration.denoiser import ALL_VIEWS, UPRIGHT, Base, TiledDenoiser, Windows
+from restoration.denoiser import (
+    ALL_VIEWS,
+    UPRIGHT,
+    Base,
+    Progress,
+    TiledDenoiser,
+    Windows,
+    no_progress,
+)
 from restoration.pictures import Restorable, to_deviation, to_input, to_picture
 from restoration.tiling import Field, Scale, Shape, Window, bytes_on_disk, row_bands
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
 
 Preset = Literal["fidelity", "balanced", "detail"]
-Progress = Callable[[float], object]  # called with the finished part of the work, up to 1
 logger = logging.getLogger(__name__)
 
 # The mean has the highest PSNR and no texture it is unsure of; a sample has the texture and, for a perfect
@@ -95,10 +102,6 @@ class Restoration:
     def save(self, path: str | Path) -> None:
         pixels = self.pixels[..., 0] if self.pixels.shape[2:] == (1,) else self.pixels
         write_image(path, pixels, self.alpha, metadata=self.metadata)
-
-
-def no_progress(_: float) -> None:
-    """Report none."""
 
 
 def blend(
