@@ -1,11 +1,13 @@
-"""Tests of app.py: the page, in a real browser."""
+"""Tests of app.py: the page, in a real browser. `python -m tests.test_app` makes docs/app.jpg."""
 
+import contextlib
 import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 import app
 import infer
+from bicubic import downscale_image
 from engine.checkpoint import export_safetensors
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, write_image
@@ -30,30 +33,46 @@ def weights(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def chromium():
+@contextlib.contextmanager
+def launched():
     """Debian's Chromium, or any other of that name."""
-    pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
-    if (found := shutil.which("chromium") or shutil.which("chromium-browser")) is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield started
         started.close()
+
+
+@contextlib.contextmanager
+def serving(temporary, *weights):
+    """The address of the page, whose temporary files are in this folder."""
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "app.py", *map(str, weights)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stdout if "://" in line)
+        yield re.search(r"http://[\w.]+:\d+", line)[0]
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    pytest.importorskip("gradio")
+    pytest.importorskip("playwright.sync_api")
+    if not (shutil.which("chromium") or shutil.which("chromium-browser")):
+        pytest.skip("there is no chromium: apt-get install chromium")
+    with launched() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def served(weights, tmp_path_factory):
     """The address of the page, and the folder of its temporary files, which has to be empty at the end."""
     temporary = tmp_path_factory.mktemp("temporary")
-    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "app.py", str(weights)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        line = next(line for line in process.stdout if "://" in line)
-        yield re.search(r"http://[\w.]+:\d+", line)[0], temporary
-        process.terminate()
-        assert process.wait(60) == 0
+    with serving(temporary, weights) as address:
+        yield address, temporary
     assert not list(temporary.iterdir())
 
 
@@ -147,3 +166,26 @@ def test_a_model_that_is_missing_is_named(capsys):
     with pytest.raises(SystemExit):
         app.main(["missing.pth"])
     assert "missing.pth" in capsys.readouterr().err
+
+
+def main():
+    """The page with a drawn picture, restored by the released weights."""
+    with tempfile.TemporaryDirectory() as folder, serving(folder) as address, launched() as chromium:
+        picture = Path(folder) / "leaves.png"
+        drawn = dead_leaves((480, 640), np.random.default_rng(0), min_radius=16)
+        write_image(picture, downscale_image(drawn, 4))
+        tab = chromium.new_page(viewport={"width": 1100, "height": 640})
+        tab.goto(address)
+        drop(tab, picture)
+        tab.get_by_label("Weights").click()
+        tab.get_by_role("option", name="x4", exact=True).click()
+        tab.get_by_label("detail").check()
+        tab.click("#start")
+        tab.wait_for_selector("#result a[download]", timeout=120_000)  # milliseconds
+        tab.wait_for_load_state("networkidle")
+        tab.screenshot(path=ROOT / "docs/app.jpg", quality=85)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
