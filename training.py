@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import Checkpoint, CheckpointError, load_weights
 from engine.device import default_workers
+from engine.muon import Muon
 from engine.options import Options, option
 from engine.processes import Processes
 from engine.run import RunFiles, RunLogger, profiled
@@ -34,7 +35,7 @@ from samplers import noise_seed
 logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[nn.Module, Any, torch.Generator], Tensor]
-OptimizerName = Literal["auto", "adamw8bit", "adamw"]
+OptimizerName = Literal["auto", "adamw8bit", "adamw", "muon"]
 MAX_SKIPPED_IN_A_ROW = 5
 
 
@@ -69,13 +70,13 @@ class TrainingConfig(Options):
     final_learning_rate: float = option(
         0.01, "the end of the cosine as a share of the peak; 1: constant", low=0, high=1
     )
-    weight_decay: float = option(0.01, "of AdamW (Loshchilov & Hutter 2019)", low=0)
+    weight_decay: float = option(0.01, "of AdamW and Muon (Loshchilov & Hutter 2019)", low=0)
     beta2: float = option(0.99, "of AdamW", low=0, high=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this global norm", above=0)
     ema_decay: float = option(
         0.999, "of the averaged weights, ramped up as (1 + step) / (10 + step)", low=0, high=1
     )
-    optimizer: OptimizerName = option("auto", "auto is 8-bit AdamW on CUDA")
+    optimizer: OptimizerName = option("auto", "auto is 8-bit AdamW on CUDA, else AdamW")
     seed: int = option(0, "of data order, crops, noise and timesteps", low=0, high=2**63 - 1)
     validate_every: int | None = option(
         None, "optimiser steps; by default 20 times in the run", low=1, fixed=False
@@ -240,6 +241,8 @@ def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
 
 def _optimizer(name: str, parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
     betas, decay = (0.9, config.beta2), config.weight_decay
+    if name == "muon":
+        return Muon(parameters, config.learning_rate, betas, decay)
     if name == "adamw8bit":
         return _eight_bit_adamw()(parameters, lr=config.learning_rate, betas=betas, weight_decay=decay)
     fused = parameters[0].device.type in ("cpu", "cuda")

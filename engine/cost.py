@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 WEIGHTS, GRADIENTS, AVERAGE = 4, 4, 4  # bytes per parameter
-MOMENTS = {"adamw": 8, "adamw8bit": 2}
+MOMENTS = {"adamw": 8, "adamw8bit": 2, "muon": 4}
 
 
 class Cost(NamedTuple):

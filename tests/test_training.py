@@ -278,29 +278,32 @@ def test_the_state_of_another_optimiser_is_refused(tmp_path):
         restore_state(new_state(small_model(), config()), read_for_resume(run.last))
 
 
-@pytest.mark.slow
-def test_eight_bit_adamw_resumes_bit_for_bit_on_the_cpu(tmp_path):
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize(
+    ("name", "kept_in"),
+    [pytest.param("adamw8bit", torch.uint8, marks=pytest.mark.slow), ("muon", torch.float32)],
+)
+def test_other_optimisers_resume_bit_for_bit_on_the_cpu(name, kept_in, tmp_path):
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
 
     def wide():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3, 128), nn.Linear(128, 64), nn.Linear(64, 1))
 
     def settings(steps):
-        return config(optimizer="adamw8bit", max_steps=steps, final_learning_rate=1.0, warmup_steps=0)
+        return config(optimizer=name, max_steps=steps, final_learning_rate=1.0, warmup_steps=0)
 
     whole, _ = run_training(tmp_path / "whole", settings(8), new_state(wide(), settings(8)))
-    weight = whole.model[1].weight  # 8192 values: smaller tensors keep a 32-bit state
-    assert any(
-        getattr(value, "dtype", None) == torch.uint8 for value in whole.optimizer.state[weight].values()
-    )
+    weight = whole.model[1].weight  # 8192 values: smaller tensors keep a 32-bit state of 8-bit AdamW
+    kept = whole.optimizer.state[weight].values()
+    assert any(getattr(value, "dtype", None) == kept_in for value in kept)
     run_training(tmp_path / "part", settings(4), new_state(wide(), settings(4)))
     resumed = new_state(wide(), settings(8))
     restore_state(resumed, read_for_resume(run_in(tmp_path / "part").last))
     run_training(tmp_path / "part", settings(8), resumed)
     assert resumed.step == 8
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name])
+    for part, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[part])
 
 
 # ------------------------------------------------------------------------------------------------- keeping
