@@ -25,7 +25,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     gram = matrix @ matrix.T
     identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
     product = identity
-    # All steps multiply from the left by polynomials of one small matrix: they are gathered there. In float32,
+    # All steps multiply from the left by polynomials of one small matrix: gather them there. In float32,
     # since torch.optim.Muon's bfloat16 is 2 to 20 times slower on a CPU that has no instructions for it.
     for _ in range(ITERATIONS):
         step = a * identity + b * gram + c * gram @ gram
