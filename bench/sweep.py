@@ -44,9 +44,10 @@ CHANGES = (
     "--diffusion_mode v_prediction",
     "--timestep_density high_noise",
     "--timestep_density logit_normal",
-    "--learning_rate 3e-3",
-    "--img_size 128 --batch_size 4",
-    "--img_size 32 --batch_size 64",
+    "--optimizer adamw",
+    "--optimizer adamw --learning_rate 3e-3",
+    "--img_size 64 --batch_size 18",
+    "--img_size 192 --batch_size 2",
 )
 
 
