@@ -31,7 +31,7 @@ def budget(recipe: Path, machine: Machine) -> list[str]:
     training = settings.training
     parameters, cost = count_crop(settings)
     crops = training.batch_size * training.accumulation_steps * machine.cards
-    memory = training_memory(parameters, cost, training.batch_size, "adamw8bit", half_precision=True)
+    memory = training_memory(parameters, cost, training.batch_size, training.optimizer, half_precision=True)
     assert training.max_steps is not None, f"{recipe} does not say how many steps"
     hours = training.max_steps * crops * cost.flops / (machine.cards * machine.flops * UTILISATION) / 3600
     assert memory < machine.memory, f"{recipe} needs {memory / 1e9:.1f} GB"

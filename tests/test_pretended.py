@@ -85,9 +85,10 @@ def test_weights_and_densities_read_nothing(pretended, gamma, density):
     assert not pretended.reads
 
 
-def test_an_optimiser_step_reads_once(pretended):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_optimiser_step_reads_once(pretended, optimizer):
     network = small_unet().to(pretended.device)
-    config = TrainingConfig(max_steps=4, optimizer="adamw", warmup_steps=1)
+    config = TrainingConfig(max_steps=4, optimizer=optimizer, warmup_steps=1)
     state = new_state(network, config)
     loss = DiffusionModel(100, pretended.device).restoration_loss(Bicubic(scale=SCALE))
     for _ in range(2):
