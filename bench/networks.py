@@ -19,7 +19,7 @@ from evaluation import metrics
 from evaluation.images import Picture
 from imaging.files import to_model_range
 from training import TrainingConfig
-from unet import Condition
+from unet import Condition, UNet
 from util import Crops, ImageDataset
 
 SCALE = 4
@@ -32,7 +32,7 @@ class Quality(NamedTuple):
     """After a given time of training."""
 
     steps: int  # of the optimiser, that fitted into the time
-    psnr: float  # mean over the images restored in one step, in dB on luma
+    psnr: float  # mean over the images, in dB on luma
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -146,14 +146,15 @@ def train_for(
     return network.eval(), steps
 
 
-def one_step_psnr(network: nn.Module, images: Iterable[Picture], device: torch.device) -> float:
-    """Mean luma PSNR in dB."""
+def fidelity_psnr(network: nn.Module, images: Iterable[Picture], device: torch.device) -> float:
+    """Mean luma PSNR in dB of the predicted mean, or else of one step."""
+    steps = 0 if isinstance(network, UNet) and network.predictor is not None else 1
     generator = ResidualGenerator(device=device)
     protocol = metrics.Protocol(crop=SCALE)
     values = []
     for picture in images:
         low_res = to_model_range(picture.low_res[None].float() / 255)
-        restored = generator.generate_images(cast(Network, network), low_res, 1, 1, seed=0).cpu()
+        restored = generator.generate_images(cast(Network, network), low_res, 1, steps, seed=0).cpu()
         values.append(float(metrics.psnr(restored, picture.truth[None].float() / 255, protocol)))
     return sum(values) / len(values)
 
@@ -173,5 +174,5 @@ def qualities(
     found = {}
     for name, network in networks.items():
         trained, steps = train_for(seconds, network, timings[name], photos, device)
-        found[name] = Quality(steps, one_step_psnr(trained, images, device))
+        found[name] = Quality(steps, fidelity_psnr(trained, images, device))
     return found

@@ -47,7 +47,10 @@ CASES = (
         Case("Set5", 4, degradation, {"clean": ["fidelity", "detail"], "photo": list(MODES)})
         for degradation in ("light", "photo", "heavy")
     ),
-    Case("BSD100", 4, "photo", {"clean": ["fidelity"], "photo": ["fidelity", "detail"]}),
+    *(
+        Case("BSD100", 4, degradation, {"clean": ["fidelity"], "photo": ["fidelity", "detail"]})
+        for degradation in ("light", "photo", "heavy")
+    ),
     Case("Set5", 2, "bicubic", {"clean": [*MODES, *CONSISTENT]}),
     Case("BSD100", 2, "bicubic", {"clean": ["fidelity"]}),
     *(Case(name, 3, "bicubic", {"clean": ["fidelity"]}) for name in ("Set5", "BSD100")),

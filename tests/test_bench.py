@@ -7,7 +7,7 @@ from torch import nn
 
 from bench.contenders import Peer, our_network
 from bench.data import resizers
-from bench.networks import denoising_step, floating_point_operations, one_step_psnr, training_step
+from bench.networks import denoising_step, fidelity_psnr, floating_point_operations, training_step
 from bench.restorers import RESTORERS
 from bench.sweep import BUDGETS, CHANGES, RECIPE, SIZES, Trial, run, scaling_trials
 from bench.tables import table
@@ -83,7 +83,7 @@ def test_a_peer_sees_the_upscaled_image_and_can_be_trained_and_measured():
     peer.scale.fill_(4)
     for parameter in peer.parameters():
         parameter.data.zero_()  # a silent network: the residual is 0, and the result is bicubic
-    found = one_step_psnr(peer, [Picture("a", pixels, low_res)], CPU)
+    found = fidelity_psnr(peer, [Picture("a", pixels, low_res)], CPU)
     assert 10 < found < 40
 
 
