@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     weights = "photo or clean, the project's own, or a .pth or .safetensors file; without it, bicubic alone"
     model.add_argument("--weights", "--weights_path", dest="weights_path", help=weights)
     model.add_argument("--device", default="auto", help=f"auto, cuda, mps or cpu {shown}")
-    precision = f"auto is bf16 where the hardware has it {shown}"
+    precision = f"auto is bf16 where the device has it natively {shown}"
     model.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
     _add_restoring_flags(parser)
     output = parser.add_argument_group("output", "written at the end, each file whole or not at all")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports below take seconds, Ctrl-C just ends it
@@ -31,7 +31,7 @@ from PIL import ImageColor
 from tqdm import tqdm
 
 from engine.checkpoint import LoadedModel, export_safetensors, load_model, released_model
-from engine.device import autocast_dtype, compile_network, is_out_of_memory
+from engine.device import Precision, autocast_dtype, compile_network, is_out_of_memory
 from engine.options import OptionError, add_flags, from_args, with_flag
 from engine.processes import Processes, started_processes
 from engine.signals import STOPPING
@@ -59,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(parser.add_argument_group("restoring"), RestoreConfig)
     add = parser.add_argument_group("computing").add_argument
     add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the network (default: auto)")
+    precision = "auto is bf16 where the device has it natively (default: auto)"
+    add("--precision", choices=get_args(Precision), default="auto", help=precision)
     compiled = "torch.compile: a minute per new size of image, no gain on CPUs"
     add("--compile", action="store_true", help=compiled)
     return parser
@@ -301,7 +302,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         if not args.inputs and not args.input:
             return 0
     device = processes.device
-    restorer = build_restorer(models, config, args.scale, device, autocast_dtype(device, args.dtype))
+    restorer = build_restorer(models, config, args.scale, device, autocast_dtype(device, args.precision))
     tasks = plan_tasks(args, float(restorer.scale))
     if args.skip_existing:
         missing = [task for task in tasks if not task.target.exists()]

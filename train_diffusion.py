@@ -66,7 +66,7 @@ class RunOptions(Options):
     residual_std: float | None = option(None, "what residuals are divided by; by default measured", above=0)
     device: str = option("auto", "auto, cuda, mps or cpu", fixed=False)
     precision: Precision = option(
-        "auto", "auto is bf16 on GPUs that have it; fp16 scales the loss, for those that do not", fixed=False
+        "auto", "auto is bf16 where the device has it; fp16 scales the loss, for GPUs without", fixed=False
     )
     checkpoint_activations: bool = option(False, "less memory, a third more time", fixed=False)
     compile: bool = option(False, "torch.compile the network: a slow start", fixed=False)

@@ -21,7 +21,7 @@ from bench.contenders import NAMES, OURS, RECIPE, contenders, our_network
 from bench.restorers import RESTORERS
 from bench.tables import table
 from bench.timing import Timing, in_turns
-from engine.device import select_device
+from engine.device import autocast_dtype, select_device
 from evaluation.config import EvaluationConfig
 from evaluation.images import ImageSet
 from imaging.atomic import write_text_atomically
@@ -43,7 +43,7 @@ def machine(device: torch.device) -> list[str]:
     return [
         f"- {cpu}{gpu}; Python {platform.python_version()}",
         f"- {versions}",
-        f"- commit {commit.stdout.strip()}",
+        f"- commit {commit.stdout.strip()}; {autocast_dtype(device) or torch.float32}",
     ]
 
 

@@ -15,6 +15,7 @@ from bench.timing import Timing, in_turns
 from degradation import Bicubic
 from diffusion import DiffusionModel, Network, ResidualGenerator
 from engine.checkpoint import load_checkpoint, load_weights
+from engine.device import autocast_dtype
 from evaluation import metrics
 from evaluation.images import Picture
 from imaging.files import to_model_range
@@ -37,7 +38,8 @@ class Quality(NamedTuple):
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """What `--precision auto` chooses."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    dtype = autocast_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def training_step(network: nn.Module, batch: int, size: int, device: torch.device) -> Callable[[], None]:
@@ -80,7 +82,7 @@ def restoration(network: nn.Module, size: int, steps: int, device: torch.device)
     cast(Network, network).residual_std.fill_(0.1)
     cast(Network, network).scale.fill_(SCALE)
     low_res = torch.zeros(1, 3, size, size)
-    generator = ResidualGenerator(device=device, precision=torch.bfloat16 if device.type == "cuda" else None)
+    generator = ResidualGenerator(device=device, precision=autocast_dtype(device))
 
     def restore() -> None:
         generator.generate_images(cast(Network, network), low_res, 1, steps, seed=0)
@@ -108,7 +110,7 @@ def floating_point_operations(work: Callable[[], None]) -> int:
 
 def matrix_product_rate(device: torch.device, side: int) -> float:
     """Floating-point operations per second of a large square one."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = autocast_dtype(device) or torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     timing = in_turns({"product": lambda: matrix @ matrix}, rounds=7, device=device)["product"]
     return 2 * side**3 / timing.low
@@ -131,13 +133,12 @@ def train_for(
     cast(Network, network).residual_std.zero_()
     training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
     diffusion = DiffusionModel(device=device, timestep_density="high_noise")
-    precision = torch.bfloat16 if device.type == "cuda" else None
     with tempfile.TemporaryDirectory() as folder:
         run, _ = diffusion.train(
             network,
             training,
             config,
-            precision=precision,
+            precision=autocast_dtype(device),
             checkpoint_dir=Path(folder),
             log_dir=Path(folder) / "logs",
         )

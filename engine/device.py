@@ -28,17 +28,26 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
-    """None for float32; "auto": bfloat16 where a GPU has it natively; ValueError if it cannot be had."""
+    """None for float32; "auto": bfloat16 where the device has it natively; ValueError if it cannot be had."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
     if precision in ("fp32", "fp16"):
         return None if precision == "fp32" else torch.float16
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = has_bfloat16(device)
     if precision == "auto":
         return torch.bfloat16 if native else None
-    if native or device.type == "cpu":  # virtual machines that announce AMX without having it end with SIGILL
+    if native or device.type == "cpu":
         return torch.bfloat16
     raise ValueError(f"bf16 is not available on {device.type} here; use auto, fp16 or fp32")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32, and safe."""
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        # Virtual machines that announce AMX without having it end with SIGILL.
+        return bool(has.get("avx512_bf16")) and not has.get("amx_tile")
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def tune_for_training(device: torch.device) -> None:

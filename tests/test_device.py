@@ -44,11 +44,24 @@ def test_a_missing_device_is_an_error_not_a_fallback():
 def test_precisions():
     cpu = torch.device("cpu")
     assert autocast_dtype(cpu, "fp32") is None
-    assert autocast_dtype(cpu, "auto") is None
     assert autocast_dtype(cpu, "bf16") == torch.bfloat16
     assert autocast_dtype(cpu, "fp16") == torch.float16
     with pytest.raises(ValueError, match="fp8"):
         autocast_dtype(cpu, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        ({}, None),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_tile": False}, None),
+        ({"avx512_bf16": True, "amx_tile": False}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_tile": True}, None),  # maybe announced only
+    ],
+)
+def test_auto_on_a_cpu_is_bfloat16_where_it_is_fast_and_safe(monkeypatch, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert autocast_dtype(torch.device("cpu"), "auto") == expected
 
 
 def test_a_cpu_reads_its_images_itself_and_a_gpu_has_workers_for_it():

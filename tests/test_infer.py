@@ -46,7 +46,7 @@ def picture():
 
 def here(*arguments):
     """Run infer.py in this process, on the CPU."""
-    return infer.main([*map(str, arguments), "--device", "cpu", "--dtype", "fp32"])
+    return infer.main([*map(str, arguments), "--device", "cpu", "--precision", "fp32"])
 
 
 # ------------------------------------------------------------------------------------------ as a user runs it
