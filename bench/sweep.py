@@ -138,6 +138,8 @@ def plot(results: dict[str, list[Result]]) -> "Figure":
             points = [(one.tflop, getattr(one, name)) for one in line]
             axes.plot(*zip(*points, strict=True), "o-", label=f"{size}, {millions:.1f} M parameters")
         axes.set(xscale="log", xlabel="TFLOP of training", ylabel=label)
+        axes.set_xticks(BUDGETS, labels=[str(budget) for budget in BUDGETS])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
