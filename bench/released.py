@@ -53,6 +53,7 @@ CASES = (
     ),
     Case("Set5", 2, "bicubic", {"clean": [*MODES, *CONSISTENT]}),
     Case("BSD100", 2, "bicubic", {"clean": ["fidelity"]}),
+    Case("Set5", 2, "photo", {"clean": ["fidelity"], "photo": ["fidelity", "detail"]}),
     *(Case(name, 3, "bicubic", {"clean": ["fidelity"]}) for name in ("Set5", "BSD100")),
 )
 

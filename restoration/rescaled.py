@@ -46,15 +46,16 @@ def plan_chain(scale: float, factors: Sequence[float]) -> tuple[float, ...]:
 def find_weights(name: str | Path | None = None, scale: float | None = None) -> list[Path]:
     """Of "photo" or "clean", the project's own, or of a path.
 
-    None is clean, but photo for the first pass, which sees the photo, where there is such a file.
+    None is photo, as far as its largest enlargement reaches; beyond that clean follows.
     """
     if name is not None and name not in KINDS:
         return [Path(name)]
-    kind = str(name or "clean")
+    wanted, photo = 4.0 if scale is None else scale, released_scales("photo")
+    kind = str(name or ("photo" if wanted <= max(photo, default=0) else "clean"))
     factors = released_scales(kind) or [4.0]  # without any, released_model says so
-    chain = list(dict.fromkeys(plan_chain(4.0 if scale is None else scale, factors)))
+    chain = list(dict.fromkeys(plan_chain(wanted, factors)))
     kinds = [kind] * len(chain)
-    if name is None and chain[0] in released_scales("photo"):
+    if name is None and chain[0] in photo:
         kinds[0] = "photo"
     return [released_model(*each) for each in zip(chain, kinds, strict=True)]
 

@@ -16,6 +16,7 @@ from evaluation.images import ImageSet
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, write_image
 from restoration import RestoreConfig, restore
+from restoration.rescaled import find_weights
 from unet import UNet
 
 RELEASED = [(4, "clean"), (2, "clean"), (4, "photo")]
@@ -35,6 +36,21 @@ def test_the_files_are_small_and_their_cards_name_them(scale, weights):
 def test_an_enlargement_that_is_not_there_is_named():
     with pytest.raises(CheckpointError, match=r"x3 .*x2, x4"):
         released_model(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "files"),
+    [
+        (None, None, ["photo_x4"]),
+        (None, 1.5, ["photo_x4"]),
+        (None, 8, ["photo_x4", "x2"]),
+        ("photo", 2, ["photo_x4"]),
+        ("clean", 2, ["x2"]),
+        ("clean", 3, ["x4"]),
+    ],
+)
+def test_a_real_photo_is_cleaned_at_every_scale(name, scale, files):
+    assert [path.stem for path in find_weights(name, scale)] == files
 
 
 @pytest.mark.slow

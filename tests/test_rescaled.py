@@ -108,11 +108,13 @@ def test_the_script_and_python_enlarge_by_the_released_models(tmp_path):
     """x8 is x4, then x2."""
     photo = dead_leaves((9, 7), np.random.default_rng(1))
     write_image(tmp_path / "a.png", photo)
-    flags = [str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), "--device", "cpu", "--dtype", "fp32"]
+    flags = [str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    flags += ["--precision", "fp32"]
     assert main([*flags, "--scale", "8"]) == 0
     assert main([*flags, "--scale", "2.5"]) == 0
     largest = decode_image(tmp_path / "out" / "a_x8.png").pixels
-    twice = restore(restore(photo, scale=4, device="cpu").pixels, scale=2, device="cpu").pixels
+    here = {"device": "cpu", "precision": "fp32"}
+    twice = restore(restore(photo, scale=4, **here).pixels, "clean", scale=2, **here).pixels
     np.testing.assert_array_equal(largest, twice)
     assert decode_image(tmp_path / "out" / "a_x2.5.png").pixels.shape == (23, 18, 3)
     assert main([*flags, "--scale", "8", "--export", str(tmp_path / "x.safetensors")]) == 2
