@@ -157,14 +157,14 @@ def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int, deta
 
 
 def sigma_range(num_inference_steps: int) -> tuple[float, float]:
-    """The largest and smallest noise_scale / signal_scale after T - 1: 7.2 and 0.05 for 6 steps."""
+    """The largest and smallest noise_scale / signal_scale after T - 1: 4.8 and 0.05 for 6 steps."""
     # What lies beyond is crossed in one step and costs variance; what lies between needs short steps. Up to
     # 10 steps the largest level grows with their number, for LPIPS on held-out photos (recipes/ABLATIONS.md).
     # The smallest, of an x4 residual less than a grey level, stays. From 10 to 100 only the smallest falls: a
     # larger largest lets in more of the network's error at the noisiest levels. Above 100 both widen, so that
     # nothing is lost in the limit.
     few, many = min(num_inference_steps, 10), max(1.0, num_inference_steps / 100)
-    return 1.2 * few * many**2, 0.5 / max(10, num_inference_steps)
+    return 8.0 * few * many**2, 0.5 / max(10, num_inference_steps)
 
 
 def _levels(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[tuple[float, float]]:

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 # The mean has the highest PSNR and no texture it is unsure of; a sample has the texture and, for a perfect
 # model, twice the squared error. Between them lie samples that start from less noise. 0 steps are the mean
 # that the network predicts; one that predicts none gives it in one step.
-PRESETS: dict[Preset, float] = {"fidelity": 0.0, "balanced": 0.2, "detail": 1.0}
+PRESETS: dict[Preset, float] = {"fidelity": 0.0, "balanced": 0.3, "detail": 1.0}
 SAMPLED_STEPS = 6
 CONSISTENCY_ROUNDS = 10
 
