@@ -164,7 +164,7 @@ def sigma_range(num_inference_steps: int) -> tuple[float, float]:
     # larger largest lets in more of the network's error at the noisiest levels. Above 100 both widen, so that
     # nothing is lost in the limit.
     few, many = min(num_inference_steps, 10), max(1.0, num_inference_steps / 100)
-    return 8.0 * few * many**2, 0.5 / max(10, num_inference_steps)
+    return 0.8 * few * many**2, 0.5 / max(10, num_inference_steps)
 
 
 def _levels(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[tuple[float, float]]:
