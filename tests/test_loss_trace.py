@@ -25,7 +25,8 @@ STEPS = 20
 
 def machine():
     """What the last bits depend on."""
-    return {"torch": torch.__version__.split("+")[0], "cpu": torch.backends.cpu.get_cpu_capability()}
+    cpu = torch.cpu.get_capabilities()["cpu_name"]
+    return {"torch": torch.__version__.split("+")[0], "cpu": cpu}
 
 
 def trace(folder):
