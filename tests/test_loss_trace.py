@@ -25,7 +25,7 @@ STEPS = 20
 
 def machine():
     """What the last bits depend on."""
-    cpu = torch.cpu.get_capabilities()["cpu_name"]
+    cpu = torch.cpu.get_capabilities().get("cpu_name")
     return {"torch": torch.__version__.split("+")[0], "cpu": cpu}
 
 
