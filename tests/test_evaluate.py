@@ -208,9 +208,9 @@ def test_a_model_row_is_what_the_restorer_writes(leaves, random_weights, how):
 
 @pytest.mark.slow
 def test_averaging_samples_removes_noise_and_has_an_uncertainty(leaves, random_weights):
-    how = [{"steps": 3, "num_images": number} for number in (1, 4)]
+    how = [{"steps": 3, "detail": 0.375, "num_images": number} for number in (1, 4)]
     single, mean = measured(leaves, random_weights, how).rows[1:]
-    assert mean["psnr"] > single["psnr"] + 0.02
+    assert mean["psnr"] > single["psnr"] + 0.1
     assert -1 <= mean["uncertainty_pearson"] <= 1
     assert -1 <= mean["uncertainty_spearman"] <= 1
 
