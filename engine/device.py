@@ -33,7 +33,7 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
     if precision in ("fp32", "fp16"):
         return None if precision == "fp32" else torch.float16
-    native = has_bfloat16(device)
+    native = _has_bfloat16(device)
     if precision == "auto":
         return torch.bfloat16 if native else None
     if native or device.type == "cpu":
@@ -41,7 +41,7 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     raise ValueError(f"bf16 is not available on {device.type} here; use auto, fp16 or fp32")
 
 
-def has_bfloat16(device: torch.device) -> bool:
+def _has_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are faster than in float32, and safe."""
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
