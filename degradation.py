@@ -91,6 +91,7 @@ class Photo(Options):
     gaussian_share: float = option(0.5, "of noise that is Gaussian, not Poisson's", low=0, high=1)
     grey_share: float = option(0.4, "of noise that is the same in all channels", low=0, high=1)
     jpeg_quality: tuple[float, ...] = option((30.0, 95.0), "of JPEG, both times", low=1, high=100)
+    jpeg_share: float = option(1.0, "of either time that JPEG is there at all", low=0, high=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,6 +177,8 @@ class Photo(Options):
         return poisson_noise(image, self.amount * drawn(scales, random), grey, random)
 
     def _compressed(self, image: Image, random: Random) -> Image:
+        if self.jpeg_share < 1 and random.random() >= self.jpeg_share:
+            return image
         quality = 100 - self.amount * (100 - drawn(self.jpeg_quality, random))
         pixels: Any = cv2.imdecode(jpeg(image, round(quality)), cv2.IMREAD_UNCHANGED)
         return np.asarray(np.float32(1 / 255) * pixels)

@@ -216,6 +216,27 @@ def test_the_clean_share_is_what_is_asked(picture):
     assert np.mean(clean) == pytest.approx(0.5, abs=0.15)
 
 
+@pytest.mark.parametrize(("share", "between"), [(0.0, (-0.1, 0.1)), (1.0, (0.4, 1.0))])
+def test_noise_is_white_in_colour_unless_jpeg_halves_the_chroma(share, between):
+    flat = torch.full((3, 512, 512), 128, dtype=torch.uint8)
+    photo = Photo(
+        strength=1,
+        clean_share=0,
+        gaussian_share=1,
+        grey_share=0,
+        second_resize_shares=(0, 0, 1),
+        second_noise_sigma=(20, 20),
+        final_sinc_share=0,
+        jpeg_quality=(90, 90),
+        jpeg_share=share,
+    )
+    image = photo(flat, random()).float()
+    chroma = image[0] - image[1]
+    chroma = chroma - chroma.mean()
+    neighbours = float((chroma[:, 1:] * chroma[:, :-1]).mean() / chroma.square().mean())
+    assert between[0] < neighbours < between[1]
+
+
 # ---------------------------------------------------------------------------------------------------- options
 
 
