@@ -91,7 +91,9 @@ class Photo(Options):
     gaussian_share: float = option(0.5, "of noise that is Gaussian, not Poisson's", low=0, high=1)
     grey_share: float = option(0.4, "of noise that is the same in all channels", low=0, high=1)
     jpeg_quality: tuple[float, ...] = option((30.0, 95.0), "of JPEG, both times", low=1, high=100)
-    jpeg_share: float = option(1.0, "of either time that JPEG is there at all", low=0, high=1)
+    jpeg_share: float = option(
+        1.0, "of these JPEGs that are made; without them noise stays white in colour", low=0, high=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
