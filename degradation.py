@@ -179,6 +179,7 @@ class Photo(Options):
         return poisson_noise(image, self.amount * drawn(scales, random), grey, random)
 
     def _compressed(self, image: Image, random: Random) -> Image:
+        # At 1 nothing is drawn: the presets keep the samples that weights/RESULTS.md was measured on.
         if self.jpeg_share < 1 and random.random() >= self.jpeg_share:
             return image
         quality = 100 - self.amount * (100 - drawn(self.jpeg_quality, random))
