@@ -18,11 +18,11 @@ from typing import Any
 
 from PIL import Image
 
-from engine.checkpoint import RELEASED, load_model
+from engine.checkpoint import RELEASED
 from imaging.files import Pixels, as_rgb8, decode_image
+from models import load_model
 from restoration import PRESETS, RestoreConfig, restore
 from restoration.batch import FILE_ERRORS, describe_failure
-from unet import UNet
 
 SIDE = 2048  # pixels of the longer side of what the slider shows; the download has them all
 KEPT = 3600  # seconds until a picture is removed, where the page stays open
@@ -43,7 +43,7 @@ def restore_upload(upload: str | None, weights: str, mode: str, report: Any) -> 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / source.name
         try:
-            model = loaded(Path(weights), UNet)
+            model = loaded(Path(weights))
             target = target.with_name(f"{source.stem}_x{float(model.network.scale.max()):g}.png")
             config = RestoreConfig(mode=mode)  # type: ignore[arg-type]  # one of PRESETS; checked there
             image = decode_image(source)

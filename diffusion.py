@@ -13,17 +13,17 @@ int64 (B,), T - 1 the noisiest. Images are in [-1, 1], clean has unit variance.
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, Unpack, cast
+from typing import Any, Protocol, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from bicubic import exact_scale, upscale_image
 from degradation import Degradation
-from engine.checkpoint import Checkpoint, CheckpointError, load_model, load_weights, read_for_resume
+from engine.checkpoint import Checkpoint, CheckpointError, load_weights, read_for_resume, read_model
 from engine.options import Options, Plain, option
 from engine.run import RunFiles
 from imaging.files import to_unit_range
@@ -195,6 +195,10 @@ class Network(Protocol):
         """(B, C, H, W), (B,), the encoded condition -> (B, C, H, W)."""
         ...
 
+    def to(self, device: torch.device, /) -> Self: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
 
 class DiffusionModel:
     """The forward process, the loss, and training; OptionError for unknown values."""
@@ -361,11 +365,11 @@ class DiffusionModel:
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
         """The averaged weights; CheckpointError: damaged, unfit, or of another process."""
-        loaded = load_model(path, type(model))
-        self._check_process(loaded.process, path)
-        load_weights(model, loaded.network.state_dict(), path)
+        file = read_model(path)
+        self._check_process(file.sections.get("process"), path)
+        load_weights(model, file.weights, path)
         if verbose:
-            print(f"{path}: {self.mode}, {loaded.step} steps")  # noqa: T201  # what verbose asks for
+            print(f"{path}: {self.mode}, {file.step} steps")  # noqa: T201  # what verbose asks for
 
     def load_checkpoint_for_resume(self, state: TrainState, checkpoint: str | Path | Checkpoint) -> None:
         """CheckpointError, also of another optimiser."""
@@ -415,7 +419,8 @@ class ResidualGenerator:
 
     Args:
         img_size: longer side of a result, for networks without a scale.
-        num_train_timesteps, predict_mode, schedule: of the training.
+        num_train_timesteps, predict_mode: of the training.
+        process: of the training, instead of these two, as `load_model(path).process`.
         precision: dtype to autocast to, None for float32.
         guidance: estimates go from those without tokens, 0, to those with them, 1, and beyond (Ho & Salimans
             2022, Eq. 6); another than 1 costs a second evaluation.
@@ -428,9 +433,10 @@ class ResidualGenerator:
         device: torch.device | str = "cpu",
         num_train_timesteps: int = 1000,
         predict_mode: str = "v_prediction",
+        *,
+        process: ProcessConfig | None = None,
         precision: torch.dtype | None = None,
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
-        schedule: str = "cosine",
         guidance: float = 1.0,
     ) -> None:
         self.guidance = guidance
@@ -438,20 +444,9 @@ class ResidualGenerator:
         self.img_size = img_size
         self.device = torch.device(device)
         self.precision = precision
-        self.diffusion = DiffusionModel(num_train_timesteps, device, predict_mode, schedule)
-        self.sampler = Sampler(scheduler, *self.diffusion.process.scales())
-
-    @classmethod
-    def of(
-        cls,
-        process: ProcessConfig,
-        device: torch.device | str,
-        precision: torch.dtype | None = None,
-        scheduler: SchedulerName = DEFAULT_SCHEDULER,
-        guidance: float = 1.0,
-    ) -> "ResidualGenerator":
-        steps, mode = process.timesteps, process.mode
-        return cls(3, 256, device, steps, mode, precision, scheduler, process.schedule, guidance)
+        process = process or ProcessConfig(num_train_timesteps, predict_mode)
+        self.diffusion = DiffusionModel.of(process, device)
+        self.sampler = Sampler(scheduler, *process.scales())
 
     def generate_images(
         self,

@@ -22,26 +22,27 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, get_args
+from typing import NoReturn, cast, get_args
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports below take seconds, Ctrl-C just ends it
 
 from PIL import ImageColor
+from torch import nn
 from tqdm import tqdm
 
-from engine.checkpoint import LoadedModel, export_safetensors, load_model, released_model
+from engine.checkpoint import released_model
 from engine.device import Precision, autocast_dtype, compile_network, is_out_of_memory
 from engine.options import OptionError, add_flags, from_args, with_flag
 from engine.processes import Processes, started_processes
 from engine.signals import STOPPING
 from evaluation.pairs import find_original
 from imaging.files import WRITABLE_SUFFIXES, list_images
+from models import LoadedModel, export_safetensors, load_model
 from restoration import RestoreConfig, Restorer, blend
 from restoration.batch import FILE_ERRORS, Task, describe_failure, one_line, restore_file
 from restoration.denoiser import Progress
 from restoration.rescaled import AnyScale, build_restorer, find_weights
-from unet import UNet
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 SECONDS_BETWEEN_LINES = 30  # of progress, where stderr is a log
@@ -271,16 +272,16 @@ def shown(name: str, is_main: bool) -> Iterator[Progress]:
         yield log
 
 
-def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel[UNet]]:
+def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel]:
     """The models that the flags name, which the main process says unless a flag names its file."""
     paths = find_weights(args.weights_path, args.scale)
-    models = [load_model(path, UNet) for path in paths]
+    models = [load_model(path) for path in paths]
     said = None if paths == [Path(args.weights_path or "")] else ", ".join(map(str, paths))
     if args.strength is not None:
         clean = released_model(float(models[0].network.scale.max()))
         if paths[0] == clean:
             raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
-        models[0] = blend(load_model(clean, UNet), models[0], args.strength)
+        models[0] = blend(load_model(clean), models[0], args.strength)
         said = f"{args.strength:g} of the way from {clean} to {', '.join(map(str, paths))}"
     if is_main and said:
         warn(f"weights: {said}")
@@ -314,7 +315,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     processes.gather(None)  # none begins to write before all have checked
     if args.compile:
         for one in models:
-            compile_network(one.network, device)
+            compile_network(cast(nn.Module, one.network), device)
     return restore_all(tasks, restorer, args, processes)
 
 

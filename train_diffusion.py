@@ -22,7 +22,7 @@ import torch
 
 from degradation import Degradation, Photo, degradation_from_dict
 from diffusion import DiffusionModel, Distance, LossConfig, ProcessConfig
-from engine.checkpoint import Checkpoint, LoadedModel, load_model, load_weights, read_for_resume
+from engine.checkpoint import Checkpoint, load_weights, read_for_resume
 from engine.cost import Cost, count_cost, training_memory
 from engine.device import Precision, autocast_dtype, compile_network, is_out_of_memory, tune_for_training
 from engine.options import OptionError, Options, add_flags, flag_of, option, specs, with_flag
@@ -34,6 +34,7 @@ from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
 from imaging.sizes import default_cache_dir
+from models import LoadedModel, load_model
 from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError, learning_rate_at, optimizer_for
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import Augmentation, ImageDataset
@@ -231,7 +232,7 @@ def make_model(settings: Settings, device: torch.device) -> UNet:
     torch.manual_seed(settings.training.seed)
     model, run = UNet.from_config(settings.network), settings.run
     if run.init_weights is not None:
-        loaded = load_model(run.init_weights, UNet)
+        loaded = load_model(run.init_weights)
         _check_start(loaded, settings, run.init_weights)
         load_weights(model, loaded.network.state_dict(), run.init_weights)
     if run.residual_std is not None:
@@ -240,17 +241,16 @@ def make_model(settings: Settings, device: torch.device) -> UNet:
     return model.to(memory_format=torch.channels_last).to(device)
 
 
-def _check_start(loaded: LoadedModel[UNet], settings: Settings, path: str) -> None:
+def _check_start(loaded: LoadedModel, settings: Settings, path: str) -> None:
     scales = loaded.network.scale.flatten()
     own = torch.tensor(settings.network.scales or [settings.degradation.scale])
     if not torch.equal(scales, own):
         there, here = (" ".join(f"{one:g}" for one in each.tolist()) for each in (scales, own))
         raise ValueError(f"--init_weights {path} enlarges by {there}, but --downscale_factor is {here}")
-    recorded = ProcessConfig.from_dict(loaded.process)
-    if recorded != settings.process:
-        raise ValueError(f"--init_weights {path} is of {recorded}, but this run has {settings.process}")
-    if loaded.degradation and loaded.degradation != settings.degradation.to_dict():
-        logger.warning("%s has learnt from another degradation: %s", path, loaded.degradation)
+    if loaded.process != settings.process:
+        raise ValueError(f"--init_weights {path} is of {loaded.process}, but this run has {settings.process}")
+    if loaded.degradation != settings.degradation:
+        logger.warning("%s has learnt from another degradation: %s", path, loaded.degradation.describe())
 
 
 def blank_crop(settings: Settings, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Condition]:

@@ -18,13 +18,12 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine import VERSION
-from engine.options import Options
 from imaging.atomic import write_atomically
 
 FORMAT = 2
@@ -44,18 +43,11 @@ class Checkpoint(NamedTuple):
     content: dict[str, Any]
 
 
-NetworkT = TypeVar("NetworkT", bound=nn.Module)
+class ModelFile(NamedTuple):
+    """What restoring needs of a checkpoint or an exported model."""
 
-
-class LoadedModel(NamedTuple, Generic[NetworkT]):
-    """In evaluation mode, with the averaged weights.
-
-    `process` are options of diffusion.ProcessConfig; `degradation` is empty (bicubic) in format 1.
-    """
-
-    network: NetworkT
-    process: dict[str, Any]
-    degradation: dict[str, Any]
+    sections: dict[str, Any]  # options by name, of the network and of whatever else describes the model
+    weights: StateDict  # averaged, float32
     step: int
 
 
@@ -138,21 +130,16 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
     model.load_state_dict(weights)
 
 
-def load_model(
-    path: str | Path, network: type[NetworkT], device: torch.device | str = "cpu"
-) -> LoadedModel[NetworkT]:
-    """From a checkpoint or an exported model, by `network.from_config`; else CheckpointError."""
+def read_model(path: str | Path) -> ModelFile:
+    """Read and verify a checkpoint or an exported model, told apart by content; CheckpointError."""
     path = Path(path)
     content = _read_safetensors(path) if _is_safetensors(path) else load_checkpoint(path)
+    if content["format"] == 1 and "unet" in content:
+        content["network"] = content.pop("unet")
     try:
-        options = content["network" if content["format"] == FORMAT else "unet"]
-        weights, process, step = content["ema"], dict(content["process"]), int(content["step"])
-        rebuilt = network.from_config(options)  # type: ignore[attr-defined]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return ModelFile(content, content["ema"], int(content["step"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
-    load_weights(rebuilt, weights, path)
-    rebuilt.to(memory_format=torch.channels_last).to(torch.device(device)).eval().requires_grad_(False)
-    return LoadedModel(rebuilt, process, content.get("degradation", {}), step)
 
 
 def released_scales(kind: str = "clean") -> list[float]:
@@ -175,19 +162,16 @@ def released_model(scale: float = 4, kind: str = "clean") -> Path:
     return path
 
 
-def export_safetensors(model: LoadedModel[NetworkT], path: str | Path) -> None:
-    """In half precision."""
+def export_model(path: str | Path, model: ModelFile) -> None:
+    """Write a .safetensors file in half precision, or raise CheckpointError."""
     from safetensors.torch import save
 
-    keep = {"residual_std", "scale"}  # two numbers that every pixel depends on stay in single precision
-    weights = {
-        name: (value if name in keep else value.half()).cpu().contiguous()
-        for name, value in model.network.state_dict().items()
+    weights = {  # single numbers, which every pixel depends on, stay in single precision
+        name: (value.half() if value.ndim else value).cpu().contiguous()
+        for name, value in model.weights.items()
     }
-    config: Options = model.network.config  # type: ignore[assignment]
-    sections = {"network": config.to_dict(), "process": model.process, "degradation": model.degradation}
     header = {"format": str(FORMAT), "version": VERSION, "step": str(model.step), "sha256": _digest(weights)}
-    header |= {name: json.dumps(values) for name, values in sections.items()}
+    header |= {name: json.dumps(values) for name, values in model.sections.items()}
     try:
         # Not save_file, which makes a file that its owner alone can read.
         encoded = save(weights, metadata=header)

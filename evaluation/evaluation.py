@@ -13,8 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bicubic import resize
-from diffusion import ProcessConfig
-from engine.checkpoint import load_model
 from engine.processes import Processes
 from evaluation.config import EvaluationConfig
 from evaluation.images import ImageSet, Picture, printable, random_of
@@ -24,10 +22,10 @@ from evaluation.report import Json, Label, Report, Scores
 from evaluation.table import METRICS, Conditions, Pair
 from evaluation.wasserstein import PatchPair, patch_count, patch_positions, pyramid_patches
 from imaging.files import pixels_to_unit, unit_to_pixels
+from models import load_model
 from restoration import RestoreConfig
 from restoration.batch import one_line
 from restoration.rescaled import build_restorer
-from unet import UNet
 
 CPU = torch.device("cpu")
 # What one image may fail with while the others are measured.
@@ -65,7 +63,7 @@ class TrainedModel:
     def __init__(
         self, path: str | Path, device: torch.device = CPU, precision: torch.dtype | None = None
     ) -> None:
-        self.loaded = load_model(Path(path), UNet, device)
+        self.loaded = load_model(path, device=device)
         self.path, self.device, self.precision = Path(path), device, precision
 
     def method(self, how: RestoreConfig, scale: float) -> Method:
@@ -83,7 +81,7 @@ class TrainedModel:
         return Method(label, restore, self.device)
 
     def describe(self) -> dict[str, Json]:
-        process = ProcessConfig.from_dict(self.loaded.process)
+        process = self.loaded.process
         return {
             "file": printable(self.path.name),
             "sha256": file_digest(self.path),

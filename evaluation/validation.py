@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import DiffusionModel, Network
-from engine.checkpoint import LoadedModel
 from engine.processes import Processes
 from evaluation.metrics import Protocol
 from evaluation.table import METRICS, Conditions, Pair
 from imaging.files import to_unit_range
+from models import LoadedModel
 from restoration import RestoreConfig, Restorer
 from training import NonFiniteError, Validation
 from unet import Condition, UNet
@@ -113,7 +113,7 @@ class Validator:
 
     def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig, tokens: Tensor | None) -> Tensor:
         """(B, C, H, W) in [0, 1] on the CPU."""
-        loaded = LoadedModel(model, self.diffusion.process.to_dict(), self.degradation.to_dict(), 0)
+        loaded = LoadedModel(cast(Network, model), self.diffusion.process, self.degradation, 0)
         restorer = Restorer(loaded, how, self.processes.device, self.precision)
         restored = restorer(to_unit_range(batch.low_res), tokens if restorer.steps else None)
         if not torch.isfinite(restored).all():

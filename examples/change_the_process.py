@@ -48,7 +48,7 @@ def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Ten
     )
     held_out = [ImageDataset(paths[:4], 64, 2, train=False)[index] for index in range(4)]
     low_res, bicubic, original, _ = (torch.stack(column) for column in zip(*held_out, strict=True))
-    restored = ResidualGenerator.of(diffusion.process, "cpu").generate_images(
+    restored = ResidualGenerator(process=diffusion.process).generate_images(
         unet.eval(), low_res, num_inference_steps=1, seed=0
     )
     return original, bicubic, 2 * restored - 1

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.checkpoint import load_model
 from evaluation.lpips import Lpips
 from evaluation.metrics import Protocol, psnr
 from examples.dead_leaves import dead_leaves
 from imaging.files import list_images, to_unit_range, write_image
+from models import load_model
 from restoration import RestoreConfig, Restorer
-from unet import UNet
 from util import ImageDataset
 
 MOST_WORDS = 4  # of a caption; fewer are filled up with zeros
@@ -79,7 +78,7 @@ def measure(folder: Path, weights: Path) -> None:
     )
     right = [path.with_suffix(".txt").read_text() for path in paths]
     wrong = [list(FILLS)[list(FILLS).index(word) - 1] for word in right]
-    model = load_model(weights, UNet)
+    model = load_model(weights)
     rows = [("none", None, 1.0), ("right", right, 1.0), ("right", right, 2.0), ("wrong", wrong, 1.0)]
     print("| mode | words | guidance | PSNR | LPIPS |\n|---|---|---:|---:|---:|")
     for mode, (name, captions, guidance) in itertools.product(("fidelity", "detail"), rows):

@@ -13,10 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.checkpoint import KINDS, LoadedModel, NetworkT, load_model, released_model, released_scales
+from engine.checkpoint import KINDS, released_model, released_scales
 from engine.device import autocast_dtype, select_device
 from engine.options import OptionError
 from imaging.files import DecodedImage
+from models import LoadedModel, load_model
 from restoration.denoiser import Progress, no_progress
 from restoration.pictures import Restorable
 from restoration.restorer import Restoration, RestoreConfig, Restorer
@@ -135,19 +136,19 @@ class AnyScale:
 
 
 def build_restorer(
-    models: Sequence[LoadedModel[NetworkT]],
+    models: Sequence[LoadedModel],
     config: RestoreConfig,
     scale: float | None,
     device: torch.device,
     precision: torch.dtype | None = None,
 ) -> Restorer | AnyScale:
     """To this scale with these models, each at every enlargement that it has; see `restorer_to`."""
-    alone: list[LoadedModel[Any]] = []
+    alone: list[LoadedModel] = []
     for model in models:
         network = cast(UNet, model.network)
         several = range(len(network.scale)) if network.scale.ndim else ()
         parts = [network.at(number) for number in several] or [network]
-        alone += [model._replace(network=cast(NetworkT, one)) for one in parts]
+        alone += [model._replace(network=one) for one in parts]
     return restorer_to(scale, [Restorer(one, config, device, precision) for one in alone])
 
 
@@ -163,7 +164,7 @@ def restorer_to(scale: float | None, restorers: Sequence[Restorer]) -> Restorer 
 
 def restore(
     image: Restorable,
-    model: str | Path | LoadedModel[NetworkT] | None = None,
+    model: str | Path | LoadedModel | None = None,
     config: RestoreConfig | None = None,
     *,
     scale: float | None = None,
@@ -182,10 +183,10 @@ def restore(
     ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
     """
     chosen = select_device(device)
-    models: list[LoadedModel[Any]] = (
+    models: list[LoadedModel] = (
         [model]
         if isinstance(model, LoadedModel)
-        else [load_model(path, UNet) for path in find_weights(model, scale)]
+        else [load_model(path) for path in find_weights(model, scale)]
     )
     dtype = autocast_dtype(chosen, precision)
     restorer = build_restorer(models, config or RestoreConfig(), scale, chosen, dtype)

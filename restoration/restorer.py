@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -16,15 +16,16 @@ from typing import Literal, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bicubic import Border
-from degradation import degradation_from_dict
-from diffusion import Network, ProcessConfig, ResidualGenerator, one_scale
-from engine.checkpoint import LoadedModel, NetworkT, load_weights
+from degradation import Bicubic, Degradation
+from diffusion import ResidualGenerator, one_scale
+from engine.checkpoint import load_weights
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
 from imaging.metadata import Metadata
+from models import LoadedModel
 from restoration.denoiser import (
     ALL_VIEWS,
     UPRIGHT,
@@ -104,27 +105,24 @@ class Restoration:
         write_image(path, pixels, self.alpha, metadata=self.metadata)
 
 
-def blend(
-    clean: LoadedModel[NetworkT], photo: LoadedModel[NetworkT], strength: float
-) -> LoadedModel[NetworkT]:
+def blend(clean: LoadedModel, photo: LoadedModel, strength: float) -> LoadedModel:
     """Weights clean + strength (photo - clean) (Wang et al. 2019).
 
     ValueError for a strength outside [0, 1], or where their networks, processes or enlargements differ.
     """
     if not 0 <= strength <= 1:
         raise OptionError("strength", strength, "give a number from 0, clean, to 1, photo")
-    networks: list[Network] = [cast(Network, model.network) for model in (clean, photo)]
     described = [
-        (network.config, ProcessConfig.from_dict(model.process), network.scale.tolist())
-        for network, model in zip(networks, (clean, photo), strict=True)
+        (model.network.config, model.process, model.network.scale.tolist()) for model in (clean, photo)
     ]
     if described[0] != described[1]:
         raise ValueError(f"models that differ cannot be blended: {described[0]} and {described[1]}")
     if strength == 0:
         return clean
     first, last = (model.network.state_dict() for model in (clean, photo))
+    weights = {name: first[name].lerp(last[name], strength) for name in first}
     blended = copy.deepcopy(photo.network)
-    load_weights(blended, {name: first[name].lerp(last[name], strength) for name in first}, "the blend")
+    load_weights(cast(nn.Module, blended), weights, "the blend")
     return photo._replace(network=blended)
 
 
@@ -137,15 +135,20 @@ class Restorer:
 
     def __init__(
         self,
-        model: LoadedModel[NetworkT],
+        model: LoadedModel,
         config: RestoreConfig,
         device: torch.device,
         precision: torch.dtype | None = None,
     ) -> None:
-        self.network = cast(Network, model.network.to(device))
+        self.network = model.network.to(device)
         self.config, self.device = config, device
-        process = ProcessConfig.from_dict(model.process)
-        self.generator = ResidualGenerator.of(process, device, precision, config.scheduler, config.guidance)
+        self.generator = ResidualGenerator(
+            device=device,
+            process=model.process,
+            precision=precision,
+            scheduler=config.scheduler,
+            guidance=config.guidance,
+        )
         self.step_count, detail = config.steps_and_detail()
         if not self.step_count and not self.network.mean_reach:
             if config.steps == 0:
@@ -338,13 +341,12 @@ def check_room(shape: Shape, fields: int) -> None:
         )
 
 
-def _border(degradation: Mapping[str, object]) -> Border:
+def _border(degradation: Degradation) -> Border:
     """OptionError for another degradation than bicubic."""
-    kind = degradation.get("kind", "bicubic")
-    if kind != "bicubic":
+    if not isinstance(degradation, Bicubic):
         raise OptionError(
             "consistency",
             True,
-            f"this model undoes {kind}, not bicubic; take the clean weights, or leave it out",
+            f"this model undoes {degradation.kind}, not bicubic; take the clean weights, or leave it out",
         )
-    return degradation_from_dict(degradation).border
+    return degradation.border

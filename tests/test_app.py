@@ -17,10 +17,10 @@ import pytest
 import app
 import infer
 from bicubic import downscale_image
-from engine.checkpoint import export_safetensors
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, write_image
 from imaging.metadata import Metadata
+from models import export_safetensors
 from tests.networks import random_model
 
 ROOT = Path(__file__).parent.parent

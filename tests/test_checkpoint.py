@@ -9,19 +9,14 @@ import torch
 from engine import VERSION, checkpoint
 from engine.checkpoint import (
     CheckpointError,
-    LoadedModel,
-    export_safetensors,
     load_checkpoint,
-    load_model,
     load_weights,
     read_for_resume,
     save_checkpoint,
 )
-from tests.networks import tiny_unet
+from models import LoadedModel, export_safetensors, load_model
+from tests.networks import BICUBIC, PROCESS, tiny_unet
 from unet import Condition, UNet
-
-BICUBIC = {"kind": "bicubic", "scale": 2.0, "border": "mirror"}
-PROCESS = {"timesteps": 1000, "mode": "v_prediction", "schedule": "cosine"}
 
 
 @pytest.fixture
@@ -30,8 +25,8 @@ def saved(tmp_path):
     path = tmp_path / "model.pth"
     content = {
         "network": unet.config.to_dict(),
-        "process": PROCESS,
-        "degradation": BICUBIC,
+        "process": PROCESS.to_dict(),
+        "degradation": BICUBIC.to_dict(),
         "ema": unet.state_dict(),
         "step": 7,
     }
@@ -178,11 +173,11 @@ def test_a_model_of_format_1_loads_and_is_not_resumed(saved, tmp_path):
     _, unet = saved
     config = unet.config.to_dict()
     del config["attention_levels"]  # was not there yet
-    content = {"format": 1, "unet": config, "process": PROCESS, "ema": unet.state_dict(), "step": 7}
+    content = {"format": 1, "unet": config, "process": PROCESS.to_dict(), "ema": unet.state_dict(), "step": 7}
     torch.save(content, tmp_path / "old.pth")
     loaded = load_model(tmp_path / "old.pth", UNet)
     assert loaded.network.config == unet.config
-    assert loaded.degradation == {}
+    assert loaded.degradation == BICUBIC
     with pytest.raises(CheckpointError, match="format 1"):
         read_for_resume(tmp_path / "old.pth")
 

@@ -22,9 +22,10 @@ from diffusion import (
     sigmoid_alpha_bar,
     zero_terminal_alpha_bar,
 )
-from engine.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from evaluation import metrics
 from evaluation.validation import Validator, comparison_grid
+from models import load_model
 from samplers import SCHEDULERS, Step, draw_noise, noise_stream, sample
 from tests.networks import random_model, tiny_unet
 from training import TrainingConfig, new_state
@@ -141,7 +142,7 @@ def test_a_process_survives_the_journey_through_a_dict_and_tolerates_a_missing_f
 def test_every_process_can_be_sampled(schedule, mode, scheduler):
     """The samplers are tested with every schedule by themselves."""
     process = ProcessConfig(50, mode, schedule)
-    generator = ResidualGenerator.of(process, "cpu", None, scheduler)
+    generator = ResidualGenerator(process=process, scheduler=scheduler)
     assert generator.diffusion.process == process
     images = generator.generate_images(tiny_unet(), fixed(1, 3, 8, 8).clamp(-1, 1), 1, 4, seed=0)
     assert torch.isfinite(images).all()

@@ -20,7 +20,7 @@ from PIL import Image
 import evaluate as script
 from bicubic import downscale_image, resize, upscale_image
 from diffusion import ProcessConfig
-from engine.checkpoint import load_model, save_checkpoint
+from engine.checkpoint import save_checkpoint
 from engine.processes import Processes
 from evaluate import main
 from evaluation import evaluation, metrics
@@ -40,6 +40,7 @@ from evaluation.wasserstein import (
 )
 from examples.dead_leaves import dead_leaves
 from imaging.files import pixels_to_unit, read_rgb, write_image
+from models import load_model
 from restoration import RestoreConfig, Restorer
 from tests.networks import tiny_unet
 from unet import UNet

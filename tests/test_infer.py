@@ -18,10 +18,11 @@ from PIL import Image
 import infer
 from degradation import Photo
 from engine import checkpoint
-from engine.checkpoint import export_safetensors, load_model, save_checkpoint
+from engine.checkpoint import save_checkpoint
 from examples.dead_leaves import dead_leaves
 from imaging.files import DecodedImage, decode_image, write_image
 from imaging.metadata import Metadata
+from models import export_safetensors, load_model
 from restoration.batch import on_background
 from tests.networks import PROCESS, random_model
 from tests.test_restoration import psnr
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.pth"
     loaded = random_model()
-    content = {"network": loaded.network.config.to_dict(), "process": PROCESS, "step": 7}
+    content = {"network": loaded.network.config.to_dict(), "process": PROCESS.to_dict(), "step": 7}
     save_checkpoint(path, {**content, "ema": loaded.network.state_dict()})
     return path
 
@@ -231,7 +232,7 @@ def released(tmp_path, monkeypatch):
     export_safetensors(random_model(), folder / "x4.safetensors")
 
     def add_photo():
-        loaded = random_model(gain=2.0)._replace(degradation=Photo().to_dict())
+        loaded = random_model(gain=2.0)._replace(degradation=Photo())
         export_safetensors(loaded, folder / "photo_x4.safetensors")
 
     return add_photo

@@ -13,6 +13,7 @@ LAYERS = [
     {"unet"},
     {"training", "samplers"},
     {"diffusion"},
+    {"models"},
     {"restoration"},
     {"evaluation"},
     {"train_diffusion", "infer", "evaluate", "app", "examples", "bench"},

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from diffusion import DiffusionModel
-from engine.checkpoint import export_safetensors, load_model
 from engine.options import Options, option
 from evaluation.validation import Validator
 from imaging.files import read_rgb
+from models import export_safetensors, load_model
 from restoration import RestoreConfig, restore
 from training import TrainingConfig
 from util import ImageDataset

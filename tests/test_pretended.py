@@ -8,12 +8,12 @@ import torch
 import bicubic
 from degradation import Bicubic
 from diffusion import MODES, DiffusionModel, ResidualGenerator
-from engine.checkpoint import LoadedModel
 from engine.processes import Processes
 from evaluation.validation import Validator
+from models import LoadedModel
 from restoration import RestoreConfig, Restorer
 from samplers import DEFAULT_SCHEDULER, SCHEDULERS
-from tests.networks import PROCESS, tiny_unet
+from tests.networks import BICUBIC, PROCESS, tiny_unet
 from tests.pretended import pretended_device
 from training import MicroBatch, TrainingConfig, new_state, train_step
 from util import Crops, ImageDataset
@@ -131,7 +131,7 @@ def test_restoring_reads_nothing_between_evaluations(pretended, options, predict
     """In two windows, one above the other."""
     network = small_unet(predictor_blocks, attention_window=2)
     config = RestoreConfig(**{"steps": 2, "tile": 32, "overlap": 8} | options)
-    restorer = Restorer(LoadedModel(network, PROCESS, {}, 1), config, pretended.device)
+    restorer = Restorer(LoadedModel(network, PROCESS, BICUBIC, 1), config, pretended.device)
     counts = reads_between_evaluations(restorer.network, pretended)
     restored = restorer(torch.full((3, 20, 12), 0.5))
     assert restored.shape == (3, 40, 24)
@@ -140,7 +140,7 @@ def test_restoring_reads_nothing_between_evaluations(pretended, options, predict
 
 
 def test_the_mean_is_predicted_on_the_device(pretended):
-    model = LoadedModel(small_unet(), PROCESS, {}, 1)
+    model = LoadedModel(small_unet(), PROCESS, BICUBIC, 1)
     restorer = Restorer(model, RestoreConfig(mode="fidelity", tile=32), pretended.device)
     assert restorer(torch.full((3, 40, 24), 0.5)).shape == (3, 80, 48)
 

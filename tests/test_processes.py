@@ -131,7 +131,7 @@ def test_a_signal_to_torchrun_ends_the_job_and_saves(photo_folder, tmp_path):
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.pth"
     loaded = random_model(2.0)
-    content = {"network": loaded.network.config.to_dict(), "process": PROCESS, "step": 7}
+    content = {"network": loaded.network.config.to_dict(), "process": PROCESS.to_dict(), "step": 7}
     save_checkpoint(path, {**content, "ema": loaded.network.state_dict()})
     return str(path)
 

@@ -8,13 +8,14 @@ import pytest
 
 import infer
 from bicubic import downscale_image, upscale_image
-from engine.checkpoint import CheckpointError, load_model, released_model
+from engine.checkpoint import CheckpointError, released_model
 from evaluation import metrics
 from evaluation.config import EvaluationConfig
 from evaluation.evaluation import TrainedModel, evaluate
 from evaluation.images import ImageSet
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, write_image
+from models import load_model
 from restoration import RestoreConfig, restore
 from restoration.rescaled import find_weights
 from unet import UNet

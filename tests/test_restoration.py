@@ -10,6 +10,7 @@ import io
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,17 @@ from PIL import Image
 from bicubic import exact_scale, resize, upscale_image
 from degradation import Bicubic, Photo
 from diffusion import ResidualGenerator
-from engine.checkpoint import LoadedModel
 from engine.options import OptionError
 from evaluation.metrics import low_resolution_psnr
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, to_model_range, write_image
 from imaging.metadata import Metadata
+from models import LoadedModel, export_safetensors
 from restoration import PRESETS, RestoreConfig, Restorer, blend, restore
 from restoration.denoiser import ALL_VIEWS, Base, TiledDenoiser, Windows
 from restoration.tiling import Field, Scale, Window, bytes_on_disk, plan_tiles, row_bands
 from samplers import SCHEDULERS, draw_noise, noise_stream
-from tests.networks import PROCESS, random_model
+from tests.networks import BICUBIC, PROCESS, random_model
 from unet import Condition, UNet
 
 CPU = torch.device("cpu")
@@ -406,7 +407,7 @@ def test_consistency_makes_the_downscaled_result_equal_the_input(factor, picture
 @pytest.mark.slow
 @pytest.mark.parametrize(("recorded", "other"), [("mirror", "replicate"), ("replicate", "mirror")])
 def test_consistency_shrinks_with_the_recorded_border(recorded, other, model, picture):
-    loaded = model._replace(degradation=Bicubic(border=recorded).to_dict())
+    loaded = model._replace(degradation=Bicubic(border=recorded))
     low_res = pixels_to_unit(picture)
     restored = Restorer(loaded, RestoreConfig(steps=1, consistency=True), CPU)(low_res)
     errors = [
@@ -416,7 +417,7 @@ def test_consistency_shrinks_with_the_recorded_border(recorded, other, model, pi
 
 
 def test_consistency_with_another_degradation_than_bicubic_is_refused(model):
-    other = model._replace(degradation={"kind": "photo", "scale": 4.0})
+    other = model._replace(degradation=Photo())
     Restorer(other, RestoreConfig(), CPU)
     with pytest.raises(OptionError, match="photo") as caught:
         Restorer(other, RestoreConfig(consistency=True), CPU)
@@ -467,7 +468,7 @@ def test_what_the_process_cannot_do_is_refused_before_the_work(wrong, field, mod
 
 
 def test_a_network_that_cannot_restore_is_refused():
-    untrained = LoadedModel(UNet(base_dim=8), PROCESS, {}, 0)
+    untrained = LoadedModel(UNet(base_dim=8), PROCESS, BICUBIC, 0)
     with pytest.raises(ValueError, match="never trained"):
         Restorer(untrained, RestoreConfig(), CPU)
 
@@ -505,7 +506,6 @@ def test_any_size_is_restored(size, model, picture):
 
 
 def test_three_lines_are_enough(model, picture, tmp_path):
-    from engine.checkpoint import export_safetensors
     from imaging.files import read_rgb
 
     write_image(tmp_path / "photo.png", picture)
@@ -558,7 +558,7 @@ def test_samples_are_added_to_the_mean(predicting, patch, settings):
     silent = copy.deepcopy(predicting)
     for parameter in silent.network.out.parameters():
         parameter.zero_()
-    model = silent._replace(process={**PROCESS, "mode": "clean"})
+    model = silent._replace(process=replace(PROCESS, mode="clean"))
     low_res = pixels_to_unit(patch)
     views = {name: value for name, value in settings.items() if name == "self_ensemble"}
     mean = Restorer(model, RestoreConfig(mode="fidelity", **views), CPU)(low_res)
@@ -685,7 +685,7 @@ def test_missing_room_for_a_field_is_said_before_it_is_written(monkeypatch):
 @pytest.mark.slow
 def test_a_blend_is_clean_at_0_photo_at_1_and_between_in_between():
     clean = random_model()
-    photo = random_model(gain=2.0)._replace(degradation=Photo().to_dict())
+    photo = random_model(gain=2.0)._replace(degradation=Photo())
     low_res = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def restored(model):
@@ -709,7 +709,7 @@ def test_a_blend_is_clean_at_0_photo_at_1_and_between_in_between():
     [
         random_model(scale=2.0),
         random_model(dim_mults=(1, 2)),
-        random_model(process={**PROCESS, "mode": "clean"}),
+        random_model(process=replace(PROCESS, mode="clean")),
     ],
     ids=["scale", "network", "process"],
 )

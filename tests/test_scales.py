@@ -10,14 +10,15 @@ import torch
 
 from degradation import Photo
 from diffusion import DiffusionModel
-from engine.checkpoint import LoadedModel, load_checkpoint, load_model
+from engine.checkpoint import load_checkpoint
 from engine.options import OptionError
 from evaluate import main as evaluate
 from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, write_image
 from infer import main as infer
+from models import LoadedModel, load_model
 from restoration import RestoreConfig, Restorer
-from tests.networks import PROCESS, tiny_unet
+from tests.networks import BICUBIC, PROCESS, tiny_unet
 from train_diffusion import main
 from training import TrainingConfig
 from unet import Condition, UNet
@@ -142,7 +143,7 @@ def test_what_does_not_fit_several_scales_is_refused(photo_folder):
     images = ImageDataset(photo_folder, 32, 4, scales=SCALES)
     with pytest.raises(ValueError, match="32"):
         ImageDataset(photo_folder, 32, 4, scales=(3.0, 4.0))
-    several = LoadedModel(tiny_unet(scales=SCALES), PROCESS, {}, 1)
+    several = LoadedModel(tiny_unet(scales=SCALES), PROCESS, BICUBIC, 1)
     with pytest.raises(ValueError, match="scales"):
         Restorer(several, RestoreConfig(), CPU)
     with pytest.raises(OptionError, match="scales"):

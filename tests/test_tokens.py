@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 import infer
 import train_diffusion
 from degradation import Bicubic, Photo
-from diffusion import DiffusionModel, ProcessConfig, ResidualGenerator
-from engine.checkpoint import LoadedModel
+from diffusion import DiffusionModel, ResidualGenerator
 from engine.options import OptionError
 from imaging.files import write_image
 from imaging.tokens import read_tokens
+from models import LoadedModel
 from restoration import RestoreConfig, Restorer, restore
 from restoration.rescaled import restorer_to
 from samplers import SCHEDULERS
-from tests.networks import PROCESS, tiny_unet
+from tests.networks import BICUBIC, PROCESS, tiny_unet
 from training import TrainingConfig
 from unet import Condition, UNet
 from util import CropDataset, Crops, ImageDataset
@@ -30,7 +30,7 @@ TOKENS = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1))
 
 @lru_cache  # each tiny_unet is another one
 def described_model():
-    return LoadedModel(tiny_unet(conditioning="tokens"), PROCESS, {}, 1)
+    return LoadedModel(tiny_unet(conditioning="tokens"), PROCESS, BICUBIC, 1)
 
 
 def restored(tokens, **options):
@@ -85,7 +85,7 @@ def test_guidance_is_linear_in_the_clean_estimate():
     condition = Condition(torch.zeros(2, 3, 16, 16), tokens=TOKENS)
 
     def estimate(guidance, condition):
-        generator = ResidualGenerator.of(ProcessConfig(), "cpu", guidance=guidance)
+        generator = ResidualGenerator(guidance=guidance)
         with torch.no_grad():
             return generator.estimate(model, noisy, 100, generator.encode(model, condition)[0], base)
 
@@ -105,7 +105,7 @@ def test_the_generator_and_the_restorer_agree_about_tokens():
 def test_guidance_without_tokens_and_tokens_without_attention_are_refused():
     with pytest.raises(OptionError, match=r"guidance is 2\.0"):
         restored(None, guidance=2.0)
-    deaf = LoadedModel(tiny_unet(conditioning="concat"), PROCESS, {}, 1)
+    deaf = LoadedModel(tiny_unet(conditioning="concat"), PROCESS, BICUBIC, 1)
     with pytest.raises(ValueError, match="'concat'"):
         restore(np.zeros((8, 8, 3), np.uint8), deaf, tokens=TOKENS[0], device="cpu")
 
@@ -122,7 +122,7 @@ def test_dropped_tokens_change_nothing_and_kept_ones_do():
 
 
 def test_a_predicted_mean_takes_no_tokens():
-    model = LoadedModel(tiny_unet(conditioning="tokens", predictor_blocks=2), PROCESS, {}, 1)
+    model = LoadedModel(tiny_unet(conditioning="tokens", predictor_blocks=2), PROCESS, BICUBIC, 1)
     with pytest.raises(OptionError, match="steps is 0"):
         Restorer(model, RestoreConfig(mode="fidelity"), CPU)(LOW_RES, TOKENS)
 
@@ -172,7 +172,7 @@ def test_a_network_learns_what_only_tokens_tell(stripes, tmp_path_factory):
     dataset = ImageDataset(stripes, 32, 4, augment="none", tokens=stripes)
     diffusion.train(unet, dataset, config, checkpoint_dir=folder, log_dir=folder, progress=False)
     low_res, _, original, _ = dataset[0]
-    restorer = Restorer(LoadedModel(unet.eval(), diffusion.process.to_dict(), {}, 60), RestoreConfig(), CPU)
+    restorer = Restorer(LoadedModel(unet.eval(), diffusion.process, BICUBIC, 60), RestoreConfig(), CPU)
 
     def error(tokens):
         return float((restorer((low_res + 1) / 2, tokens) - (original + 1) / 2).square().mean())

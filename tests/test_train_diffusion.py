@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from degradation import Photo, degradation_from_dict
-from diffusion import DiffusionModel
-from engine.checkpoint import load_checkpoint, load_model, save_checkpoint
+from degradation import Photo
+from diffusion import DiffusionModel, ProcessConfig
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.run import locked
+from models import load_model
 from tests.runs import start, wait_for
 from train_diffusion import build_parser, choose_held_out, main, make_datasets, parse
 from training import TrainingConfig, new_state, optimizer_for
@@ -116,7 +117,7 @@ def test_files_are_where_the_mission_says(finished):
 def test_the_checkpoint_rebuilds_the_network(finished):
     loaded = load_model(newest(finished[0]), UNet)
     assert loaded.network.config.base_dim == 8
-    assert loaded.process == {"timesteps": 1000, "mode": "v_prediction", "schedule": "cosine"}
+    assert loaded.process == ProcessConfig()
     assert float(loaded.network.scale) == 2
 
 
@@ -269,7 +270,7 @@ def test_a_run_on_photos_records_what_it_undoes_and_goes_on_with_it(photo_folder
     assert main(flags(photo_folder, tmp_path, *photo, "--max_steps", "2", "--num_workers", "1")) == 0
     path = newest(tmp_path)
     expected = Photo(scale=2.0, strength=0.4, noise_sigma=(2.0, 20.0))
-    assert degradation_from_dict(load_model(path, UNet).degradation) == expected
+    assert load_model(path).degradation == expected
     resume = ["--weights_path", str(path)]
     assert parse([*resume, "--degradation", "photo", "--strength", "0.4"])[0].degradation == expected
     for wrong in (["--strength", "0.5"], ["--degradation", "bicubic"], ["--jpeg_quality", "50", "60"]):

@@ -1,0 +1,44 @@
+"""A finished model: its network, and the process and degradation that it was trained with, in one file."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from degradation import Bicubic, Degradation, degradation_from_dict
+from diffusion import Network, ProcessConfig
+from engine.checkpoint import CheckpointError, ModelFile, export_model, load_weights, read_model
+from unet import UNet
+
+
+class LoadedModel(NamedTuple):
+    """A network in evaluation mode with its averaged weights, and how it was trained."""
+
+    network: Network
+    process: ProcessConfig
+    degradation: Degradation
+    step: int  # optimiser steps of the training
+
+
+def load_model(
+    path: str | Path, network: type[Any] = UNet, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """Load a checkpoint or an exported model, rebuilt by `network.from_config`; CheckpointError."""
+    file = read_model(path)
+    try:
+        rebuilt = network.from_config(file.sections["network"])
+        process = ProcessConfig.from_dict(file.sections["process"])
+        recorded = file.sections.get("degradation")  # not in format 1, which knew bicubic alone
+        degradation = None if recorded is None else degradation_from_dict(recorded)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
+    load_weights(rebuilt, file.weights, path)
+    rebuilt.to(memory_format=torch.channels_last).to(torch.device(device)).eval().requires_grad_(False)
+    return LoadedModel(rebuilt, process, degradation or Bicubic(scale=float(rebuilt.scale)), file.step)
+
+
+def export_safetensors(model: LoadedModel, path: str | Path) -> None:
+    """Write a model to a .safetensors file in half precision; CheckpointError."""
+    parts = {"network": model.network.config, "process": model.process, "degradation": model.degradation}
+    sections = {name: part.to_dict() for name, part in parts.items()}
+    export_model(path, ModelFile(sections, model.network.state_dict(), model.step))
