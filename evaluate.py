@@ -9,7 +9,6 @@ torchrun --nproc_per_node 4 evaluate.py --data photos --scale 4 --weights_path b
 import argparse
 import io
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.evaluation import Method, TrainedModel, evaluate
 from evaluation.images import ImageSet
 from evaluation.report import Json, Report, perception_distortion_figure
-from imaging.atomic import write_atomically, write_text_atomically
+from imaging.atomic import check_outputs, write_atomically, write_text_atomically
 from restoration import PRESETS, RestoreConfig
 from restoration.rescaled import find_weights
 
@@ -43,7 +42,7 @@ OUTPUTS = {
 def write_output(name: str, report: Report, path: Path) -> None:
     if name == "plot":
         figure = perception_distortion_figure(report)
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+        write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=150))
     else:
         make = {"json": report.to_json, "csv": report.to_csv, "markdown": report.to_markdown}[name]
         write_text_atomically(path, make())
@@ -69,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output", "written at the end, each file whole or not at all")
     for name, text in OUTPUTS.items():
         output.add_argument(f"--{name}", metavar="FILE", help=text)
+    output.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     return parser
 
 
@@ -99,19 +99,13 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     return [replace(row, num_images=n) for row in rows for n in args.num_images]
 
 
-def planned_outputs(args: argparse.Namespace) -> dict[str, Path]:
+def planned_outputs(args: argparse.Namespace, images: ImageSet) -> dict[str, Path]:
     """ValueError for what cannot be written, before the long computation."""
     outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
     if "plot" in outputs and outputs["plot"].suffix.lower() != ".png":
         raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
-    if len({path.resolve() for path in outputs.values()}) < len(outputs):
-        raise ValueError(f"{', '.join(map(str, outputs.values()))}: give every output a file of its own")
-    for path in outputs.values():
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; give the name of a file")
-        existing = next(folder for folder in path.resolve().parents if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(f"{path} cannot be written, because of {existing}; give another place")
+    inputs = [*images.paths, *(images.low_res_paths or []), Path(args.weights_path or "")]
+    check_outputs(outputs.values(), inputs=inputs, overwrite=args.overwrite)
     return outputs
 
 
@@ -120,11 +114,12 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     for name, value in vars(args).items():
         if value == "":
             raise ValueError(f"--{name} is empty; give a path")
-    outputs, how = planned_outputs(args), restore_configs(args)
+    how = restore_configs(args)
     config = from_args(EvaluationConfig, args, lpips=not args.no_lpips)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
     device = processes.device
     images = ImageSet(args.data, config, args.low_res, args.limit)
+    outputs = planned_outputs(args, images)
     methods: list[Method] = []
     facts: dict[str, Json] = {}
     if args.weights_path is not None:

@@ -8,7 +8,6 @@ torchrun --nproc_per_node 4 infer.py photos
 
 import argparse
 import contextlib
-import errno
 import io
 import itertools
 import logging
@@ -37,6 +36,7 @@ from engine.options import OptionError, add_flags, from_args, with_flag
 from engine.processes import Processes, started_processes
 from engine.signals import STOPPING
 from evaluation.pairs import find_original
+from imaging.atomic import check_outputs, is_disk_error
 from imaging.files import WRITABLE_SUFFIXES, list_images
 from models import LoadedModel, export_safetensors, load_model
 from restoration import RestoreConfig, Restorer, blend
@@ -201,27 +201,17 @@ def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
 
 
 def check_targets(tasks: Sequence[Task], overwrite: bool) -> None:
-    """ValueError for what could not be written, or would replace what it should not."""
-    sources = {task.source.resolve() for task in tasks}
+    """Raise ValueError for what could not be written, or would replace what it should not."""
     taken: dict[Path, Path] = {}
-    for target, source in [(target, task.source) for task in tasks for target in task.targets]:
-        if target.resolve() in sources:
-            raise ValueError(f"{target}: is the input itself; give another --output")
-        if target.is_dir():
-            raise ValueError(f"{target}: is a folder; give another --output")
-        if target in taken:
-            both = f"{taken[target]} and {source} would both become {target}"
+    for task in tasks:
+        if task.target in taken:
+            both = f"{taken[task.target]} and {task.source} would both become {task.target}"
             raise ValueError(f"{both}: restore one at a time, each into an --output of its own")
-        taken[target] = source
-    existing = [] if overwrite else [target for target in taken if target.exists()]
-    if existing:
-        more = f", and {len(existing) - 1} more" if len(existing) > 1 else ""
-        remedy = "use --overwrite, --skip_existing or another --output"
-        raise ValueError(f"{existing[0]}: exists already{more}; {remedy}")
-    for folder in {target.parent for target in taken}:
-        there = next(one for one in (folder, *folder.resolve().parents) if one.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise ValueError(f"{folder} cannot be written, because of {there}: give another --output")
+        taken[task.target] = task.source
+    targets = [target for task in tasks for target in task.targets]
+    inputs = [task.source for task in tasks] + [task.truth for task in tasks if task.truth is not None]
+    remedy = "use --overwrite, --skip_existing or another --output"
+    check_outputs(targets, inputs=inputs, overwrite=overwrite, remedy=remedy)
 
 
 def restore_all(
@@ -238,8 +228,8 @@ def restore_all(
                 remark = restore_file(task, restorer, progress, strip=args.strip, background=background)
         except FILE_ERRORS as error:
             failures.append(describe_failure(error, task.source, task.target))
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                failures.append("the disk is full: free some room, then go on with --skip_existing")
+            if is_disk_error(error):
+                failures.append("no further image can be written: mend that, then go on with --skip_existing")
                 break
             continue
         done += 1
@@ -296,8 +286,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         if len(models) > 1:
             raise ValueError(f"--export: --scale {args.scale:g} takes several models; give one of theirs")
         target = Path(args.export)
-        if target.exists() and not args.overwrite:
-            raise ValueError(f"--export {target}: exists already; use --overwrite or another name")
+        check_outputs([target], inputs=[Path(args.weights_path or "")], overwrite=args.overwrite)
         export_safetensors(models[0], target)
         say(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
         if not args.inputs and not args.input:

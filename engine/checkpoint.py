@@ -14,7 +14,6 @@ An exported model (.safetensors): averaged weights in half precision, sections a
 import hashlib
 import json
 import pickle
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,10 +55,9 @@ def save_checkpoint(path: Path, content: dict[str, object]) -> None:
 
     whole = {"format": FORMAT, "version": VERSION, **content}
     try:
-        write_atomically(path, lambda temporary: torch.save(whole, temporary))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        full = shutil.disk_usage(path.parent).free < 2**20 if path.parent.is_dir() else False
-        reason = "the disk is full" if full else str(error).splitlines()[0]
+        write_atomically(path, lambda stream: torch.save(whole, stream))
+    except OSError as error:
+        reason = error.strerror or error
         raise CheckpointError(f"could not write {path}: {reason}; earlier checkpoints are intact") from error
 
 
@@ -175,7 +173,7 @@ def export_model(path: str | Path, model: ModelFile) -> None:
     try:
         # Not save_file, which makes a file that its owner alone can read.
         encoded = save(weights, metadata=header)
-        write_atomically(Path(path), lambda temporary: temporary.write_bytes(encoded))
+        write_atomically(Path(path), lambda stream: stream.write(encoded))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}") from error
 

@@ -1,34 +1,149 @@
-"""Files whose reader finds the old content or all of the new."""
+"""The writer of every output: a file has its old content or all of the new, wherever its path leads."""
 
+import errno
+import io
 import os
+import re
+import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-import numpy as np
-import numpy.typing as npt
+Write = Callable[[BinaryIO], object]
+
+_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_DESCRIPTOR = re.compile(r"/dev/(?:stdout|stderr|fd/(\d+))|/proc/self/fd/(\d+)")
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` makes the content of ``path`` under a temporary one; its errors change nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_atomically(path: Path, write: Write) -> None:
+    """Replace a file by what `write` puts into a stream, and its folders are made; an error changes nothing.
+
+    A link stays and its target is replaced; a file keeps its permissions and owner, a new one follows the
+    umask. A device, a pipe or an open descriptor such as /dev/stdout is written to.
+    """
+    target = Path(os.path.realpath(path))
+    status = _status(path)
+    if (status is not None and not stat.S_ISREG(status.st_mode)) or _DESCRIPTOR.fullmatch(str(path)):
+        _write_to(path, write)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is one step only within a file system. Named here rather than by
     # tempfile, which would make the file readable to its owner alone.
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with temporary.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            _sync(stream)
+        if status is not None:
+            _keep_permissions(temporary, status)
+        _replace(temporary, target)
+    except RuntimeError as error:  # so says torch.save that the disk is full
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    with path.open("wb") as stream:  # given a path, np.save would add a suffix
-        np.save(stream, array)
-
-
 def write_text_atomically(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda stream: stream.write(text.encode()))
+
+
+def check_outputs(
+    outputs: Iterable[Path],
+    *,
+    inputs: Iterable[Path] = (),
+    overwrite: bool = False,
+    remedy: str = "use --overwrite or another name",
+) -> None:
+    """Raise ValueError, before any work, for outputs that cannot or must not be written.
+
+    Refused are an input under any name, a folder, two outputs in one file, a file that exists (unless
+    `overwrite`) or may not be written, and a folder that cannot be made or written to.
+    """
+    untouchable = {_identity(status) for status in map(_status, inputs) if status is not None}
+    taken: dict[str, Path] = {}
+    existing: list[Path] = []
+    for path in outputs:
+        status = _status(path)
+        if status is not None and _identity(status) in untouchable:
+            raise ValueError(f"{path}: is an input; give the output another name")
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder; give the name of a file")
+        if _DESCRIPTOR.fullmatch(str(path)) or (status is not None and not stat.S_ISREG(status.st_mode)):
+            continue
+        target = os.path.realpath(path)
+        if target in taken:
+            raise ValueError(f"{taken[target]}, {path}: two outputs in one file; give each a name of its own")
+        taken[target] = path
+        if status is not None:
+            existing.append(path)
+        _check_room(path, Path(target))
+    if existing and not overwrite:
+        more = f", and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise ValueError(f"{existing[0]}: exists already{more}; {remedy}")
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether further files would fail, too: the disk is full, over its quota, read-only or broken."""
+    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
+
+
+def _check_room(path: Path, target: Path) -> None:
+    if target.exists() and not os.access(target, os.W_OK):
+        raise ValueError(f"{path}: may not be written; change its permissions or give another name")
+    there = next(folder for folder in target.parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written, because of {there}; give another place")
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """The status of what a path leads to, or None where nothing is."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """The same for all names of a file: links, hard links, and letters of another case."""
+    return status.st_dev, status.st_ino
+
+
+def _write_to(path: Path, write: Write) -> None:
+    content = io.BytesIO()  # encoders seek, which a pipe cannot
+    write(content)
+    descriptor = _DESCRIPTOR.fullmatch(str(path))
+    if descriptor is None:
+        path.write_bytes(content.getvalue())
+        return
+    # The open descriptor itself: a second one of the same file would write over what the first one writes.
+    number = int(descriptor[1] or descriptor[2] or (1 if path.name == "stdout" else 2))
+    with open(number, "wb", closefd=False) as stream:
+        stream.write(content.getvalue())
+
+
+def _sync(stream: BinaryIO) -> None:
+    try:
+        os.fsync(stream.fileno())
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:  # which some network file systems have, and it costs no result
+            raise
+
+
+def _keep_permissions(temporary: Path, status: os.stat_result) -> None:
+    if hasattr(os, "chown"):
+        with suppress(PermissionError):  # only root may give a file away
+            os.chown(temporary, status.st_uid, status.st_gid)
+    temporary.chmod(stat.S_IMODE(status.st_mode))
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    try:
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno != errno.EBUSY or not target.is_file():
+            raise
+        target.write_bytes(temporary.read_bytes())  # a file that is mounted into a container stays

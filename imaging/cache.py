@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from imaging.atomic import save_array, write_atomically
+from imaging.atomic import write_atomically
 from imaging.files import read_rgb
 
 if sys.platform != "win32":
@@ -56,7 +56,7 @@ class CachedReader:
         if not refused and used + pixels.nbytes <= self.limit_bytes:
             self._state[0] += pixels.nbytes
             try:
-                write_atomically(kept, lambda partial: save_array(partial, pixels))  # never half a file
+                write_atomically(kept, lambda stream: np.save(stream, pixels))  # never half a file
             except OSError as error:
                 self._state[0] -= pixels.nbytes
                 self._give_up(error)

@@ -344,7 +344,7 @@ def write_image(
     encoded = _encode(path, name, samples, metadata.resized(height, width, path), quality)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
-    write_atomically(path, lambda temporary: temporary.write_bytes(encoded))
+    write_atomically(path, lambda stream: stream.write(encoded))
 
 
 def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:

@@ -8,7 +8,7 @@ import numpy as np
 
 from bicubic import upscale_image
 from engine.device import is_out_of_memory
-from imaging.atomic import save_array, write_atomically
+from imaging.atomic import write_atomically
 from imaging.files import DecodedImage, Pixels, check_format, decode_image, read_rgb, write_image
 from imaging.metadata import Metadata
 from imaging.pictures import comparison_picture
@@ -95,7 +95,7 @@ def write_results(
     deviation = restoration.deviation
     if deviation is not None:
         picture, array = task.maps
-        write_atomically(array, lambda temporary: save_array(temporary, deviation))
+        write_atomically(array, lambda stream: np.save(stream, deviation))
         white = max(float(deviation.max()), 1e-9)  # the largest
         write_image(picture, np.round(deviation / white * 255).astype(np.uint8))
     restoration.save(task.target)

@@ -684,7 +684,11 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
         (["--crop", "-1"], "--crop is -1"),
         (["--device", "tpu"], "'tpu'"),
         (["--plot", "out/plot.pdf"], "out/plot.pdf"),
-        (["--json", "empty"], "empty is a folder"),
+        (["--json", "empty"], "empty: is a folder"),
+        (
+            ["--low_res", "wrong_size", "--json", "wrong_size/0.png", "--overwrite"],
+            "wrong_size/0.png: is an input",
+        ),
         (["--json", "small/small.png/table.json"], "small/small.png/table.json"),
         (["--json", "out/a", "--csv", "out/../out/a"], "out/a, out/../out/a"),
         (["--data", ""], "--data"),

@@ -1,46 +1,167 @@
-"""Tests of files.py: the old content or the whole of the new, and nothing beside it."""
+"""Tests of imaging/atomic.py: the old content or the whole of the new, on every kind of path and disk."""
 
+import errno
 import os
 import stat
+import threading
+from pathlib import Path
 
 import pytest
+import torch
 
-from imaging.atomic import write_atomically
+from imaging import atomic
+from imaging.atomic import check_outputs, is_disk_error, write_atomically, write_text_atomically
 
 
-def test_a_new_file_is_written_with_its_folders_and_ordinary_permissions(tmp_path):
-    path = tmp_path / "a" / "b" / "file.bin"
-    write_atomically(path, lambda temporary: temporary.write_bytes(b"new"))
-    mask = os.umask(0)
-    os.umask(mask)
-    assert path.read_bytes() == b"new"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+def permissions(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_a_new_file_is_written_with_its_folders_and_follows_the_umask(tmp_path, mask):
+    path, previous = tmp_path / "a" / "b" / "file.bin", os.umask(mask)
+    try:
+        write_text_atomically(path, "né")
+    finally:
+        os.umask(previous)
+    assert path.read_bytes() == "né".encode()
+    assert permissions(path) == 0o666 & ~mask
     assert [entry.name for entry in path.parent.iterdir()] == ["file.bin"]
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+def fail(stream):
+    stream.write(b"half")
+    raise KeyError("no more")
+
+
+def fill_the_disk(stream):
+    stream.write = lambda data: refuse(errno.ENOSPC)
+    torch.save({"weight": torch.zeros(10_000)}, stream)  # which raises RuntimeError
+
+
+def refuse(number, *_):
+    raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(("write", "error"), [(fail, KeyError), (fill_the_disk, OSError)])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, write, error):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
-
-    def fail(temporary):
-        temporary.write_bytes(b"half")
-        raise RuntimeError("no more")
-
-    with pytest.raises(RuntimeError, match="no more"):
-        write_atomically(path, fail)
+    with pytest.raises(error):
+        write_atomically(path, write)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
 
 
-def test_the_old_content_is_there_until_the_new_is_whole(tmp_path):
-    path = tmp_path / "file.bin"
+def test_the_old_content_is_there_until_the_new_is_on_the_disk(tmp_path, monkeypatch):
+    path, seen, fsync = tmp_path / "file.bin", [], os.fsync
     path.write_bytes(b"old")
-    seen = []
-
-    def write(temporary):
-        temporary.write_bytes(b"new")
-        seen.append(path.read_bytes())
-
-    write_atomically(path, write)
+    monkeypatch.setattr(os, "fsync", lambda number: (seen.append(path.read_bytes()), fsync(number)))
+    write_atomically(path, lambda stream: stream.write(b"new"))
     assert seen == [b"old"]
     assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO]
+)
+def test_only_a_disk_that_lost_the_bytes_fails_at_fsync(tmp_path, monkeypatch, number):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: refuse(number))
+    if number in (errno.EINVAL, errno.ENOTSUP):
+        write_text_atomically(path, "new")
+        assert path.read_text() == "new"
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)) as raised:
+            write_text_atomically(path, "new")
+        assert path.read_text() == "old"
+        assert is_disk_error(raised.value)
+
+
+def test_a_link_stays_and_its_target_is_replaced_with_its_permissions(tmp_path):
+    (tmp_path / "a").mkdir()
+    target, link, dangling = tmp_path / "a" / "file", tmp_path / "link", tmp_path / "dangling"
+    target.write_text("old")
+    target.chmod(0o664)
+    link.symlink_to(target)
+    dangling.symlink_to(tmp_path / "a" / "new")
+    for path in (link, dangling):
+        write_text_atomically(path, "new")
+        assert path.is_symlink()
+        assert path.read_text() == "new"
+    assert permissions(target) == 0o664
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["a", "dangling", "file", "link", "new"]
+
+
+def test_a_pipe_and_a_device_are_written_to(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_text_atomically(pipe, "new")
+    reader.join(10)
+    assert read == [b"new"]
+    assert pipe.is_fifo()
+    write_text_atomically(Path(os.devnull), "new")
+    assert Path(os.devnull).is_char_device()
+
+
+def test_an_open_descriptor_is_written_to_where_it_stands(tmp_path):
+    with (tmp_path / "log").open("w+b", buffering=0) as stream:
+        stream.write(b"before, ")
+        path = Path(f"/dev/fd/{stream.fileno()}")
+        check_outputs([path])
+        write_text_atomically(path, "within")
+        stream.write(b", after")
+    assert (tmp_path / "log").read_bytes() == b"before, within, after"
+
+
+def test_a_file_that_is_mounted_is_written_in_place(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(atomic.os, "replace", lambda *_: refuse(errno.EBUSY))
+    write_text_atomically(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("input.png", "old.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "linked.png").symlink_to(tmp_path / "input.png")
+    (tmp_path / "hard.png").hardlink_to(tmp_path / "input.png")
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [
+        (["input.png"], "input.png: is an input"),
+        (["linked.png"], "linked.png: is an input"),
+        (["hard.png"], "hard.png: is an input"),
+        (["folder"], "folder: is a folder"),
+        (["new", "folder/../new"], "two outputs"),
+        (["input.png/new"], "because of .*input.png"),
+    ],
+)
+def test_an_output_that_cannot_or_must_not_be_written_is_refused_before_the_work(folder, names, value):
+    with pytest.raises(ValueError, match=value):
+        check_outputs([folder / name for name in names], inputs=[folder / "input.png"], overwrite=True)
+
+
+def test_what_exists_is_replaced_only_where_that_is_allowed(folder):
+    outputs = [folder / "old.json", folder / "new" / "a.png", Path(os.devnull), Path(os.devnull)]
+    with pytest.raises(ValueError, match=r"old.json: exists already; .*--overwrite"):
+        check_outputs(outputs)
+    check_outputs(outputs, overwrite=True)
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(("refused", "value"), [("old.json", "permissions"), (".", "because of")])
+def test_a_file_or_folder_without_permission_to_write_is_named(folder, monkeypatch, refused, value):
+    named = os.fspath(folder / refused)
+    monkeypatch.setattr(atomic.os, "access", lambda path, mode: os.fspath(path) != named)
+    with pytest.raises(ValueError, match=f"old.json: .*{value}"):
+        check_outputs([folder / "old.json"], overwrite=True)
