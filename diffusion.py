@@ -12,11 +12,12 @@ int64 (B,), T - 1 the noisiest. Images are in [-1, 1], clean has unit variance.
 """
 
 import math
+import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, Unpack, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,22 @@ from torch import Tensor, nn
 from bicubic import exact_scale, upscale_image
 from degradation import Degradation
 from engine.checkpoint import Checkpoint, CheckpointError, load_weights, read_for_resume, read_model
-from engine.options import Options, Plain, option
+from engine.options import Options, option
+from engine.processes import Processes
 from engine.run import RunFiles
 from imaging.files import to_unit_range
 from samplers import DEFAULT_SCHEDULER, Sampler, SchedulerName, Step, draw_noise, noise_stream, sample
-from training import LoopOptions, TrainingConfig, TrainState, new_state, restore_state, train
+from training import (
+    Batches,
+    StepReport,
+    TrainingConfig,
+    TrainState,
+    Validate,
+    new_state,
+    restore_state,
+    train,
+    train_step,
+)
 from unet import Condition
 from util import CropDataset, Crops, ImageDataset
 
@@ -336,32 +348,37 @@ class DiffusionModel:
         checkpoint_dir: Path,
         log_dir: Path,
         resume: Path | Checkpoint | None = None,
-        sections: Mapping[str, dict[str, Plain]] | None = None,
-        held_out: Sequence[str] = (),
+        record: Mapping[str, object] = types.MappingProxyType({}),
         perceptual: Distance | None = None,
-        **options: Unpack[LoopOptions],
+        processes: Processes | None = None,
+        precision: torch.dtype | None = None,
+        validate: Validate | None = None,
     ) -> tuple[RunFiles, int | None]:
         """Train a Network on what the dataset degrades; its files, and the signal that ended it or None.
 
-        Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `sections` and the
-        names `held_out`. `perceptual` is the distance that perceptual_weight weighs, as
-        evaluation.lpips.perceptual_distance; `validate` of the options an evaluation.validation.Validator.
-
-        ValueError: an upscale function that a checkpoint cannot record, or another number of scales; else as
-        training.train.
+        Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `record` in them.
+        `precision` is what the loss is autocast to, `perceptual` the distance that perceptual_weight weighs.
+        ValueError: what a checkpoint cannot record, or another number of scales; else as training.train.
         """
         _check_recordable(dataset)
-        state = new_state(model, config, options.get("precision"))
+        processes = processes or Processes(self.device)
+        resolved = config.resolved(len(dataset), processes.world_size)
+        if resume is None:
+            _set_buffers(network_of(model), dataset)
+        processes.share(model)
+        state = new_state(model, resolved, precision)
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
-        else:
-            _set_buffers(state, dataset)
-        own = {"network": network_of(model).config, "process": self.process, "objective": self.objective}
-        records = {name: one.to_dict() for name, one in {**own, "degradation": dataset.degradation}.items()}
-        name, others = f"diffusion_model_{self.mode}", {"held_out": list(held_out)}
-        run = RunFiles(checkpoint_dir, log_dir, name, {**records, **(sections or {})}, others)
+        options = {"process": self.process, "objective": self.objective, "degradation": dataset.degradation}
+        options |= {"network": network_of(model).config, "training": resolved}
+        sections = {name: one.to_dict() for name, one in options.items()}
+        run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", {**sections, **record})
         loss = self.restoration_loss(dataset.degradation, perceptual, dataset.scales)
-        return run, train(state, loss, CropDataset(dataset), config, run, **options)
+
+        def step(batches: Batches) -> StepReport:
+            return train_step(state, loss, batches, resolved, processes)
+
+        return run, train(state, step, CropDataset(dataset), resolved, run, processes, validate)
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
         """The averaged weights; CheckpointError: damaged, unfit, or of another process."""
@@ -398,8 +415,8 @@ def _check_recordable(dataset: ImageDataset) -> None:
         )
 
 
-def _set_buffers(state: TrainState, dataset: ImageDataset) -> None:
-    network, scales = network_of(state.model), dataset.scales
+def _set_buffers(network: Network, dataset: ImageDataset) -> None:
+    scales = dataset.scales
     if network.scale.numel() != len(scales):
         raise ValueError(f"the network has {network.scale.numel()} scales, the dataset {scales}")
     if not network.residual_std.any():
@@ -407,9 +424,6 @@ def _set_buffers(state: TrainState, dataset: ImageDataset) -> None:
         network.residual_std.copy_(torch.tensor(measured).view_as(network.residual_std))
     if not network.scale.any():
         network.scale.copy_(torch.tensor(scales).view_as(network.scale))
-    ema = network_of(state.ema)
-    ema.residual_std.copy_(network.residual_std)
-    ema.scale.copy_(network.scale)
 
 
 class ResidualGenerator:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
 
@@ -26,7 +26,7 @@ from engine.checkpoint import Checkpoint, load_weights, read_for_resume
 from engine.cost import Cost, count_cost, training_memory
 from engine.device import Precision, autocast_dtype, compile_network, is_out_of_memory, tune_for_training
 from engine.options import OptionError, Options, add_flags, flag_of, option, specs, with_flag
-from engine.processes import Processes, started_processes
+from engine.processes import LostProcessError, Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
 from evaluation.lpips import MetricUnavailableError, perceptual_distance
@@ -35,7 +35,15 @@ from imaging.cache import CachedReader
 from imaging.files import list_images
 from imaging.sizes import default_cache_dir
 from models import LoadedModel, load_model
-from training import BatchPlan, NonFiniteError, TrainingConfig, WorkerError, learning_rate_at, optimizer_for
+from training import (
+    BatchPlan,
+    NonFiniteError,
+    ResolvedConfig,
+    TrainingConfig,
+    WorkerError,
+    learning_rate_at,
+    optimizer_for,
+)
 from unet import Condition, UNet, UNetConfig, parameter_count
 from util import Augmentation, ImageDataset
 
@@ -64,6 +72,8 @@ class DataOptions(Options):
 
 @dataclass(frozen=True)
 class RunOptions(Options):
+    retired: ClassVar = {"profile": False}
+
     residual_std: float | None = option(None, "what residuals are divided by; by default measured", above=0)
     device: str = option("auto", "auto, cuda, mps or cpu", fixed=False)
     precision: Precision = option(
@@ -71,7 +81,6 @@ class RunOptions(Options):
     )
     checkpoint_activations: bool = option(False, "less memory, a third more time", fixed=False)
     compile: bool = option(False, "torch.compile the network: a slow start", fixed=False)
-    profile: bool = option(False, "write a trace of 5 steps into the logs", fixed=False)
     log_dir: str = option("./logs", "TensorBoard", fixed=False)
     checkpoint_dir: str = option("./checkpoints", "receives a folder for each run", fixed=False)
     perceptual_features: str | None = option(
@@ -211,6 +220,10 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
     return training, dataset([path for path in everything.paths if names[path] in held_out], False)
 
 
+def names_below(folder: str, paths: Sequence[Path]) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_relative_to(folder)]
+
+
 def _without(paths: Sequence[Path], others: Sequence[Path]) -> list[Path]:
     apart = {path.resolve() for path in others}
     kept = [path for path in paths if path.resolve() not in apart]
@@ -307,7 +320,7 @@ def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path
 def describe_run(
     settings: Settings,
     plan: BatchPlan,
-    config: TrainingConfig,
+    config: ResolvedConfig,
     training: ImageDataset,
     images: int,
     device: torch.device,
@@ -315,7 +328,7 @@ def describe_run(
     precision = autocast_dtype(device, settings.run.precision)
     yield f"device {device}, {precision or torch.float32}, {plan.world_size} process(es)"
     yield f"{len(training)} training and {images} validation images, {len(training.left_out)} left out"
-    steps, crops = cast(int, config.max_steps), min(plan.group_size, len(training))
+    steps, crops = config.max_steps, min(plan.group_size, len(training))
     epochs = steps / plan.steps_per_epoch
     yield f"{steps} steps of up to {crops} crops, {plan.steps_per_epoch} steps per epoch, {epochs:.3g} epochs"
     parameters, cost = count_crop(settings)
@@ -333,13 +346,13 @@ def describe_run(
     yield f"watch it: tensorboard --logdir {shlex.quote(settings.run.log_dir)}"
 
 
-def describe_resume(checkpoint: Checkpoint, config: TrainingConfig) -> Iterator[str]:
+def describe_resume(checkpoint: Checkpoint, config: ResolvedConfig) -> Iterator[str]:
     step, former = checkpoint.content["step"], checkpoint.content["training"]["max_steps"]
     yield f"resuming {checkpoint.path} at step {step} of {config.max_steps}"
-    if step >= cast(int, config.max_steps):
+    if step >= config.max_steps:
         yield "this run is finished: raise --max_steps to go on with it"
     elif config.max_steps != former:
-        before = TrainingConfig.from_dict(checkpoint.content["training"])
+        before = ResolvedConfig.from_dict(checkpoint.content["training"])
         yield (
             f"the run is {config.max_steps} steps long instead of {former}, so the learning rate goes on at "
             f"{learning_rate_at(step, config):.2g}, after {learning_rate_at(max(0, step - 1), before):.2g}"
@@ -347,14 +360,14 @@ def describe_resume(checkpoint: Checkpoint, config: TrainingConfig) -> Iterator[
 
 
 def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processes) -> int:
-    device, options, root = processes.device, settings.run, Path(settings.data.image_folder)
+    device, options = processes.device, settings.run
     precision = autocast_dtype(device, options.precision)
     tune_for_training(device)
     held_out = None if checkpoint is None else checkpoint.content.get("held_out")
     training, validation = make_datasets(settings, held_out)
-    plan = BatchPlan.of(settings.training, len(training), processes.world_size)
-    config = settings.training.resolved(plan.steps_per_epoch)
+    config = settings.training.resolved(len(training), processes.world_size)
     config = replace(config, optimizer=optimizer_for(config, device))
+    plan = BatchPlan.of(config, len(training), processes.world_size)
     diffusion = DiffusionModel.of(settings.process, device, settings.objective)
     model = make_model(settings, device)
     checkpoint_dir, log_dir = Path(), Path()
@@ -376,12 +389,12 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
             resume=checkpoint,
             processes=processes,
             precision=precision,
-            sections={"data": settings.data.to_dict(), "run": options.to_dict()},
-            held_out=[
-                one.relative_to(root).as_posix() for one in validation.paths if one.is_relative_to(root)
-            ],
+            record={
+                "data": settings.data.to_dict(),
+                "run": options.to_dict(),
+                "held_out": names_below(settings.data.image_folder, validation.paths),
+            },
             perceptual=make_perceptual(settings, device),
-            profile=options.profile,
         )
     if processes.is_main:
         say(*describe_end(run, received))
@@ -418,7 +431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         kinds = list(SECTIONS.values())
         status, message = 2, with_flag(error, kinds) if isinstance(error, OptionError) else str(error)
-    except (NonFiniteError, WorkerError, MetricUnavailableError) as error:
+    except (NonFiniteError, WorkerError, LostProcessError, MetricUnavailableError) as error:
         status, message = 1, str(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

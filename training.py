@@ -1,33 +1,37 @@
-"""The training loop, for any `loss(model, batch, generator) -> (B,)`.
+"""The training loop for any step function, and the step of any `loss(model, batch, generator) -> (B,)`.
 
 Data and random numbers are functions of (seed, step), so a resumed run is the uninterrupted one (as in EDM2,
 Karras et al. 2024).
+
+Another kind of training has a state of its own (a subclass of TrainState, say, with a second network and its
+optimiser in `content`) and a step function, which takes the batches of one step, changes the state and counts
+the step. `train` gives it data, validation, checkpoints, curves, signals, and other processes.
 """
 
-import contextlib
 import copy
-import dataclasses
 import functools
+import itertools
 import logging
 import math
+import multiprocessing
+import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Never, Protocol, TypedDict, Unpack, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from tqdm import tqdm
 
 from engine.checkpoint import Checkpoint, CheckpointError, load_weights
 from engine.device import default_workers
 from engine.muon import Muon
-from engine.options import Options, option
-from engine.processes import Processes
+from engine.options import Options, narrowed, option
+from engine.processes import LostProcessError, Processes
+from engine.progress import progress
 from engine.run import RunFiles, RunLogger, profiled
 from engine.signals import StopSignals, leave_stopping_to_the_parent
 from samplers import noise_seed
@@ -37,6 +41,7 @@ logger = logging.getLogger(__name__)
 LossFunction = Callable[[nn.Module, Any, torch.Generator], Tensor]
 OptimizerName = Literal["auto", "adamw8bit", "adamw", "muon"]
 MAX_SKIPPED_IN_A_ROW = 5
+SECONDS_BETWEEN_LOOKS = 5  # for a signal, while waiting for the processes that read
 
 
 class Batch(Protocol):
@@ -57,54 +62,51 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class TrainingConfig(Options):
-    """`resolved` fills in None from the length of the run."""
+    """How a run trains; `resolved` decides what is None."""
 
     epochs: int = option(40, "passes over the images, one crop of each", low=1, fixed=False)
     max_steps: int | None = option(None, "optimiser steps, instead of epochs", low=1, fixed=False)
-    batch_size: int = option(32, "samples per forward pass of one process", low=1)
+    batch_size: int = option(32, "crops per forward pass of one process", low=1)
     accumulation_steps: int = option(1, "forward passes of one process per optimiser step", low=1)
-    learning_rate: float = option(2e-5, "the peak of a linear warm-up and half a cosine", above=0)
-    warmup_steps: int | None = option(
-        None, "optimiser steps of the warm-up; by default 5% of the run, at most 500", low=0, fixed=False
-    )
-    final_learning_rate: float = option(
-        0.01, "the end of the cosine as a share of the peak; 1: constant", low=0, high=1
-    )
-    weight_decay: float = option(0.01, "of AdamW and Muon (Loshchilov & Hutter 2019)", low=0)
-    beta2: float = option(0.99, "of AdamW", low=0, high=1)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this global norm", above=0)
-    ema_decay: float = option(
-        0.999, "of the averaged weights, ramped up as (1 + step) / (10 + step)", low=0, high=1
-    )
-    optimizer: OptimizerName = option("auto", "auto is 8-bit AdamW on CUDA, else AdamW")
-    seed: int = option(0, "of data order, crops, noise and timesteps", low=0, high=2**63 - 1)
-    validate_every: int | None = option(
-        None, "optimiser steps; by default 20 times in the run", low=1, fixed=False
-    )
-    save_every: int | None = option(
-        None, "optimiser steps; by default with every validation", low=1, fixed=False
-    )
-    log_every: int = option(10, "optimiser steps", low=1, fixed=False)
-    keep_checkpoints: int = option(
-        2, "how many of the newest checkpoints stay, besides the best", low=1, fixed=False
-    )
+    learning_rate: float = option(2e-5, "peak, after a linear warm-up and before half a cosine", above=0)
+    warmup_steps: int | None = option(None, "steps of it; auto: 5%, at most 500", low=0, fixed=False)
+    final_learning_rate: float = option(0.01, "end of the cosine, as part of the peak", low=0, high=1)
+    weight_decay: float = option(0.01, "weight decay (Loshchilov & Hutter 2019)", low=0)
+    beta2: float = option(0.99, "decay of AdamW's second moment", low=0, high=1)
+    max_grad_norm: float = option(1.0, "global norm that gradients are clipped to", above=0)
+    ema_decay: float = option(0.999, "decay of the averaged weights, after a ramp", low=0, high=1)
+    optimizer: OptimizerName = option("auto", "optimiser; auto: 8-bit AdamW on CUDA, else AdamW")
+    seed: int = option(0, "seed of data order, crops, noise and timesteps", low=0, high=2**63 - 1)
+    validate_every: int | None = option(None, "steps between; auto: 20 in a run", low=1, fixed=False)
+    save_every: int | None = option(None, "steps between; auto: as validations", low=1, fixed=False)
+    log_every: int = option(10, "steps between points of the curves", low=1, fixed=False)
+    keep_checkpoints: int = option(2, "newest checkpoints to keep, besides the best", low=1, fixed=False)
     num_workers: int | None = option(
-        None,
-        "processes that read images; auto: 0, this one, on a CPU, else by the cores",
-        low=0,
-        fixed=False,
+        None, "processes that read images; auto: 0 on a CPU, else by the cores", low=0, fixed=False
     )
+    profile: bool = option(False, "trace of 5 steps, written into the log folder", fixed=False)
 
-    def resolved(self, steps_per_epoch: int) -> "TrainingConfig":
-        max_steps = self.max_steps or self.epochs * steps_per_epoch
+    def resolved(self, length: int, world_size: int = 1) -> "ResolvedConfig":
+        """Decide the lengths for a dataset of this length."""
+        max_steps = self.max_steps or self.epochs * BatchPlan.of(self, length, world_size).steps_per_epoch
         validate_every = self.validate_every or max(1, max_steps // 20)
-        return dataclasses.replace(
-            self,
-            max_steps=max_steps,
-            warmup_steps=min(500, max_steps // 20) if self.warmup_steps is None else self.warmup_steps,
-            validate_every=validate_every,
-            save_every=self.save_every or validate_every,
-        )
+        decided = {
+            "max_steps": max_steps,
+            "warmup_steps": min(500, max_steps // 20) if self.warmup_steps is None else self.warmup_steps,
+            "validate_every": validate_every,
+            "save_every": self.save_every or validate_every,
+        }
+        return ResolvedConfig.from_dict({**self.to_dict(), **decided})
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(TrainingConfig):
+    """A TrainingConfig whose lengths are decided."""
+
+    max_steps: int = narrowed(TrainingConfig, "max_steps")
+    warmup_steps: int = narrowed(TrainingConfig, "warmup_steps")
+    validate_every: int = narrowed(TrainingConfig, "validate_every")
+    save_every: int = narrowed(TrainingConfig, "save_every")
 
 
 class NonFiniteError(RuntimeError):
@@ -113,6 +115,17 @@ class NonFiniteError(RuntimeError):
 
 class WorkerError(RuntimeError):
     """A process that reads data died, or no data can be read; names the files."""
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass: its number in the step, (epoch, index) pairs, weight of each sample's loss."""
+
+    number: int
+    pairs: list[tuple[int, int]]
+    weight: float
+
+
+Batches = Iterator[tuple[MicroBatch, Batch]]
 
 
 @dataclass(frozen=True)
@@ -137,43 +150,23 @@ class BatchPlan:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.length / self.group_size)
 
-    def micro_batches(self, step: int) -> list[list[tuple[int, int]]]:
-        """(epoch, index) pairs of each forward pass of a step."""
+    def group(self, step: int) -> list[tuple[int, int]]:
+        """(epoch, index) of the samples of a step, of all processes."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.length, self.seed, epoch)
-        group = order[position * self.group_size : (position + 1) * self.group_size]
         return [
-            [(epoch, index) for index in group[start : start + self.batch_size]]
-            for start in range(0, len(group), self.batch_size)
+            (epoch, index) for index in order[position * self.group_size : (position + 1) * self.group_size]
         ]
 
-    def of_rank(self, step: int, rank: int) -> list["MicroBatch"]:
-        """A process's forward passes in a step, as many as each other one's.
-
-        Where none is left, the first is repeated with no weight: all meet at every exchange of gradients.
-        """
-        parts = self.micro_batches(step)
-        samples = sum(len(part) for part in parts)
-        rounds = math.ceil(len(parts) / self.world_size)
-        numbers = [rank + self.world_size * number for number in range(rounds)]
-        return [
-            MicroBatch(
-                number,
-                pairs=parts[number] if number < len(parts) else parts[0],
-                weight=1 / samples if number < len(parts) else 0.0,
-                is_last=number == numbers[-1],
-            )
-            for number in numbers
+    def micro_batches(self, step: int, rank: int = 0) -> list[MicroBatch]:
+        """The forward passes of a process in a step; the last group of an epoch may leave it none."""
+        group = self.group(step)
+        starts = range(0, len(group), self.batch_size)
+        parts = [
+            MicroBatch(number, group[start : start + self.batch_size], 1 / len(group))
+            for number, start in enumerate(starts)
         ]
-
-
-class MicroBatch(NamedTuple):
-    """One forward pass: number in the step, (epoch, index) pairs, weight of each loss."""
-
-    number: int
-    pairs: list[tuple[int, int]]
-    weight: float
-    is_last: bool
+        return parts[rank :: self.world_size]
 
 
 @functools.lru_cache(maxsize=2)
@@ -184,15 +177,17 @@ def _epoch_order(length: int, seed: int, epoch: int) -> list[int]:
 
 @dataclass
 class TrainState:
+    """A network, its averaged weights, and what `train_step` changes them with."""
+
     model: nn.Module
     ema: nn.Module  # with averaged weights, validated and used
     optimizer: torch.optim.Optimizer
     optimizer_name: str
+    precision: torch.dtype | None  # that the loss is autocast to; None: float32
     scaler: torch.amp.GradScaler  # of the loss, for float16 (Micikevicius et al. 2018)
-    step: int = 0  # with skipped ones
-    best_psnr: float = -math.inf  # of `ema`, in dB
-    skipped: int = 0  # steps without finite loss or gradient
-    wrapped: DistributedDataParallel | None = None  # for several processes
+    step: int = 0
+    skipped: int = 0
+    best_score: float = -math.inf
 
     def content(self) -> dict[str, object]:
         return {
@@ -200,7 +195,7 @@ class TrainState:
             "ema": self.ema.state_dict(),
             "optimizer": {"name": self.optimizer_name, "state": self.optimizer.state_dict()},
             "step": self.step,
-            "best_psnr": self.best_psnr,
+            "best_score": self.best_score,
             "skipped": self.skipped,
             "scaler": self.scaler.state_dict(),
         }
@@ -208,15 +203,15 @@ class TrainState:
 
 def new_state(model: nn.Module, config: TrainingConfig, precision: torch.dtype | None = None) -> TrainState:
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    parameters = list(model.parameters())
-    device = parameters[0].device
+    device = next(model.parameters()).device
     name = optimizer_for(config, device)
     # From a scale at which no first step overflows; it doubles where it can.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=precision == torch.float16)
-    return TrainState(model, ema, _optimizer(name, parameters, config), name, scaler)
+    return TrainState(model, ema, make_optimizer(name, model, config), name, precision, scaler)
 
 
 def optimizer_for(config: TrainingConfig, device: torch.device) -> OptimizerName:
+    """Decide what "auto" is on a device."""
     if config.optimizer != "auto":
         return config.optimizer
     if device.type != "cuda":
@@ -230,7 +225,7 @@ def optimizer_for(config: TrainingConfig, device: torch.device) -> OptimizerName
 
 
 def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
-    """Of bitsandbytes (Dettmers et al. 2022); ValueError where that cannot be imported."""
+    """Import bitsandbytes' AdamW (Dettmers et al. 2022); ValueError where that fails."""
     try:
         from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this optimiser alone
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
@@ -239,8 +234,8 @@ def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
     return cast(Callable[..., torch.optim.Optimizer], AdamW8bit)
 
 
-def _optimizer(name: str, parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    betas, decay = (0.9, config.beta2), config.weight_decay
+def make_optimizer(name: str, model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    parameters, betas, decay = list(model.parameters()), (0.9, config.beta2), config.weight_decay
     if name == "muon":
         return Muon(parameters, config.learning_rate, betas, decay)
     if name == "adamw8bit":
@@ -250,7 +245,7 @@ def _optimizer(name: str, parameters: list[nn.Parameter], config: TrainingConfig
 
 
 def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
-    """CheckpointError: unfit, or of another optimiser."""
+    """Continue from a checkpoint; CheckpointError: it does not fit, or is of another optimiser."""
     path, content = checkpoint
     try:
         name, values = content["optimizer"]["name"], content["optimizer"]["state"]
@@ -270,16 +265,14 @@ def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
     if state.scaler.is_enabled() and content.get("scaler"):
         state.scaler.load_state_dict(content["scaler"])
     state.step, state.skipped = int(content["step"]), int(content["skipped"])
-    state.best_psnr = float(content["best_psnr"])
+    state.best_score = float(content["best_score" if "best_score" in content else "best_psnr"])
 
 
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
+def learning_rate_at(step: int, config: ResolvedConfig) -> float:
     """Linear warm-up, then half a cosine (Loshchilov & Hutter 2017)."""
-    assert config.max_steps is not None
-    warmup_steps = config.warmup_steps or 0
-    if step < warmup_steps:
-        return config.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, config.max_steps - warmup_steps)
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
@@ -292,47 +285,43 @@ def ema_decay_at(step: int, config: TrainingConfig) -> float:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, in place; buffers are copied."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for own, theirs in zip(ema.buffers(), model.buffers(), strict=True):
-        own.copy_(theirs)
+    for averaged, newest in zip(ema.buffers(), model.buffers(), strict=True):
+        averaged.copy_(newest)
 
 
 class StepReport(NamedTuple):
-    loss: float  # mean
-    grad_norm: float  # before clipping
-    finite: bool  # both
-    stop: bool  # a process asked to
+    """What a step says of itself, the same in every process."""
+
+    loss: float  # mean over the samples
+    finite: bool  # loss and gradient; else the step has changed nothing
+    scalars: Mapping[str, float] = {}  # for the curves
+
+
+StepFunction = Callable[[Batches], StepReport]
 
 
 def train_step(
-    state: TrainState,
-    loss: LossFunction,
-    micro_batches: Iterator[tuple[MicroBatch, Batch]],
-    config: TrainingConfig,
-    processes: Processes,
-    precision: torch.dtype | None = None,
-    signals: StopSignals | None = None,
+    state: TrainState, loss: LossFunction, batches: Batches, config: ResolvedConfig, processes: Processes
 ) -> StepReport:
     """One optimiser step; a step whose loss or gradient is not finite changes nothing.
 
-    Every sample weighs the same; gradients are exchanged once, and the device is waited for once.
+    Every sample weighs the same, in whichever process it is. The device is waited for once.
     """
     device, model = processes.device, state.model.train()
     generator, total = torch.Generator(device), torch.zeros((), device=device)
-    for micro, samples in micro_batches:
+    for micro, samples in batches:
         generator.manual_seed(noise_seed(config.seed, state.step, micro.number))
-        with state.wrapped.no_sync() if state.wrapped and not micro.is_last else contextlib.nullcontext():
-            inputs = samples.to(device, non_blocking=True)
-            with torch.autocast(device.type, precision, enabled=precision is not None):
-                losses = loss(state.wrapped or model, inputs, generator)  # (B,)
-            part = losses.float().sum() * micro.weight
-            state.scaler.scale(part * processes.world_size).backward()  # averaged, where the sum is wanted
+        inputs = samples.to(device, non_blocking=True)
+        with torch.autocast(device.type, state.precision, enabled=state.precision is not None):
+            losses = loss(model, inputs, generator)  # (B,)
+        part = losses.float().sum() * micro.weight
+        state.scaler.scale(part).backward()
         total += part.detach()
+    processes.sum_gradients(model)
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     state.scaler.update()
-    stopping = torch.full_like(total, signals is not None and signals.received is not None)
-    shared = torch.stack([total, grad_norm / processes.world_size, stopping])
-    mean_loss, norm, stops = processes.sum(shared).tolist()
+    mean_loss, norm = torch.stack([processes.sum(total), grad_norm]).tolist()
     finite = math.isfinite(mean_loss) and math.isfinite(norm)
     if finite:
         for group in state.optimizer.param_groups:
@@ -342,13 +331,13 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.skipped += not finite
     state.step += 1
-    return StepReport(mean_loss, norm, finite, stops > 0)
+    return StepReport(mean_loss, finite, {"gradient_norm": norm})
 
 
 class Validation(NamedTuple):
-    """Of the averaged weights; scalars, images and curves are for TensorBoard."""
+    """What a validation says of the averaged weights: a score, and what TensorBoard shows."""
 
-    psnr: float  # in dB, chooses the best checkpoint
+    score: float  # higher is better; chooses the best checkpoint
     scalars: dict[str, float]
     images: dict[str, Tensor]  # (3, H, W) in [0, 1]
     curves: dict[str, tuple[list[float], list[float]]] = {}  # noqa: RUF012  # right edges, heights
@@ -357,209 +346,212 @@ class Validation(NamedTuple):
 Validate = Callable[[nn.Module], Validation]
 
 
-class LoopOptions(TypedDict, total=False):
-    processes: Processes | None
-    precision: torch.dtype | None  # to autocast the loss to, None for float32
-    validate: Validate | None  # called with the averaged network, in every process
-    progress: bool
-    profile: bool  # trace five steps into the log folder
-
-
 def train(
     state: TrainState,
-    loss: LossFunction,
+    step: StepFunction,
     dataset: Samples,
-    config: TrainingConfig,
+    config: ResolvedConfig,
     run: RunFiles,
-    **options: Unpack[LoopOptions],
+    processes: Processes,
+    validate: Validate | None = None,
 ) -> int | None:
-    """Train from state.step to config.max_steps; returns None, or the signal that ended it early.
+    """Take steps from state.step to config.max_steps; returns None, or the signal that ended it early.
 
-    The last checkpoint holds the final state. NonFiniteError, WorkerError, CheckpointError.
+    The last checkpoint holds the final state. `validate` is called with `state.ema` in every process.
+    NonFiniteError, WorkerError, LostProcessError, CheckpointError.
     """
-    processes = options.get("processes") or Processes(next(state.model.parameters()).device)
-    plan = BatchPlan.of(config, len(dataset), processes.world_size)
-    config = config.resolved(plan.steps_per_epoch)
-    run = dataclasses.replace(run, sections={**run.sections, "training": config.to_dict()})
-    batches = _Batches(dataset, plan, config, state.step, processes)
-    if processes.world_size > 1:
-        state.wrapped = DistributedDataParallel(state.model, broadcast_buffers=False)
-    is_main, precision = processes.is_main, options.get("precision")
-    hidden = not (options.get("progress", True) and is_main)
+    is_main, curves = processes.is_main, Curves()
     with (
         StopSignals() as signals,
-        RunLogger(run.log_dir, is_main, state.step, run.sections) as log,
-        profiled(options.get("profile", False) and is_main, run.log_dir, processes.device) as trace_step,
-        tqdm(None, "train", config.max_steps, initial=state.step, unit="step", disable=hidden) as bar,
+        RunLogger(run.log_dir, is_main, state.step, run.record) as log,
+        profiled(config.profile and is_main, run.log_dir, processes.device) as trace_step,
+        progress("train", config.max_steps, state.step, hidden=not is_main) as show,
     ):
-        validate = options.get("validate")
-        recorder = _Recorder(state, run, config, plan, batches, log, trace_step, bar, is_main, validate)
-        while state.step < cast(int, config.max_steps):
-            parts = plan.of_rank(state.step, processes.rank)
-            try:
-                report = train_step(state, loss, batches.of(parts), config, processes, precision, signals)
-            except WorkerError:
-                recorder.save()  # the last whole step
+        try:
+            for report in take_steps(state, step, dataset, config, processes, signals, curves):
+                trace_step()
+                show(state.step, f"loss {report.loss:.4f}, best {state.best_score:.2f}")
+                if _due(state.step, config.log_every, config):
+                    log.scalars("train", state.step, curves.point(state, config, report, dataset))
+                if validate is not None and _due(state.step, config.validate_every, config):
+                    curves.since += _validate(validate, state, run, log, is_main)  # no time of training
+                stop = processes.any(signals.received is not None)
+                if is_main and (stop or _due(state.step, config.save_every, config)):
+                    run.save_last(state.content(), state.step, config.keep_checkpoints)
+                if stop:
+                    return signals.received or int(signal.SIGTERM)
+        except (WorkerError, LostProcessError):
+            if is_main:  # the last whole step
+                run.save_last(state.content(), state.step, config.keep_checkpoints)
+            if signals.received is None:
                 raise
-            recorder.after_step(report, parts)
-            if report.stop:
-                return signals.received or int(signal.SIGTERM)
-    return None
+    return signals.received
+
+
+def _due(step: int, every: int, config: ResolvedConfig) -> bool:
+    return step % every == 0 or step == config.max_steps
+
+
+def take_steps(
+    state: TrainState,
+    step: StepFunction,
+    dataset: Samples,
+    config: ResolvedConfig,
+    processes: Processes,
+    signals: StopSignals,
+    curves: "Curves",
+) -> Iterator[StepReport]:
+    """Take one step after another; yields after each.
+
+    NonFiniteError: too many in a row were skipped. WorkerError: there is no more data, or a signal has come
+    while waiting for it.
+    """
+    plan = BatchPlan.of(config, len(dataset), processes.world_size)
+    batches = read_batches(dataset, plan, config, state.step, processes, signals)
+    skipped_in_a_row = 0
+    while state.step < config.max_steps:
+        parts = plan.micro_batches(state.step, processes.rank)
+        samples = len(plan.group(state.step))
+        report = step(curves.timed(itertools.islice(batches, len(parts))))
+        curves.losses.append(report.loss)
+        curves.samples += samples
+        skipped_in_a_row = 0 if report.finite else skipped_in_a_row + 1
+        if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            names = ", ".join(dataset.name(index) for part in parts for _, index in part.pairs)
+            raise NonFiniteError(
+                f"{skipped_in_a_row} steps in a row up to step {state.step} had a loss or gradient that is "
+                "not finite: lower the learning rate or train in fp32. The last checkpoint is from before. "
+                f"The last batch was {names}"
+            )
+        yield report
+
+
+def read_batches(
+    dataset: Samples,
+    plan: BatchPlan,
+    config: ResolvedConfig,
+    first_step: int,
+    processes: Processes,
+    signals: StopSignals,
+) -> Batches:
+    """The forward passes of one process, from a step to the end of the run, read ahead by workers."""
+    workers = config.num_workers
+    if workers is None:
+        workers = default_workers(processes.device, processes.world_size)
+    watched = _Watched(dataset, workers)
+
+    def micro_batches() -> Iterator[MicroBatch]:
+        for step in range(first_step, config.max_steps):
+            yield from plan.micro_batches(step, processes.rank)
+
+    loader = DataLoader(
+        watched,
+        batch_sampler=(part.pairs for part in micro_batches()),
+        num_workers=workers,
+        collate_fn=watched.collate,
+        pin_memory=processes.device.type == "cuda",
+        worker_init_fn=leave_stopping_to_the_parent,
+        timeout=SECONDS_BETWEEN_LOOKS if workers else 0,
+    )
+    try:
+        loaded = iter(loader)
+    except OSError as error:
+        raise WorkerError(f"no process to read images can start ({error}): use num_workers 0") from error
+    for part in micro_batches():
+        batch = _next_batch(loaded, watched, signals)
+        yield part, pickle.loads(batch) if isinstance(batch, bytes) else batch
+
+
+def _next_batch(loaded: Iterator[Batch | bytes], watched: "_Watched", signals: StopSignals) -> Batch | bytes:
+    started, patience = time.monotonic(), 60
+    while True:
+        try:
+            return next(loaded)
+        except RuntimeError as error:
+            reading = watched.names() or "no image"
+            if "DataLoader worker" in str(error):
+                message = f"a process that reads images died while reading {reading} ({error})"
+                raise WorkerError(message) from error
+            if "DataLoader timed out" not in str(error) or signals.received is not None:
+                raise WorkerError(str(error)) from error
+            if time.monotonic() - started > patience:
+                logger.warning("no image for %d seconds; being read: %s", patience, reading)
+                patience *= 2
 
 
 class _Watched(Dataset[object]):
-    """A dataset that notes, where all processes see it, which sample each worker is reading."""
+    """A dataset in the processes that read it: notes which sample each is reading, and packs batches."""
 
-    def __init__(self, dataset: Samples, workers: int) -> None:
-        self.dataset = dataset
-        self.reading = torch.full((max(1, workers),), -1).share_memory_()
+    def __init__(self, samples: Samples, workers: int) -> None:
+        self.samples = samples
+        self.reading = multiprocessing.RawArray("q", [-1] * max(1, workers))
 
     def __getitem__(self, key: tuple[int, int]) -> object:
         worker = get_worker_info()
         slot = 0 if worker is None else worker.id
         self.reading[slot] = key[1]
-        sample = self.dataset[key]
+        sample = self.samples[key]
         self.reading[slot] = -1
         return sample
 
+    def collate(self, samples: list[Any]) -> Batch | bytes:
+        batch = self.samples.collate(samples)
+        # Through a pipe: a tensor would take shared memory, of which a container has 64 MB, and a worker that
+        # finds no room there says so and lets the run wait for ever.
+        return batch if get_worker_info() is None else pickle.dumps(batch)
+
     def names(self) -> str:
-        return ", ".join(self.dataset.name(index) for index in self.reading.tolist() if index >= 0)
+        return ", ".join(self.samples.name(index) for index in self.reading if index >= 0)
 
 
-class _Batches:
-    """One process's batches; `seconds_waited` since it was last set to 0."""
+class Curves:
+    """What the steps since the last point of the curves add up to."""
 
-    def __init__(
-        self, dataset: Samples, plan: BatchPlan, config: TrainingConfig, first_step: int, processes: Processes
-    ) -> None:
-        self.dataset = dataset
-        workers = config.num_workers
-        if workers is None:
-            workers = default_workers(processes.device, processes.world_size)
-        self.watched = _Watched(dataset, workers)
-        steps = range(first_step, cast(int, config.max_steps))
-        loader = DataLoader(
-            self.watched,
-            batch_sampler=(part.pairs for step in steps for part in plan.of_rank(step, processes.rank)),
-            num_workers=workers,
-            collate_fn=dataset.collate,
-            pin_memory=processes.device.type == "cuda",
-            worker_init_fn=leave_stopping_to_the_parent,
-        )
-        self.iterator = iter(loader)
-        self.seconds_waited = 0.0
+    def __init__(self) -> None:
+        self.begin()
 
-    def of(self, parts: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Batch]]:
-        for part in parts:
+    def begin(self) -> None:
+        self.losses: list[float] = []
+        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def timed(self, batches: Batches) -> Batches:
+        """Hand on batches, and count the seconds that they take."""
+        while True:
             started = time.perf_counter()
-            try:
-                samples: Batch = next(self.iterator)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise WorkerError(str(error)) from error
-                reading = self.watched.names() or "no image"
-                message = f"a process that reads images died while reading {reading} ({error})"
-                raise WorkerError(message) from error
-            self.seconds_waited += time.perf_counter() - started
-            yield part, samples
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
-    def names(self, parts: Sequence[MicroBatch]) -> str:
-        return ", ".join(self.dataset.name(index) for part in parts for _, index in part.pairs)
-
-
-def _due(step: int, every: int | None, last: int | None) -> bool:
-    return step == last or (every is not None and step % every == 0)
-
-
-@dataclass
-class _Recorder:
-    """Curves, validation and checkpoints as they fall due. Only the main process writes."""
-
-    state: TrainState
-    run: RunFiles
-    config: TrainingConfig
-    plan: BatchPlan
-    batches: _Batches
-    log: RunLogger
-    trace_step: Callable[[], None]
-    bar: "tqdm[Never]"
-    is_main: bool
-    validate: Validate | None
-
-    def __post_init__(self) -> None:
-        self._losses: list[float] = []
-        self._samples = 0
-        self._since = time.perf_counter()
-        self._skipped_in_a_row = 0
-        self._warm = (self.state.step + 1, self._since)  # a first step, and when it ended
-
-    def after_step(self, report: StepReport, parts: Sequence[MicroBatch]) -> None:
-        """NonFiniteError: too many steps in a row were skipped."""
-        state, config = self.state, self.config
-        self.trace_step()
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{report.loss:.4f}", best=f"{state.best_psnr:.2f} dB", refresh=False)
-        self._tell_duration()
-        self._raise_if_diverged(report, parts)
-        self._losses.append(report.loss)
-        self._samples += sum(len(part) for part in self.plan.micro_batches(state.step - 1))
-        if _due(state.step, config.log_every, config.max_steps):
-            self._log_curves(report)
-        if self.validate is not None and _due(state.step, config.validate_every, config.max_steps):
-            self._validate(self.validate)
-        if report.stop or _due(state.step, config.save_every, config.max_steps):
-            self.save()
-        if state.step == config.max_steps:
-            self.log.finish(state.step, {"final/best_psnr": state.best_psnr, "final/loss": report.loss})
-
-    def _tell_duration(self) -> None:
-        """Say after ten steps when the run ends."""
-        first, ended = self._warm
-        if self.state.step == first:
-            self._warm = (first, time.perf_counter())
-        if self.is_main and self.state.step == first + 9:
-            seconds = (time.perf_counter() - ended) / 9
-            left = seconds * (cast(int, self.config.max_steps) - self.state.step)
-            end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
-            logger.info("%.3g s per step: the run ends in %.2g hours, %s", seconds, left / 3600, end)
-
-    def _raise_if_diverged(self, report: StepReport, parts: Sequence[MicroBatch]) -> None:
-        self._skipped_in_a_row = 0 if report.finite else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"{self._skipped_in_a_row} steps in a row up to step {self.state.step} had a loss or "
-                "gradient that is not finite: lower the learning rate or train in fp32. The last checkpoint "
-                f"is from before. The last batch was {self.batches.names(parts)}"
-            )
-
-    def _log_curves(self, report: StepReport) -> None:
-        now = time.perf_counter()
-        values = {
-            "loss": float(np.mean(self._losses)),
-            "learning_rate": learning_rate_at(self.state.step - 1, self.config),
-            "gradient_norm": report.grad_norm,
-            "images_per_second": self._samples / (now - self._since),
-            "share_waiting_for_data": self.batches.seconds_waited / (now - self._since),
-            "skipped_steps": float(self.state.skipped),
-            "unreadable_files": float(self.batches.dataset.failures()),
+    def point(
+        self, state: TrainState, config: ResolvedConfig, report: StepReport, dataset: Samples
+    ) -> dict[str, float]:
+        """The point by name, after which the next begins."""
+        seconds = time.perf_counter() - self.since
+        point = {
+            "loss": float(np.mean(self.losses)),
+            "learning_rate": learning_rate_at(state.step - 1, config),
+            **report.scalars,
+            "images_per_second": self.samples / seconds,
+            "share_waiting_for_data": self.waited / seconds,
+            "skipped_steps": float(state.skipped),
+            "unreadable_files": float(dataset.failures()),
         }
-        self.log.scalars(self.state.step, {f"train/{name}": value for name, value in values.items()})
-        self._losses.clear()
-        self._samples, self._since, self.batches.seconds_waited = 0, now, 0.0
+        self.begin()
+        return point
 
-    def _validate(self, validate: Validate) -> None:
-        started, step = time.perf_counter(), self.state.step
-        found = validate(self.state.ema)
-        self.log.scalars(step, {f"validation/{name}": value for name, value in found.scalars.items()})
-        self.log.images(step, {f"validation/{name}": image for name, image in found.images.items()})
-        self.log.bars(step, {f"validation/{name}": bars for name, bars in found.curves.items()})
-        self.log.flush()
-        if found.psnr > self.state.best_psnr:
-            self.state.best_psnr = found.psnr
-            if self.is_main:
-                self.run.save_best(self.state.content())
-        self._since += time.perf_counter() - started  # no training: not part of images per second
 
-    def save(self) -> None:
-        if self.is_main:
-            self.run.save_last(self.state.content(), self.state.step, self.config.keep_checkpoints)
+def _validate(validate: Validate, state: TrainState, run: RunFiles, log: RunLogger, is_main: bool) -> float:
+    """Log a validation, and save the best; returns the seconds that it took."""
+    started = time.perf_counter()
+    result = validate(state.ema)
+    log.scalars("validation", state.step, result.scalars)
+    log.images("validation", state.step, result.images)
+    log.bars("validation", state.step, result.curves)
+    log.flush()
+    if result.score > state.best_score:
+        state.best_score = result.score
+        if is_main:
+            run.save_best(state.content())
+    return time.perf_counter() - started

@@ -6,7 +6,7 @@ A checkpoint (.pth) is a dict that loads with `weights_only=True`:
     network, process, objective, degradation, training, data, run     a section per class of options
     model, ema         state dicts: trained and averaged weights
     optimizer          {"name", "state"}
-    step, best_psnr, skipped        see training.TrainState
+    step, best_score, skipped       see training.TrainState; once best_psnr
 
 An exported model (.safetensors): averaged weights in half precision, sections as JSON, a checksum.
 """

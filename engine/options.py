@@ -74,6 +74,11 @@ def option(
     return field(default=default, metadata={"spec": spec})
 
 
+def narrowed(kind: type["Options"], name: str) -> Any:  # noqa: ANN401
+    """An option of `kind` again, for a subclass whose annotation leaves out None."""
+    return field(default=specs(kind)[name].default, metadata={"spec": specs(kind)[name]})
+
+
 class Options:
     """Frozen dataclasses of options, checked when built."""
 

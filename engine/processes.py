@@ -9,12 +9,16 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.device import select_device
 
 T = TypeVar("T")
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed, from torchrun
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has ended."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,38 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """In place; every process must call it."""
+        """Add up in place; every process must call it. LostProcessError: one of them has ended."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            try:
+                dist.all_reduce(values)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise LostProcessError(f"another process of the run has ended ({reason})") from error
         return values
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in one of the processes; every process must call it."""
+        return here if self.world_size == 1 else bool(self.sum(torch.tensor(float(here), device=self.device)))
+
+    def sum_gradients(self, network: nn.Module) -> None:
+        """Add up the gradients of all processes, 0 where one has none."""
+        # Once a step and all together. DistributedDataParallel would begin within the last backward pass, but
+        # it takes one network and one backward pass of all processes each time.
+        if self.world_size == 1:
+            return
+        parameters = [one for one in network.parameters() if one.requires_grad]
+        for one in parameters:
+            one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+        gradients = [cast(Tensor, one.grad) for one in parameters]
+        summed = self.sum(torch.cat([one.flatten() for one in gradients]))
+        for gradient, part in zip(gradients, summed.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(part.view(gradient.shape))
+
+    def share(self, network: nn.Module) -> None:
+        """Give every process the weights and buffers of the main one."""
+        if self.world_size > 1:
+            for value in network.state_dict().values():
+                dist.broadcast(value, 0)
 
     def gather(self, value: T) -> list[T]:
         """By rank; every process must call it."""

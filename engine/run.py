@@ -14,20 +14,18 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from engine.checkpoint import save_checkpoint
-from engine.options import Plain
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run's checkpoints, in a folder of its own; `sections` and `others` are in each."""
+    """A run's checkpoints, in a folder of its own; `record`, with a dict per kind of options, is in each."""
 
     checkpoint_dir: Path
     log_dir: Path
     name: str
-    sections: Mapping[str, dict[str, Plain]] = field(default_factory=dict)
-    others: Mapping[str, object] = field(default_factory=dict)
+    record: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def best(self) -> Path:
@@ -42,12 +40,12 @@ class RunFiles:
         return sorted(self.checkpoint_dir.glob(f"{self.name}_step*.pth"))
 
     def save_best(self, content: dict[str, object]) -> None:
-        save_checkpoint(self.best, {**self.sections, **self.others, **content})
+        save_checkpoint(self.best, {**self.record, **content})
 
     def save_last(self, content: dict[str, object], step: int, keep: int) -> None:
         """Write a numbered one, also named `last`; the `keep` newest are kept."""
         path = self.checkpoint_dir / f"{self.name}_step{step:09d}.pth"
-        save_checkpoint(path, {**self.sections, **self.others, **content})
+        save_checkpoint(path, {**self.record, **content})
         _link(self.last, path)
         # Files of later steps are of a branch that was abandoned by going back.
         earlier = [other for other in self.numbered() if other.name <= path.name]
@@ -102,21 +100,19 @@ def locked(folder: Path) -> Iterator[None]:
 class RunLogger:
     """TensorBoard's log, hidden beyond `step`; where it cannot be written, it ends with a warning."""
 
-    def __init__(
-        self, log_dir: Path, is_main: bool, step: int, sections: Mapping[str, dict[str, Plain]]
-    ) -> None:
+    def __init__(self, log_dir: Path, is_main: bool, step: int, record: Mapping[str, object]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # half a second that only training needs
 
-        self._settings = {
-            f"{section}/{name}": value
-            for section, values in sections.items()
-            for name, value in values.items()
-        }
         self._writer: SummaryWriter | None = None
         if is_main:
             with self._warning_once():
                 self._writer = SummaryWriter(str(log_dir), purge_step=step + 1 if step else None)
-        rows = [f"| {name} | {value} |" for name, value in self._settings.items()]
+        rows = [
+            f"| {section}/{name} | {value} |"
+            for section, values in record.items()
+            if isinstance(values, dict)
+            for name, value in values.items()
+        ]
         table = "\n".join(["| setting | value |", "|---|---|", *rows])
         self._write("add_text", "configuration", table)
 
@@ -126,32 +122,24 @@ class RunLogger:
     def __exit__(self, *_: object) -> None:
         self._write("close")
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._write("add_scalar", name, value, step)
+            self._write("add_scalar", f"{group}/{name}", value, step)
 
-    def images(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Name -> (3, H, W) in [0, 1]."""
+    def images(self, group: str, step: int, values: Mapping[str, Tensor]) -> None:
+        """Write images (3, H, W) in [0, 1] by name."""
         for name, image in values.items():
-            self._write("add_image", name, image, step)
+            self._write("add_image", f"{group}/{name}", image, step)
 
-    def bars(self, step: int, values: Mapping[str, tuple[list[float], list[float]]]) -> None:
-        """Name -> (right edges, heights) of a histogram."""
+    def bars(self, group: str, step: int, values: Mapping[str, tuple[list[float], list[float]]]) -> None:
+        """Write histograms by name, as right edges and heights."""
         for name, (edges, heights) in values.items():
             total = sum(heights)
             numbers = (0.0, edges[-1], total, total, total, edges, heights)
-            self._write("add_histogram_raw", name, *numbers, step)
+            self._write("add_histogram_raw", f"{group}/{name}", *numbers, step)
 
     def flush(self) -> None:
         self._write("flush")
-
-    def finish(self, step: int, found: Mapping[str, float]) -> None:
-        """For the table of hyper-parameters."""
-        settings = {
-            name: value if isinstance(value, int | float | str) else str(value)
-            for name, value in self._settings.items()
-        }
-        self._write("add_hparams", settings, dict(found), None, ".", step)
 
     def _write(self, method: str, *values: object) -> None:
         with self._warning_once():

@@ -44,7 +44,6 @@ def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Ten
         config,
         checkpoint_dir=folder / "checkpoints",
         log_dir=folder / "logs",
-        progress=False,
     )
     held_out = [ImageDataset(paths[:4], 64, 2, train=False)[index] for index in range(4)]
     low_res, bicubic, original, _ = (torch.stack(column) for column in zip(*held_out, strict=True))

@@ -41,7 +41,6 @@ def trace(folder):
         config,
         checkpoint_dir=folder / "checkpoints",
         log_dir=folder / "logs",
-        progress=False,
     )
     events = EventAccumulator(str(folder / "logs")).Reload().Scalars("train/loss")
     return [event.value for event in events]

@@ -63,7 +63,6 @@ def test_a_network_of_one_s_own_is_trained_saved_loaded_and_restored_with(photo_
         validate=Validator(diffusion, ImageDataset(photo_folder, 32, 2, train=False)),
         checkpoint_dir=tmp_path / "run",
         log_dir=tmp_path / "logs",
-        progress=False,
     )
     loaded = load_model(run.best, Plain)
     assert loaded.network.config == PlainConfig(width=6)

@@ -135,22 +135,14 @@ def test_an_epoch_uses_every_sample_once_however_many_processes_share_it(plan, e
     used = Counter()
     for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
         for rank in range(plan.world_size):
-            used.update(pair for part in plan.of_rank(step, rank) if part.weight for pair in part.pairs)
+            used.update(pair for part in plan.micro_batches(step, rank) for pair in part.pairs)
     assert used == Counter((epoch, index) for index in range(plan.length))
 
 
 @given(plans(), st.integers(0, 50))
-def test_the_losses_of_a_step_are_averaged_and_all_processes_meet(plan, step):
-    ranks = [plan.of_rank(step, rank) for rank in range(plan.world_size)]
-    assert len({len(parts) for parts in ranks}) == 1
-    assert sum(part.weight * len(part.pairs) for parts in ranks for part in parts) == pytest.approx(1)
-    assert [[part.is_last for part in parts] for parts in ranks] == [
-        [False] * (len(parts) - 1) + [True] for parts in ranks
-    ]
-    assert all(1 <= len(part.pairs) <= plan.batch_size for parts in ranks for part in parts)
-
-
-@given(plans(), st.integers(0, 20))
-def test_the_samples_of_a_step_do_not_depend_on_how_they_are_shared(plan, step):
+def test_every_sample_of_a_step_weighs_the_same_however_many_processes_share_it(plan, step):
     alone = BatchPlan(plan.length, plan.batch_size, plan.accumulation_steps * plan.world_size, plan.seed)
-    assert alone.micro_batches(step) == plan.micro_batches(step)
+    shared = [part for rank in range(plan.world_size) for part in plan.micro_batches(step, rank)]
+    assert sorted(shared) == alone.micro_batches(step)
+    assert sum(part.weight * len(part.pairs) for part in shared) == pytest.approx(1)
+    assert all(1 <= len(part.pairs) <= plan.batch_size for part in shared)

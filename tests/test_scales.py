@@ -60,7 +60,7 @@ def trained(photo_folder, tmp_path_factory):
     network = UNet(base_dim=8, dim_mults=(1, 2), blocks_per_level=1, scales=SCALES, **settings)
     config = TrainingConfig(max_steps=150, batch_size=6, learning_rate=5e-3, ema_decay=0.9)
     run, _ = DiffusionModel(mode="clean").train(
-        network, images, config, checkpoint_dir=folder, log_dir=folder / "logs", progress=False
+        network, images, config, checkpoint_dir=folder, log_dir=folder / "logs"
     )
     return load_model(run.last, UNet).network, images
 

@@ -170,7 +170,7 @@ def test_a_network_learns_what_only_tokens_tell(stripes, tmp_path_factory):
     diffusion = DiffusionModel(mode="clean")
     config = TrainingConfig(max_steps=60, batch_size=8, learning_rate=5e-3, ema_decay=0.9)
     dataset = ImageDataset(stripes, 32, 4, augment="none", tokens=stripes)
-    diffusion.train(unet, dataset, config, checkpoint_dir=folder, log_dir=folder, progress=False)
+    diffusion.train(unet, dataset, config, checkpoint_dir=folder, log_dir=folder)
     low_res, _, original, _ = dataset[0]
     restorer = Restorer(LoadedModel(unet.eval(), diffusion.process, BICUBIC, 60), RestoreConfig(), CPU)
 

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import signal
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import CheckpointError, load_checkpoint, read_for_resume
+from engine.processes import Processes
 from engine.run import RunFiles
 from training import (
     BatchPlan,
     NonFiniteError,
+    StepReport,
     TrainingConfig,
+    TrainState,
     Validation,
     WorkerError,
     ema_decay_at,
@@ -26,6 +30,7 @@ from training import (
     noise_seed,
     restore_state,
     train,
+    train_step,
     update_ema,
 )
 
@@ -73,10 +78,15 @@ def run_in(folder):
     return RunFiles(folder / "checkpoints", folder / "logs", "model", {"network": {}})
 
 
-def run_training(folder, settings, state=None, **options):
-    state = state or new_state(small_model(), settings)
-    received = train(state, noisy_regression, Numbers(), settings, run_in(folder), progress=False, **options)
-    return state, received
+def run_training(folder, settings, state=None, loss=noisy_regression, dataset=None, **options):
+    """The state after a run, and the signal that ended it."""
+    dataset, processes = dataset or Numbers(), Processes(torch.device("cpu"))
+    state, resolved = state or new_state(small_model(), settings), settings.resolved(len(dataset))
+
+    def step(batches):
+        return train_step(state, loss, batches, resolved, processes)
+
+    return state, train(state, step, dataset, resolved, run_in(folder), processes, **options)
 
 
 def logged(folder, tag="train/loss"):
@@ -94,16 +104,16 @@ def test_every_epoch_uses_every_sample_once(length, batch, accumulation):
     plan = BatchPlan(length, batch, accumulation, seed=0)
     for epoch in range(3):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
-        pairs = [pair for step in steps for micro in plan.micro_batches(step) for pair in micro]
+        pairs = [pair for step in steps for micro in plan.micro_batches(step) for pair in micro.pairs]
         assert sorted(pairs) == [(epoch, index) for index in range(length)]
 
 
 def test_epochs_are_shuffled_differently_and_repeatably():
     first, again = BatchPlan(50, 50, 1, seed=3), BatchPlan(50, 50, 1, seed=3)
-    orders = [[index for _, index in first.micro_batches(step)[0]] for step in range(2)]
+    orders = [[index for _, index in first.group(step)] for step in range(2)]
     assert orders[0] != orders[1]
-    assert orders[1] == [index for _, index in again.micro_batches(1)[0]]
-    assert orders[0] != [index for _, index in BatchPlan(50, 50, 1, seed=4).micro_batches(0)[0]]
+    assert orders[1] == [index for _, index in again.group(1)]
+    assert orders[0] != [index for _, index in BatchPlan(50, 50, 1, seed=4).group(0)]
 
 
 def test_noise_seeds_do_not_collide():
@@ -130,7 +140,7 @@ def test_accumulating_micro_batches_equals_one_large_batch(tmp_path, monkeypatch
     for batch, accumulation in ((8, 1), (2, 4), (4, 2)):  # 10 samples: the last group has 2
         settings = config(batch_size=batch, accumulation_steps=accumulation)
         state = new_state(small_model(), settings)
-        train(state, without_noise, Numbers(), settings, run_in(tmp_path / str(batch)), progress=False)
+        run_training(tmp_path / str(batch), settings, state, without_noise)
         weights.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(weights[0], weights[2], atol=1e-5, rtol=0)
@@ -156,7 +166,7 @@ def test_gradients_are_clipped(tmp_path):
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_fraction():
-    settings = config(max_steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
+    settings = config(max_steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1).resolved(10)
     rates = [learning_rate_at(step, settings) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
@@ -187,8 +197,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     for pattern in ([False, True, True, False], [False, False, False, False]):
         sometimes_nan.calls = list(pattern)
         state = new_state(small_model(), settings)
-        run = run_in(tmp_path / str(sum(pattern)))
-        train(state, sometimes_nan, Numbers(), settings, run, progress=False)
+        run_training(tmp_path / str(sum(pattern)), settings, state, sometimes_nan)
         weights.append(state)
     assert weights[0].skipped == 2
     assert weights[1].skipped == 0
@@ -205,7 +214,7 @@ def test_a_run_that_never_recovers_is_stopped(tmp_path):
     state = new_state(small_model(), settings)
     before = [p.detach().clone() for p in state.model.parameters()]
     with pytest.raises(NonFiniteError, match=r"number \d, number \d"):
-        train(state, always_nan, Numbers(), settings, run_in(tmp_path), progress=False)
+        run_training(tmp_path, settings, state, always_nan)
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
 
 
@@ -213,18 +222,47 @@ def test_half_precision_learns_what_single_precision_does(tmp_path):
     losses = []
     for precision in (None, torch.float16):
         state = new_state(small_model(), config(), precision)
-        run_training(tmp_path / str(precision), config(), state, precision=precision)
+        run_training(tmp_path / str(precision), config(), state)
         losses.append(list(logged(tmp_path / str(precision)).values()))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[1] != losses[0]
 
 
-def test_after_ten_steps_it_is_said_when_the_run_ends(tmp_path, caplog):
-    caplog.set_level("INFO")
-    run_training(tmp_path, config(max_steps=9))
-    assert "per step" not in caplog.text
-    run_training(tmp_path / "longer", config(max_steps=12))
-    assert caplog.text.count("s per step: the run ends in") == 1
+def test_another_kind_of_training_brings_its_state_and_its_step(tmp_path):
+    """Two networks against each other: the second is in the checkpoint, and the score is the caller's."""
+
+    @dataclass
+    class TwoNetworks(TrainState):
+        critic: nn.Module = field(default_factory=lambda: nn.Linear(1, 1))
+
+        def content(self):
+            return {**super().content(), "critic": self.critic.state_dict()}
+
+    settings = config(max_steps=6, validate_every=3).resolved(10)
+    state = TwoNetworks(**vars(new_state(small_model(), settings)))
+    optimizer = torch.optim.SGD(state.critic.parameters(), 1e-3)
+
+    def step(batches):
+        for micro, batch in batches:
+            made = state.model(batch)
+            (state.critic(made).mean() - state.critic(batch.sum(1, keepdim=True)).mean()).backward()
+            assert micro.weight == 1 / len(batch) or len(batch) < settings.batch_size
+        optimizer.step()
+        state.optimizer.step()
+        state.step += 1
+        return StepReport(1.0, True, {"critic": 2.0})
+
+    scores = iter([-0.5, -0.2])
+    alone = Processes(torch.device("cpu"))
+    run = run_in(tmp_path)
+    assert (
+        train(state, step, Numbers(), settings, run, alone, lambda ema: Validation(next(scores), {}, {}))
+        is None
+    )
+    best = load_checkpoint(run.best)
+    assert (best["step"], best["best_score"]) == (6, -0.2)
+    assert torch.equal(best["critic"]["weight"], state.critic.weight)
+    assert set(logged(tmp_path, "train/critic").values()) == {2.0}
 
 
 # ------------------------------------------------------------------------------------------------- resume
@@ -239,7 +277,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, precision)
         return new
 
     settings = config(batch_size=3, accumulation_steps=2)
-    whole, _ = run_training(tmp_path / "whole", settings, state(), precision=precision)
+    whole, _ = run_training(tmp_path / "whole", settings, state())
     part = state()
 
     class PulledPlugError(Exception):
@@ -252,11 +290,11 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, precision)
 
     settings = config(batch_size=3, accumulation_steps=2, validate_every=2, save_every=5)
     with pytest.raises(PulledPlugError):
-        run_training(tmp_path / "part", settings, part, validate=pull_the_plug, precision=precision)
+        run_training(tmp_path / "part", settings, part, validate=pull_the_plug)
     resumed = new_state(small_model(), settings, precision)
     restore_state(resumed, read_for_resume(run_in(tmp_path / "part").last))
     assert resumed.step == 5  # in the middle of the third epoch
-    run_training(tmp_path / "part", config(batch_size=3, accumulation_steps=2), resumed, precision=precision)
+    run_training(tmp_path / "part", config(batch_size=3, accumulation_steps=2), resumed)
     assert whole.scaler.state_dict() == resumed.scaler.state_dict()
     assert whole.skipped == resumed.skipped
     assert (whole.skipped == 0) == (precision is None)
@@ -318,8 +356,8 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_psnr(tmp_path):
 
     run_training(tmp_path, config(), validate=validate)
     best, last = load_checkpoint(run_in(tmp_path).best), load_checkpoint(run_in(tmp_path).last)
-    assert (best["step"], best["best_psnr"]) == (8, 25.0)
-    assert (last["step"], last["best_psnr"]) == (12, 25.0)
+    assert (best["step"], best["best_score"]) == (8, 25.0)
+    assert (last["step"], last["best_score"]) == (12, 25.0)
     assert logged(tmp_path, "validation/psnr") == {4: 20.0, 8: 25.0, 12: 22.0}
 
 
@@ -397,7 +435,7 @@ def test_images_that_vanish_end_the_run_with_what_was_learnt(tmp_path):
     settings = config(save_every=100)
     state = new_state(small_model(), settings)
     with pytest.raises(WorkerError, match="10 images"):
-        train(state, noisy_regression, Vanishing(), settings, run_in(tmp_path), progress=False)
+        run_training(tmp_path, settings, state, dataset=Vanishing())
     assert load_checkpoint(run_in(tmp_path).last)["step"] == state.step == 3
 
 
@@ -411,7 +449,7 @@ def test_a_worker_that_dies_is_reported_with_its_files(tmp_path):
     settings = config(num_workers=1, save_every=100)
     state = new_state(small_model(), settings)
     with pytest.raises(WorkerError, match="number 5 "):
-        train(state, noisy_regression, Deadly(), settings, run_in(tmp_path), progress=False)
+        run_training(tmp_path, settings, state, dataset=Deadly())
     assert load_checkpoint(run_in(tmp_path).last)["step"] == state.step  # what was sound is kept
 
 
@@ -428,7 +466,7 @@ def test_a_signal_finishes_the_step_saves_and_is_reported(tmp_path, number):
     interrupted.calls = 0
     settings = config(save_every=100, max_steps=1000)
     state = new_state(small_model(), settings)
-    received = train(state, interrupted, Numbers(), settings, run_in(tmp_path), progress=False)
+    _, received = run_training(tmp_path, settings, state, interrupted)
     assert received == number
     assert load_checkpoint(run_in(tmp_path).last)["step"] == state.step == 7
     assert signal.getsignal(number) is handler
@@ -442,7 +480,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
 
     settings = config()
     with pytest.raises(KeyboardInterrupt):
-        train(new_state(small_model(), settings), interrupted, Numbers(), settings, run_in(tmp_path))
+        run_training(tmp_path, settings, loss=interrupted)
 
 
 @pytest.mark.slow
