@@ -44,7 +44,7 @@ def restore_upload(upload: str | None, weights: str, mode: str, report: Any) -> 
         target = Path(folder) / source.name
         try:
             model = loaded(Path(weights))
-            target = target.with_name(f"{source.stem}_x{float(model.network.scale.max()):g}.png")
+            target = target.with_name(f"{source.stem}_x{float(model.network.scale):g}.png")
             config = RestoreConfig(mode=mode)  # type: ignore[arg-type]  # one of PRESETS; checked there
             image = decode_image(source)
             result = restore(image, model, config, progress=report)

@@ -15,7 +15,7 @@ import math
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
@@ -184,8 +184,8 @@ class LossConfig(Options):
 class Network(Protocol):
     """What training and sampling need; unet.UNet is one. `residual_std` and `scale` are 0 when new."""
 
-    residual_std: Tensor  # (), of residuals in [-2, 2]; (S,) for S scales
-    scale: Tensor  # (), the enlargement; (S,)
+    residual_std: Tensor  # (), of residuals in [-2, 2]
+    scale: Tensor  # (), the enlargement
 
     @property
     def config(self) -> Options: ...  # what rebuilds it
@@ -304,17 +304,12 @@ class DiffusionModel:
         return loss if mean is None else loss + (mean.float() - clean).abs().flatten(1).mean(1)
 
     def restoration_loss(
-        self, degradation: Degradation, perceptual: Distance | None = None, scales: Sequence[float] = ()
+        self, degradation: Degradation, perceptual: Distance | None = None
     ) -> Callable[[nn.Module, Crops, torch.Generator], Tensor]:
-        """The loss of what CropDataset sends; the crops' sizes say which of several scales.
-
-        ValueError: a perceptual weight without a distance.
-        """
+        """The loss of what CropDataset sends; ValueError: a perceptual weight without a distance."""
         weighed = self.objective.perceptual_weight > 0
         if weighed and perceptual is None:
             raise ValueError("perceptual_weight needs a perceptual distance")
-        scales = scales or [degradation.scale]
-        degradations = [replace(degradation, scale=scale) for scale in scales]
 
         def loss(model: nn.Module, crops: Crops, generator: torch.Generator) -> Tensor:
             network, tokens = network_of(model), crops.tokens
@@ -322,16 +317,14 @@ class DiffusionModel:
                 draws = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
                 tokens = tokens * (draws >= self.objective.token_dropout)
             with torch.autocast(self.device.type, enabled=False):
-                place = crops.scale_among(scales)
-                own, residual_std = degradations[place], network.residual_std.flatten()[place]
-                sample = crops.sample(own)
-                clean = sample.residual / residual_std
-            condition = Condition(sample.upscaled, sample.low_res, tokens, own.scale)
+                sample = crops.sample(degradation)
+                clean = sample.residual / network.residual_std
+            condition = Condition(sample.upscaled, sample.low_res, tokens)
             context, mean = network.encode_context(condition)
 
             def distance(left: Tensor) -> Tensor:
                 residual = left if mean is None else left + mean.detach()
-                restored = sample.upscaled + residual_std * residual
+                restored = sample.upscaled + network.residual_std * residual
                 return cast(Distance, perceptual)(restored, sample.original)
 
             judge = distance if weighed else None
@@ -358,7 +351,7 @@ class DiffusionModel:
 
         Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `record` in them.
         `precision` is what the loss is autocast to, `perceptual` the distance that perceptual_weight weighs.
-        ValueError: what a checkpoint cannot record, or another number of scales; else as training.train.
+        ValueError: what a checkpoint cannot record; else as training.train.
         """
         _check_recordable(dataset)
         processes = processes or Processes(self.device)
@@ -373,7 +366,7 @@ class DiffusionModel:
         options |= {"network": network_of(model).config, "training": resolved}
         sections = {name: one.to_dict() for name, one in options.items()}
         run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", {**sections, **record})
-        loss = self.restoration_loss(dataset.degradation, perceptual, dataset.scales)
+        loss = self.restoration_loss(dataset.degradation, perceptual)
 
         def step(batches: Batches) -> StepReport:
             return train_step(state, loss, batches, resolved, processes)
@@ -416,14 +409,10 @@ def _check_recordable(dataset: ImageDataset) -> None:
 
 
 def _set_buffers(network: Network, dataset: ImageDataset) -> None:
-    scales = dataset.scales
-    if network.scale.numel() != len(scales):
-        raise ValueError(f"the network has {network.scale.numel()} scales, the dataset {scales}")
-    if not network.residual_std.any():
-        measured = [measure_residual_std(dataset.at(scale)) for scale in scales]
-        network.residual_std.copy_(torch.tensor(measured).view_as(network.residual_std))
-    if not network.scale.any():
-        network.scale.copy_(torch.tensor(scales).view_as(network.scale))
+    if not network.residual_std:
+        network.residual_std.fill_(measure_residual_std(dataset))
+    if not network.scale:
+        network.scale.fill_(dataset.downscale_factor)
 
 
 class ResidualGenerator:
@@ -541,7 +530,7 @@ class ResidualGenerator:
             raise ValueError(
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
             )
-        factor = one_scale(model)
+        factor = float(model.scale)
         if float(model.residual_std) <= 0:
             raise ValueError("this network has no residual_std: load trained weights into it first")
         if low_res.min() < -1.001 or low_res.max() > 1.001:
@@ -603,13 +592,6 @@ def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
     if mean_square == 0:
         raise ValueError("bicubic upscaling already restores every training image: there is nothing to learn")
     return math.sqrt(mean_square)
-
-
-def one_scale(model: Network) -> float:
-    """Its enlargement, 0 when new; ValueError for a network of several."""
-    if model.scale.ndim:
-        raise ValueError(f"this network has the scales {model.scale.tolist()}: choose one with its at()")
-    return float(model.scale)
 
 
 def network_of(model: nn.Module) -> Network:

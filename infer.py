@@ -268,7 +268,7 @@ def open_models(args: argparse.Namespace, is_main: bool) -> list[LoadedModel]:
     models = [load_model(path) for path in paths]
     said = None if paths == [Path(args.weights_path or "")] else ", ".join(map(str, paths))
     if args.strength is not None:
-        clean = released_model(float(models[0].network.scale.max()))
+        clean = released_model(float(models[0].network.scale))
         if paths[0] == clean:
             raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
         models[0] = blend(load_model(clean), models[0], args.strength)

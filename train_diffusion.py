@@ -16,7 +16,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, get_type_hints
+from typing import ClassVar, NamedTuple, get_type_hints
 
 import torch
 
@@ -104,7 +104,7 @@ class Settings(NamedTuple):
 SECTIONS: dict[str, type[Options]] = {**get_type_hints(Settings), "degradation": Photo}
 # What the script does otherwise than the classes, and options that have no flag of their own.
 DEFAULTS: dict[str, object] = {"kind": "bicubic", "accumulation_steps": 64, "predictor_blocks": 12}
-WITHOUT_FLAG = ("in_channels", "out_channels", "scale")
+WITHOUT_FLAG = ("in_channels", "out_channels")
 PATHS = set("image_folder val_folder tokens log_dir checkpoint_dir init_weights perceptual_features".split())
 
 
@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights_path", help="a checkpoint to resume from; needs no other flag")
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section)
-        add_flags(group, kind, skip=WITHOUT_FLAG, defaults={**DEFAULTS, "scales": (4.0,)})
+        add_flags(group, kind, skip=WITHOUT_FLAG, defaults=DEFAULTS)
     return parser
 
 
@@ -138,8 +138,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
         raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
     values: dict[str, dict[str, object]] = {}
     for section, kind in SECTIONS.items():
-        flags = _own_scales(given, section)
-        own = {name: flags[flag_of(kind, name)] for name in specs(kind) if flag_of(kind, name) in flags}
+        own = {name: given[flag_of(kind, name)] for name in specs(kind) if flag_of(kind, name) in given}
         if checkpoint is None:
             former = {name: DEFAULTS.get(name, value) for name, value in kind().to_dict().items()}
         else:
@@ -156,15 +155,6 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     sections = {section: kind.from_dict(values[section]) for section, kind in SECTIONS.items()}
     sections["degradation"] = degradation_from_dict(values["degradation"])
     return Settings(**sections), checkpoint  # type: ignore[arg-type]  # each of its own class
-
-
-def _own_scales(given: dict[str, Any], section: str) -> dict[str, Any]:
-    """Flags whose downscale_factor is the section's: those of a network of several, else the largest."""
-    scales = given.get("downscale_factor", ())
-    if not scales:
-        return given
-    several = scales if len(scales) > 1 else []
-    return {**given, "downscale_factor": several if section == "network" else max(scales)}
 
 
 def _check_fixed(
@@ -201,7 +191,6 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
             cache_dir=default_cache_dir(),
             degradation=settings.degradation,
             tokens=data.tokens,
-            scales=settings.network.scales,
         )
 
     root = Path(data.image_folder)
@@ -255,11 +244,9 @@ def make_model(settings: Settings, device: torch.device) -> UNet:
 
 
 def _check_start(loaded: LoadedModel, settings: Settings, path: str) -> None:
-    scales = loaded.network.scale.flatten()
-    own = torch.tensor(settings.network.scales or [settings.degradation.scale])
-    if not torch.equal(scales, own):
-        there, here = (" ".join(f"{one:g}" for one in each.tolist()) for each in (scales, own))
-        raise ValueError(f"--init_weights {path} enlarges by {there}, but --downscale_factor is {here}")
+    there, here = float(loaded.network.scale), settings.degradation.scale
+    if abs(there - here) > 1e-4:
+        raise ValueError(f"--init_weights {path} enlarges by {there:g}, but --downscale_factor is {here:g}")
     if loaded.process != settings.process:
         raise ValueError(f"--init_weights {path} is of {loaded.process}, but this run has {settings.process}")
     if loaded.degradation != settings.degradation:
@@ -271,7 +258,7 @@ def blank_crop(settings: Settings, device: torch.device) -> tuple[torch.Tensor, 
     size = settings.data.img_size
     sides = (size, round(size / settings.degradation.scale))
     image, low_res = (torch.zeros(1, 3, side, side, device=device) for side in sides)
-    condition = Condition(image, low_res, scale=settings.degradation.scale)
+    condition = Condition(image, low_res)
     return image, torch.zeros(1, dtype=torch.long, device=device), condition
 
 

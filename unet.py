@@ -4,18 +4,17 @@ Shapes: B batch, C channels, H x W high-resolution pixels, h x w low-resolution 
 of level i, N tokens of width E (context_dim).
 """
 
-import copy
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.options import OptionError, Options, option
+from engine.options import OptionError, Options, Plain, option
 from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation, zero_
 
 Conditioning = Literal["none", "concat", "cross_attention", "both", "tokens"]
@@ -24,6 +23,8 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class UNetConfig(Options):
+    retired: ClassVar[Mapping[str, Plain]] = {"scales": [], "context_blocks": 0}
+
     in_channels: int = option(3, "image channels of the noisy input", low=1)
     out_channels: int = option(3, "image channels of the prediction", low=1)
     base_dim: int = option(32, "width of the first level, a multiple of 4", flag="unet_base_dim", low=4)
@@ -33,7 +34,6 @@ class UNetConfig(Options):
     context_dim: int = option(512, "width of the cross-attention tokens", low=1)
     patch_size: Literal[1, 2, 4] = option(2, "the stem folds patches of this side into channels")
     blocks_per_level: int = option(2, "residual blocks in each level of encoder and decoder", low=1)
-    context_blocks: int = option(0, "residual blocks that refine the upscaled image, once per image", low=0)
     predictor_blocks: int = option(
         0, "residual blocks of the predictor of the mean, once per image; 0: no predictor", low=0
     )
@@ -49,13 +49,6 @@ class UNetConfig(Options):
         (-1,), "levels with transformer blocks; -1 is the deepest, none is allowed", may_be_empty=True
     )
     head_dim: int = option(32, "width of one attention head", low=1)
-    scales: tuple[float, ...] = option(
-        (),
-        "how much smaller the input is; several: one network for all of them",
-        flag="downscale_factor",
-        above=1,
-        may_be_empty=True,
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,8 +57,6 @@ class UNetConfig(Options):
         depth = len(self.dim_mults)
         if any(not -depth <= level < depth for level in self.attention_levels):
             raise OptionError("attention_levels", self.attention_levels, f"there are {depth} levels")
-        if list(self.scales) != sorted(set(self.scales)):
-            raise OptionError("scales", self.scales, "give each once, the smallest first")
 
     @property
     def concatenates(self) -> bool:
@@ -90,7 +81,6 @@ class Condition(NamedTuple):
     upscaled: Tensor | None = None  # (B, C, H, W) in [-1, 1]
     low_res: Tensor | None = None  # (B, C, h, w) in [-1, 1]
     tokens: Tensor | None = None  # (B, N, E), in place of those of low_res; zeros say nothing
-    scale: float | None = None  # one of those that the network has several of
 
 
 class Context(NamedTuple):
@@ -98,7 +88,6 @@ class Context(NamedTuple):
 
     features: Tensor | None = None  # (B, D_0, H / p, W / p) of the padded size, added after the stem
     keys_values: tuple[KeysValues, ...] = ()  # (B, heads, N, head width) each, for the blocks in order of use
-    time_bias: Tensor | None = None  # (time_dim,) says which scale, added to the time embedding
 
 
 class Attention(nn.Module):
@@ -229,7 +218,9 @@ class Predictor(nn.Module):
         width = config.predictor_dim or config.base_dim
         self.patch_size = config.patch_size
         self.stem = nn.Conv2d(config.in_channels * config.patch_size**2, width, 3, padding=1)
-        self.blocks = _residual_blocks(width, config.predictor_blocks, config)
+        self.blocks = nn.Sequential(
+            *(ResidualBlock(width, width, norm=config.norm) for _ in range(config.predictor_blocks))
+        )
         self.to_mean = nn.Conv2d(width, config.out_channels * config.patch_size**2, 3, padding=1)
         self.to_features = nn.Conv2d(width, config.base_dim * config.dim_mults[0], 3, padding=1)
         zero_(self.to_mean)
@@ -239,17 +230,10 @@ class Predictor(nn.Module):
         """Pixels from a window's edge where, with pixel norm, its mean is the image's."""
         return self.patch_size * (2 * len(self.blocks) + 2)  # the radius of all 3x3 convolutions
 
-    def forward(self, folded: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, C p p, H / p, W / p) upscaled, (width,) -> (B, C, H, W), (B, D_0, H / p, W / p)."""
-        x = self.stem(folded)
-        if bias is not None:
-            x = x + bias[:, None, None].to(x.dtype)
-        x = self.blocks(x)
+    def forward(self, folded: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C p p, H / p, W / p) upscaled -> (B, C, H, W), (B, D_0, H / p, W / p)."""
+        x = self.blocks(self.stem(folded))
         return F.pixel_shuffle(self.to_mean(x), self.patch_size), self.to_features(x)
-
-
-def _residual_blocks(width: int, count: int, config: UNetConfig) -> nn.Sequential:
-    return nn.Sequential(*(ResidualBlock(width, width, norm=config.norm) for _ in range(count)))
 
 
 class ResidualStage(nn.Module):
@@ -270,8 +254,7 @@ class ResidualStage(nn.Module):
 class UNet(nn.Module):
     """Predicts a diffusion target (Ronneberger et al. 2015; Ho et al. 2020, appendix B).
 
-    Takes the fields of UNetConfig. `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained;
-    each is (S,) for S scales, () for one.
+    Takes the fields of UNetConfig. `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained.
     With `checkpoint_activations`, stages are computed again in the backward pass (Chen et al. 2016).
     """
 
@@ -283,40 +266,19 @@ class UNet(nn.Module):
         config = UNetConfig(*values, **options)  # type: ignore[arg-type]  # the one listing of the options
         self.config = config
         self.checkpoint_activations = False
-        shape = (len(config.scales),) if len(config.scales) > 1 else ()
-        self.register_buffer("residual_std", torch.zeros(shape))
-        self.register_buffer("scale", torch.zeros(shape))
+        self.register_buffer("residual_std", torch.zeros(()))
+        self.register_buffer("scale", torch.zeros(()))
         dims = [config.base_dim * mult for mult in config.dim_mults]
         self._build_inputs(config, dims[0])
         self._build_levels(config, dims)
         self.out_norm = normalisation(config.norm, dims[0])
         self.out = nn.Conv2d(dims[0], config.out_channels * config.patch_size**2, 3, padding=1)
         zero_(self.out)
-        # (S, time_dim + predictor's width): what says the scale, as biases of time embedding and predictor.
-        width = 4 * dims[0] + (0 if self.predictor is None else self.predictor.stem.out_channels)
-        self.scale_bias = nn.Parameter(torch.zeros(*shape, width)) if shape else None
 
     @classmethod
     def from_config(cls, config: UNetConfig | Mapping[str, object]) -> "UNet":
         values = config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config)
         return cls(**values.to_dict())
-
-    @torch.no_grad()
-    def at(self, number: int) -> "UNet":
-        """A copy for one of its several scales alone: that scale's biases become those of the layers."""
-        one = copy.deepcopy(self)
-        one.config = replace(self.config, scales=())
-        one.residual_std, one.scale = self.residual_std[number].clone(), self.scale[number].clone()
-        layers = [one.time_embedding[-1]] + ([] if one.predictor is None else [one.predictor.stem])
-        for layer, bias in zip(layers, self._biases(number), strict=False):
-            cast(nn.Linear, layer).bias.add_(bias)
-        one.scale_bias = None
-        return one
-
-    def _biases(self, number: int) -> tuple[Tensor, ...]:
-        """What says the scale, of the time embedding and of the predictor's stem."""
-        assert self.scale_bias is not None
-        return self.scale_bias[number].tensor_split([cast(nn.Linear, self.time_embedding[-1]).out_features])
 
     @property
     def window_multiple(self) -> int:
@@ -348,7 +310,6 @@ class UNet(nn.Module):
         self.predictor = Predictor(config) if config.predictor_blocks else None
         plain = config.concatenates and self.predictor is None
         self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if plain else None
-        self.context_blocks = _residual_blocks(width, config.context_blocks if plain else 0, config)
         self.context_extractor = (
             ImageContextExtractor(config.in_channels, config.context_dim)
             if config.conditioning in ("cross_attention", "both")
@@ -384,26 +345,19 @@ class UNet(nn.Module):
 
     def encode_context(self, condition: Condition) -> tuple[Context, Tensor | None]:
         """What every step needs, and the mean (B, C, H, W) if any; ValueError if a part is missing."""
-        time_bias, bias = None, None
-        if self.scale_bias is not None:
-            if condition.scale not in self.config.scales:
-                raise ValueError(
-                    f"the condition has scale {condition.scale}, not one of {self.config.scales}"
-                )
-            time_bias, bias = self._biases(self.config.scales.index(condition.scale))
-        features, mean = self._features(condition, bias)
-        return Context(features, self._keys_values(condition), time_bias), mean
+        features, mean = self._features(condition)
+        return Context(features, self._keys_values(condition)), mean
 
-    def _features(self, condition: Condition, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _features(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
         if self.upscaled_stem is None and self.predictor is None:
             return None, None
         if condition.upscaled is None:
             raise ValueError("the condition has no upscaled image, which this network is conditioned on")
         folded = self._fold(condition.upscaled)
         if self.upscaled_stem is not None:
-            return self._run(self.context_blocks, self.upscaled_stem(folded)), None
+            return self.upscaled_stem(folded), None
         assert self.predictor is not None
-        mean, features = self._run(self.predictor, folded, bias)
+        mean, features = self._run(self.predictor, folded)
         return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
 
     def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
@@ -436,8 +390,6 @@ class UNet(nn.Module):
         if context.features is not None:
             x = x + context.features
         embedding = self.time_embedding(t)
-        if context.time_bias is not None:
-            embedding = embedding + context.time_bias
         x = self._levels(x, embedding, context.keys_values)
         x = self.out(F.silu(self.out_norm(x)))  # (B, C p p, H / p, W / p)
         return F.pixel_shuffle(x, self.config.patch_size)[..., : noisy.shape[-2], : noisy.shape[-1]]

@@ -3,11 +3,9 @@
 Shapes: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, D width.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -159,14 +157,6 @@ class Crops(NamedTuple):
         parts = zip(*crops, strict=True)
         return cls(*cast(Any, [None if one[0] is None else torch.stack(one) for one in parts]))
 
-    def scale_among(self, scales: Sequence[float]) -> int:
-        """The place in the list of the scale between its resolutions."""
-        if len(scales) == 1:
-            return 0
-        assert self.low_res is not None, "of several scales, crops have their low resolution"
-        ratio = self.high_res.shape[-1] / self.low_res.shape[-1]
-        return min(range(len(scales)), key=lambda place: abs(scales[place] - ratio))
-
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Crops":
         parts = [None if one is None else one.to(device, non_blocking=non_blocking) for one in self]
         return Crops(*cast(Any, parts))
@@ -210,7 +200,6 @@ class ImageDataset(Dataset[Sample]):
         cache_dir: remembers the sizes of the images.
         degradation: by default bicubic by downscale_factor.
         tokens: folder of tokens, see imaging.tokens.
-        scales: of a network of several, which all divide img_size; by default the degradation's alone.
 
     ValueError: no usable image, an impossible crop, or images of the same name where there are tokens.
     """
@@ -229,13 +218,10 @@ class ImageDataset(Dataset[Sample]):
         cache_dir: Path | None = None,
         degradation: Degradation | None = None,
         tokens: str | Path | None = None,
-        scales: Sequence[float] = (),
     ) -> None:
         self.degradation = degradation or Bicubic(scale=downscale_factor)
         downscale_factor = self.degradation.scale
-        self.scales = tuple(scales) or (downscale_factor,)
-        for scale in self.scales:
-            check_crop_size(img_size, scale)
+        check_crop_size(img_size, downscale_factor)
         if augment not in ("none", "flip", "dihedral"):
             raise ValueError(f"augment must be 'none', 'flip' or 'dihedral', not {augment!r}")
         self.img_size, self.downscale_factor = img_size, downscale_factor
@@ -262,16 +248,7 @@ class ImageDataset(Dataset[Sample]):
 
     def pair(self, index: int | tuple[int, int]) -> Crops:
         """Both resolutions, (3, img_size, img_size) and (3, h, w)."""
-        return self.degraded(*self.window(index))
-
-    def at(self, scale: float) -> "ImageDataset":
-        """The same images at one of the scales."""
-        one = copy.copy(self)
-        one.degradation, one.downscale_factor = replace(self.degradation, scale=scale), scale
-        return one
-
-    def degraded(self, crops: Crops, random: np.random.Generator) -> Crops:
-        """What `window` gave, as `pair` gives it."""
+        crops, random = self.window(index)
         low_res = self.degradation(crops.high_res, random)
         ratio = exact_scale(self.downscale_factor)
         spare = [(n - self.img_size) // ratio.numerator for n in crops.high_res.shape[-2:]]
@@ -292,8 +269,8 @@ class ImageDataset(Dataset[Sample]):
             raise IndexError(f"index {position} of {len(self.paths)} images")
         random = np.random.default_rng((self.seed, epoch, position))
         pixels, path = self._read(position)
-        multiple = math.lcm(*(exact_scale(scale).numerator for scale in self.scales))
-        margin = self.degradation.margin * max(self.scales)
+        multiple = exact_scale(self.downscale_factor).numerator
+        margin = self.degradation.margin * self.downscale_factor
         sizes = [
             self.img_size + int(min(margin, n - self.img_size)) // multiple * multiple
             for n in pixels.shape[:2]
@@ -328,10 +305,7 @@ class ImageDataset(Dataset[Sample]):
 
 
 class CropDataset(Dataset[object]):
-    """The crops of an ImageDataset: what is random is degraded here, in workers, the rest batched.
-
-    Of several scales, each batch has one, drawn by its first crop.
-    """
+    """The crops of an ImageDataset: what is random is degraded here, in workers, the rest batched."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
@@ -339,16 +313,10 @@ class CropDataset(Dataset[object]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Any:  # noqa: ANN401  # what collate takes
-        if len(self.images.scales) > 1:
-            return self.images.window(index)
+    def __getitem__(self, index: int | tuple[int, int]) -> Crops:
         return self.images.pair(index) if self.images.degradation.random else self.images.crop(index)
 
-    def collate(self, samples: Sequence[Any]) -> Crops:
-        scales = self.images.scales
-        if len(scales) > 1:
-            one = self.images.at(scales[samples[0][1].integers(len(scales))])
-            samples = [one.degraded(*sample) for sample in samples]
+    def collate(self, samples: Sequence[Crops]) -> Crops:
         return Crops.stack(samples)
 
     def name(self, index: int) -> str:

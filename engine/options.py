@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 Plain = int | float | str | bool | None | list[int] | list[float] | list[str]
 OptionsT = TypeVar("OptionsT", bound="Options")
@@ -80,7 +80,13 @@ def narrowed(kind: type["Options"], name: str) -> Any:  # noqa: ANN401
 
 
 class Options:
-    """Frozen dataclasses of options, checked when built."""
+    """Frozen dataclasses of options, checked when built.
+
+    `retired` has the options of former versions that recorded settings may still name, each with the one
+    value that this version can follow.
+    """
+
+    retired: ClassVar[Mapping[str, Plain]] = {}
 
     def __post_init__(self) -> None:
         kinds = _kinds(type(self))
@@ -97,11 +103,14 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """What is missing has its default; ValueError: an unknown name or a wrong value."""
-        unknown = set(values) - set(specs(cls))
+        """Build it from recorded values, defaults for what is missing; ValueError names what is unknown."""
+        for name in values.keys() & cls.retired.keys():
+            if values[name] != cls.retired[name]:
+                raise OptionError(name, values[name], "no option any more: use the version it is of")
+        unknown = values.keys() - specs(cls).keys() - cls.retired.keys()
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}: the file is from a newer version")
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if name not in cls.retired})
 
 
 def specs(kind: type[Options]) -> dict[str, Spec]:

@@ -85,7 +85,7 @@ class TrainedModel:
         return {
             "file": printable(self.path.name),
             "sha256": file_digest(self.path),
-            "scale": self.loaded.network.scale.tolist(),
+            "scale": self.loaded.network.scale.item(),
             "steps_trained": self.loaded.step,
             "parameters": sum(parameter.numel() for parameter in self.loaded.network.parameters()),
             "mode": process.mode,

@@ -15,7 +15,7 @@ from imaging.files import to_unit_range
 from models import LoadedModel
 from restoration import RestoreConfig, Restorer
 from training import NonFiniteError, Validation
-from unet import Condition, UNet
+from unet import Condition
 from util import Crops, ImageDataset, Sample
 
 VALIDATION_SEED = 0
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Validator:
     """For DiffusionModel.train; every process restores a part, always with the same noise.
 
-    Scalars are of "fidelity", of several scales at the largest; pictures show it and a sample of ten steps.
+    Scalars are of "fidelity"; pictures show it and a sample of ten steps.
     `precision`: dtype to autocast to.
     """
 
@@ -69,8 +69,6 @@ class Validator:
         return counted if flat < total else [torch.ones_like(one) for one in counted]
 
     def __call__(self, network: nn.Module) -> Validation:
-        if cast(Network, network).scale.ndim:
-            network = cast(UNet, network).at(-1)
         scalars = self._measure_all(network)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
         tokens = None if self.tokens[0] is None else self.tokens[0][:GRID_IMAGES]

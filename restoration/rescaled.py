@@ -22,7 +22,6 @@ from restoration.denoiser import Progress, no_progress
 from restoration.pictures import Restorable
 from restoration.restorer import Restoration, RestoreConfig, Restorer
 from restoration.tiling import Scale, row_bands
-from unet import UNet
 
 LARGEST_SCALE = 16.0
 ArrayT = TypeVar("ArrayT", bound=npt.NDArray[Any])
@@ -142,14 +141,8 @@ def build_restorer(
     device: torch.device,
     precision: torch.dtype | None = None,
 ) -> Restorer | AnyScale:
-    """To this scale with these models, each at every enlargement that it has; see `restorer_to`."""
-    alone: list[LoadedModel] = []
-    for model in models:
-        network = cast(UNet, model.network)
-        several = range(len(network.scale)) if network.scale.ndim else ()
-        parts = [network.at(number) for number in several] or [network]
-        alone += [model._replace(network=one) for one in parts]
-    return restorer_to(scale, [Restorer(one, config, device, precision) for one in alone])
+    """Restore to this scale with these models, see `restorer_to`."""
+    return restorer_to(scale, [Restorer(model, config, device, precision) for model in models])
 
 
 def restorer_to(scale: float | None, restorers: Sequence[Restorer]) -> Restorer | AnyScale:

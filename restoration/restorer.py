@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bicubic import Border
 from degradation import Bicubic, Degradation
-from diffusion import ResidualGenerator, one_scale
+from diffusion import ResidualGenerator
 from engine.checkpoint import load_weights
 from engine.options import OptionError, Options, option
 from imaging.files import Pixels, to_unit_range, write_image
@@ -156,7 +156,7 @@ class Restorer:
             self.step_count = 1
         self.steps = self.generator.plan(self.step_count, config.eta, detail)
         self.border = _border(model.degradation) if config.consistency else None
-        factor = one_scale(self.network)
+        factor = float(self.network.scale)
         self.residual_std = float(self.network.residual_std)
         if self.residual_std <= 0 or factor <= 0:
             raise ValueError("this network was never trained: it knows no scale; give a trained checkpoint")

@@ -34,7 +34,7 @@ def trace(folder):
     dataset = ImageDataset(IMAGES, 32, 4)
     torch.manual_seed(0)
     config = TrainingConfig(max_steps=STEPS, batch_size=2, learning_rate=1e-3, warmup_steps=5, log_every=1)
-    unet = UNet(base_dim=16, dim_mults=(1, 2), context_dim=16, context_blocks=1)
+    unet = UNet(base_dim=16, dim_mults=(1, 2), context_dim=16)
     DiffusionModel().train(
         unet,
         dataset,

@@ -3,7 +3,7 @@
 import argparse
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -12,6 +12,8 @@ from engine.options import OptionError, Options, add_flags, from_args, option, w
 
 @dataclass(frozen=True)
 class Example(Options):
+    retired: ClassVar = {"sizes": []}
+
     count: int = option(3, "how many", low=1)
     kind: Literal["x", "y"] = option("x", "which kind", flag="the_kind")
     widths: tuple[int, ...] = option((1, 2), "widths", low=1)
@@ -83,3 +85,9 @@ def test_a_record_without_a_field_has_its_default_and_an_unknown_field_is_refuse
     assert Example.from_dict({"count": 9}) == Example(count=9)
     with pytest.raises(ValueError, match="colour"):
         Example.from_dict({"colour": "red"})
+
+
+def test_a_retired_field_is_left_out_if_it_has_the_one_value_that_can_be_followed():
+    assert Example.from_dict({"count": 9, "sizes": []}) == Example(count=9)
+    with pytest.raises(OptionError, match=r"sizes is \[2\.0, 4\.0\]"):
+        Example.from_dict({"sizes": [2.0, 4.0]})

@@ -64,18 +64,6 @@ def test_the_loss_reads_nothing(pretended, conditioning, mode, predictor_blocks)
     assert not pretended.reads
 
 
-@PREDICTOR
-def test_the_loss_of_several_scales_reads_nothing(pretended, predictor_blocks):
-    network = small_unet(predictor_blocks, scales=(2.0, 4.0)).to(pretended.device)
-    loss = DiffusionModel(100, pretended.device).restoration_loss(Bicubic(scale=4.0), scales=(2.0, 4.0))
-    for side in (SIZE // 2, SIZE // 4):
-        low_res = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=pretended.device)
-        given = crops(pretended.device)._replace(low_res=low_res)
-        loss(network, given, torch.Generator(pretended.device)).sum().backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
-    assert not pretended.reads
-
-
 @pytest.mark.parametrize(("gamma", "density"), [(5.0, "logit_normal"), (None, "high_noise")])
 def test_weights_and_densities_read_nothing(pretended, gamma, density):
     model = DiffusionModel(100, pretended.device, "clean", "flow", gamma, density)

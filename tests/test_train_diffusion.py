@@ -43,7 +43,7 @@ def test_the_defaults_are_the_ones_the_mission_names():
     expected = {
         "image_folder": "./data",
         "img_size": 256,
-        "downscale_factor": (4,),
+        "downscale_factor": 4,
         "epochs": 40,
         "batch_size": 32,
         "accumulation_steps": 64,

@@ -54,7 +54,7 @@ def test_any_size_goes_in_and_comes_out(patch_size, norm, size):
 @pytest.mark.parametrize("conditioning", ["concat", "cross_attention", "both"])
 def test_an_encoded_context_equals_the_raw_condition(conditioning):
     noisy, t, condition = inputs()
-    unet = tiny_unet(conditioning=conditioning, context_blocks=2)
+    unet = tiny_unet(conditioning=conditioning)
     torch.testing.assert_close(unet(noisy, t, unet.encode_context(condition)[0]), unet(noisy, t, condition))
 
 
@@ -169,17 +169,16 @@ def test_images_of_a_batch_do_not_mix():
 
 def test_every_weight_learns():
     noisy, t, condition = inputs(64, 64)
-    unet = tiny_unet(context_blocks=1)
+    unet = tiny_unet()
     unet(noisy, t, condition).square().mean().backward()
     silent = [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
 
 
-@pytest.mark.parametrize("settings", [{"context_blocks": 1}, {"predictor_blocks": 2}], ids=str)
-def test_forgetting_activations_changes_memory_and_no_gradient(settings):
+def test_forgetting_activations_changes_memory_and_no_gradient():
     noisy, t, condition = inputs(16, 16)
     kept, gradients = [], []
-    unet = tiny_unet(**settings)
+    unet = tiny_unet(predictor_blocks=2)
     for forget in (False, True):
         seen = []
         unet.zero_grad()
