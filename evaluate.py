@@ -108,9 +108,29 @@ def planned_outputs(args: argparse.Namespace, images: ImageSet) -> dict[str, Pat
     outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
     if "plot" in outputs and outputs["plot"].suffix.lower() != ".png":
         raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
-    inputs = [*images.paths, *(images.low_res_paths or []), Path(args.weights_path or "")]
+    named = [Path(name) for name in (args.weights_path, args.lpips_weights) if name is not None]
+    inputs = [*images.paths, *(images.low_res_paths or []), *named]
     check_outputs(outputs.values(), inputs=inputs, overwrite=args.overwrite)
     return outputs
+
+
+def open_model(
+    args: argparse.Namespace, scale: float, device: torch.device
+) -> tuple[list[Method], dict[str, Json]]:
+    """The model's rows and its part of the protocol; none where no flag asks for a model."""
+    how = restore_configs(args)
+    plain = build_parser().parse_args(["--data", args.data, "--scale", "2", "--seed", str(args.seed)])
+    if args.weights_path is None and how == restore_configs(plain):
+        return [], {}
+    precision = autocast_dtype(device, args.precision)
+    paths = find_weights(args.weights_path, scale)
+    models = [load_model(path, device=device) for path in paths]
+    methods = [model_method(models, one, scale, device, precision) for one in how]
+    # without sampling steps, all samples are the same
+    methods = [method for method in methods if method.steps or method.samples == min(args.num_images)]
+    described = [describe_model(*each, precision) for each in zip(paths, models, strict=True)]
+    common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
+    return methods, {"models": described, "restoring": common}
 
 
 def run(args: argparse.Namespace, processes: Processes) -> int:
@@ -118,25 +138,12 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     for name, value in vars(args).items():
         if value == "":
             raise ValueError(f"--{name} is empty; give a path")
-    how = restore_configs(args)
     config = from_args(EvaluationConfig, args, lpips=not args.no_lpips)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
     device = processes.device
     images = ImageSet(args.data, config, args.low_res, args.limit)
     outputs = planned_outputs(args, images)
-    methods: list[Method] = []
-    facts: dict[str, Json] = {}
-    plain = build_parser().parse_args(["--data", args.data, "--scale", "2", "--seed", str(args.seed)])
-    if args.weights_path is not None or how != restore_configs(plain):
-        precision = autocast_dtype(device, args.precision)
-        paths = find_weights(args.weights_path, config.scale)
-        models = [load_model(path, device=device) for path in paths]
-        methods = [model_method(models, one, config.scale, device, precision) for one in how]
-        # samples without noise are all the same
-        methods = [method for method in methods if method.steps or method.samples == min(args.num_images)]
-        described = [describe_model(*each, precision) for each in zip(paths, models, strict=True)]
-        common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
-        facts = {"models": described, "restoring": common}
+    methods, facts = open_model(args, config.scale, device)
     report = evaluate(
         images, config, methods, device=device, facts=facts, progress=processes.is_main, processes=processes
     )
