@@ -31,8 +31,9 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.checkpoint import released_model
+from engine.cli import with_flag
 from engine.device import Precision, autocast_dtype, compile_network, is_out_of_memory
-from engine.options import OptionError, add_flags, from_args, with_flag
+from engine.options import OptionError, add_flags, from_args
 from engine.processes import Processes, started_processes
 from engine.signals import STOPPING
 from evaluation.pairs import find_original

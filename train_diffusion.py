@@ -23,9 +23,10 @@ import torch
 from degradation import Degradation, Photo, degradation_from_dict
 from diffusion import DiffusionModel, Distance, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, load_weights, read_for_resume
+from engine.cli import Parser, run_script, say
 from engine.cost import Cost, count_cost, training_memory
-from engine.device import Precision, autocast_dtype, compile_network, is_out_of_memory, tune_for_training
-from engine.options import OptionError, Options, add_flags, flag_of, option, specs, with_flag
+from engine.device import Precision, autocast_dtype, compile_network, tune_for_training
+from engine.options import OptionError, Options, add_flags, flag_of, option, specs
 from engine.processes import LostProcessError, Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
@@ -110,7 +111,7 @@ PATHS = set("image_folder val_folder tokens log_dir checkpoint_dir init_weights 
 
 def build_parser() -> argparse.ArgumentParser:
     """Recipes (@file) are expanded before: engine.recipes."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n", maxsplit=1)[0],
         epilog="@FILE stands for the flags in it; flags after it win.",
     )
@@ -388,11 +389,6 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     return 0 if received is None else 128 + received
 
 
-def say(*lines: str) -> None:
-    for line in lines:
-        print(line, flush=True)
-
-
 def make_perceptual(settings: Settings, device: torch.device) -> Distance | None:
     if settings.objective.perceptual_weight == 0:
         return None
@@ -409,30 +405,22 @@ def describe_end(run: RunFiles, received: int | None) -> Iterator[str]:
         yield f"restore: python infer.py --weights_path {shlex.quote(str(run.best))} --input photo.png"
 
 
+def run(argv: Sequence[str] | None) -> int:
+    settings, checkpoint = parse(argv)
+    with started_processes(settings.run.device) as processes:
+        return train(settings, checkpoint, processes)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    try:
-        settings, checkpoint = parse(argv)
-        with started_processes(settings.run.device) as processes:
-            return train(settings, checkpoint, processes)
-    except (ValueError, OSError) as error:
-        kinds = list(SECTIONS.values())
-        status, message = 2, with_flag(error, kinds) if isinstance(error, OptionError) else str(error)
-    except (NonFiniteError, WorkerError, LostProcessError, MetricUnavailableError) as error:
-        status, message = 1, str(error)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        status = 1
-        message = (
-            "out of memory: lower --batch_size and raise --accumulation_steps as much, or add "
-            "--checkpoint_activations; the checkpoints are as they were"
-        )
-    except KeyboardInterrupt:
-        print("train_diffusion.py: stopped; the checkpoints are as they were", file=sys.stderr)
-        return 130
-    print(f"train_diffusion.py: error: {message}", file=sys.stderr)
-    return status
+    return run_script(
+        "train_diffusion.py",
+        lambda: run(argv),
+        options=list(SECTIONS.values()),
+        failures=(NonFiniteError, WorkerError, LostProcessError, MetricUnavailableError),
+        out_of_memory="lower --batch_size and raise --accumulation_steps as much, or add "
+        "--checkpoint_activations; the checkpoints are as they were",
+        stopped="the checkpoints are as they were",
+    )
 
 
 if __name__ == "__main__":

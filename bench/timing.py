@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation.measure import synchronize
+from evaluation.evaluation import synchronize
 
 
 class Timing(NamedTuple):

@@ -8,29 +8,35 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from engine.options import OptionError
+
 logger = logging.getLogger(__name__)
 
-DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """ "auto": CUDA, then MPS, then the CPU; ValueError if missing."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device of a name; "auto": CUDA, then MPS, then the CPU; OptionError where there is none such."""
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    kind = name.split(":", maxsplit=1)[0]
-    if kind not in available:
-        raise ValueError(f"device must be auto, cuda, mps or cpu, not {name!r}")
-    if not available[kind]:
-        raise ValueError(f"device {name!r} is not available to PyTorch on this machine; use auto")
-    return torch.device(name)
+        return torch.device(next(kind for kind in count if count[kind]))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in count:
+        raise OptionError("device", name, "give auto, cuda, mps or cpu, or such as cuda:1")
+    if (device.index or 0) >= count[device.type]:
+        raise OptionError(
+            "device", name, "PyTorch has no such device on this machine; auto takes what there is"
+        )
+    return device
 
 
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
     """None for float32; "auto": bfloat16 where the device has it natively; ValueError if it cannot be had."""
     if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+        raise OptionError("precision", precision, f"give one of {', '.join(get_args(Precision))}")
     if precision in ("fp32", "fp16"):
         return None if precision == "fp32" else torch.float16
     native = _has_bfloat16(device)
@@ -38,7 +44,7 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
         return torch.bfloat16 if native else None
     if native or device.type == "cpu":
         return torch.bfloat16
-    raise ValueError(f"bf16 is not available on {device.type} here; use auto, fp16 or fp32")
+    raise OptionError("precision", precision, f"{device.type} does not have it here: give auto, fp16 or fp32")
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -58,8 +64,12 @@ def tune_for_training(device: torch.device) -> None:
 
 
 def default_workers(device: torch.device, world_size: int) -> int:
-    """None on a CPU, which has no time to spare."""
-    return 0 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // world_size))
+    """Processes that read images: 0 on a CPU, which has no time to spare, else up to 8, by the cores."""
+    if device.type == "cpu":
+        return 0
+    # SLURM and taskset give a job a part of the machine; torchrun says how many processes share it.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -168,11 +168,6 @@ def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -
     return kind(**{**values, **given})
 
 
-def with_flag(error: OptionError, kinds: Sequence[type[Options]]) -> str:
-    flag = next((flag_of(kind, error.field) for kind in kinds if error.field in specs(kind)), None)
-    return str(error) if flag is None else f"--{flag} is {error.value!r}: {error.rule}"
-
-
 class _Kind(NamedTuple):
     """What an annotation allows."""
 

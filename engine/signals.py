@@ -1,9 +1,12 @@
-"""Signals as a request to stop after the step."""
+"""Signals as a request to stop: after the step, or at once as an exception."""
 
+import contextlib
 import logging
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -11,23 +14,54 @@ logger = logging.getLogger(__name__)
 STOPPING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
+Handler = Callable[[int, FrameType | None], object]
 
 
-class StopSignals:
-    """Notes the first as `received`; a second SIGINT stops at once."""
+class Stopped(BaseException):
+    """A signal asked to stop."""
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def handled_by(handler: Handler) -> Iterator[None]:
+    """Let the handler have the signals that ask to stop; outside the main thread nothing can have them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A signal that the parent ignores, as nohup does SIGHUP, stays ignored.
+    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, former in previous.items():
+            signal.signal(number, former)
+
+
+def stopping_at_signals() -> contextlib.AbstractContextManager[None]:
+    """Raise Stopped at a signal; a second one ends the process at once."""
+    return handled_by(_stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for one in STOPPING:
+        if signal.getsignal(one) == _stop:
+            signal.signal(one, signal.SIG_DFL)
+    raise Stopped(number)
+
+
+class StopSignals(contextlib.ExitStack):
+    """Notes the first signal as `received`, while it is entered; a second SIGINT stops at once."""
+
+    received: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        for number in STOPPING:
-            self._previous[number] = signal.signal(number, self._note)
+        super().__enter__()
+        self.enter_context(handled_by(self._note))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
@@ -38,7 +72,7 @@ class StopSignals:
 
 
 def leave_stopping_to_the_parent(worker: int) -> None:
-    """DataLoader's worker_init_fn."""
+    """Ignore the signals, as DataLoader's worker_init_fn."""
     # Signals reach the whole process group, and the main process decides.
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

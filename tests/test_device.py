@@ -29,7 +29,7 @@ def test_the_cpu_is_always_there():
     assert select_device("cpu").type == "cpu"
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "tpu:0"])
+@pytest.mark.parametrize("name", ["gpu", "", "tpu:0", "cpu:x", "cpu:1", "meta"])
 def test_an_unknown_device_is_named(name):
     with pytest.raises(ValueError, match=repr(name)):
         select_device(name)
@@ -68,6 +68,13 @@ def test_a_cpu_reads_its_images_itself_and_a_gpu_has_workers_for_it():
     assert default_workers(cpu := torch.device("cpu"), 1) == default_workers(cpu, 8) == 0
     assert 1 <= default_workers(torch.device("cuda"), 1) <= 8
     assert default_workers(torch.device("cuda"), 10_000) == 1
+
+
+@pytest.mark.parametrize(("may_use", "on_this_node", "expected"), [(1, "1", 1), (6, "2", 3), (64, "1", 8)])
+def test_workers_are_as_many_as_the_job_may_use(may_use, on_this_node, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(may_use)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", on_this_node)
+    assert default_workers(torch.device("cuda"), 16) == expected
 
 
 def test_bf16_is_refused_where_it_cannot_be_had():

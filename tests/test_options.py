@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from engine.options import OptionError, Options, add_flags, from_args, option, with_flag
+from engine.cli import with_flag
+from engine.options import OptionError, Options, add_flags, from_args, option
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+"""What every script does around its work: flags, paths, lines, and what an exception says and returns."""
+
+import argparse
+import contextlib
+import glob
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from engine.device import is_out_of_memory
+from engine.options import OptionError, Options, flag_of, specs
+from engine.signals import Stopped, stopping_at_signals
+
+logger = logging.getLogger(__name__)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors: one line, without the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def path(text: str) -> str:
+    """Expand ~ as a shell would; ValueError for an empty name. Argparse's `type` of a path."""
+    if not text:
+        raise ValueError("a path is empty: give one, or leave the flag out")
+    return os.path.expanduser(text)
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Expand ~, and * ? [ ] where no file has that name, as a shell would; ValueError for no match."""
+    expanded: list[str] = []
+    for name in map(path, names):
+        matches = [name] if os.path.lexists(name) or not glob.has_magic(name) else sorted(glob.glob(name))
+        if not matches:
+            raise ValueError(f"{name}: no file has such a name")
+        expanded += matches
+    return expanded
+
+
+def check_folder(folder: str | Path, flag: str) -> None:
+    """ValueError where a folder cannot be made or written in, before the work; names the flag."""
+    there = next(one for one in (Path(folder), *Path(folder).absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ValueError(f"--{flag} {folder}: {there} is a file, not a folder; give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--{flag} {folder}: {there} cannot be written; give another place")
+
+
+def say(*lines: str) -> None:
+    """Print lines; where stdout takes no more, as with `| head`, the work goes on without it."""
+    try:
+        for line in lines:
+            print(line, flush=True)  # noqa: T201
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            logger.warning("stdout cannot be written (%s); going on without it", error.strerror)
+        # What is still buffered must not fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+
+
+def warn(script: str, text: str) -> None:
+    """Print a line of a script to stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(f"{script}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def run_script(
+    script: str,
+    work: Callable[[], int],
+    options: Sequence[type[Options]] = (),
+    failures: tuple[type[Exception], ...] = (),
+    out_of_memory: str = "take a smaller image or another device",
+    stopped: str = "nothing was written",
+) -> int:
+    """The status of work(), or of its exception, which becomes one line on stderr.
+
+    2 for wrong flags and files (ValueError, OSError), 1 for `failures` and for no more memory, 128 + n for
+    signal n; other exceptions are mistakes of the program, and pass. `options` translate the field of an
+    OptionError to its flag; `out_of_memory` is a remedy, `stopped` the state of the work after a signal.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for names and signs that it has no letters for
+    try:
+        with stopping_at_signals():
+            return work()
+    except (ValueError, OSError) as error:
+        status, message = 2, with_flag(error, options) if isinstance(error, OptionError) else one_line(error)
+    except failures as error:
+        status, message = 1, one_line(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        status, message = 1, f"out of memory: {out_of_memory}"
+    except (KeyboardInterrupt, Stopped) as error:
+        number = signal.Signals(error.number if isinstance(error, Stopped) else signal.SIGINT)
+        status, message = 128 + number, f"stopped by {number.name}; {stopped}"
+    warn(script, message if status > 128 else f"error: {message}")
+    return status
+
+
+def with_flag(error: OptionError, options: Sequence[type[Options]]) -> str:
+    """The message of an OptionError, with the flag instead of the field."""
+    flag = next((flag_of(kind, error.field) for kind in options if error.field in specs(kind)), error.field)
+    return f"--{flag} is {error.value!r}: {error.rule}"
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks, or the kind of error where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
