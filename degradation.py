@@ -1,15 +1,14 @@
-"""How a low-resolution image came from a high-resolution one: what training imitates and restoring undoes.
+"""Degradation: how a low-resolution image came from a high-resolution one, which restoring undoes.
 
 The checkpoint records it; dataset, loss, validation, evaluation and consistency use the same object. A new
-one is a class here and its kinds in DEGRADATIONS.
+kind is a line in KINDS; a new stage is its options and a line in `_degraded`.
 
 Shapes: C channels, H x W pixels of the high resolution, h x w of the low one, k x k of a kernel.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeAlias
 
 import cv2
 import numpy as np
@@ -21,82 +20,84 @@ from torch import Tensor
 from bicubic import Border, resize
 from engine.options import OptionError, Options, option, specs
 
-Kind = Literal["bicubic", "light", "photo", "heavy"]
 Image: TypeAlias = npt.NDArray[np.floating[Any]]  # (H, W) or (H, W, 3), blue first as in OpenCV, in [0, 1]
 Range: TypeAlias = tuple[float, ...]
 Random: TypeAlias = np.random.Generator
 
-
-@dataclass(frozen=True)
-class Bicubic(Options):
-    """MATLAB's antialiased bicubic, rounded to uint8 after each pass as the published test images are."""
-
-    random: ClassVar[bool] = False  # so that it runs batched, on any device
-    margin: ClassVar[int] = 0  # nothing beyond a crop is degraded with it
-
-    kind: Literal["bicubic"] = option("bicubic", "how low resolution is made", flag="degradation")
-    scale: float = option(4.0, "how much smaller the input is", flag="downscale_factor", above=1)
-    border: Border = option("mirror", "what bicubic sees beyond the edge of an image")
-
-    def __call__(self, high_res: Tensor, random: Random | None = None) -> Tensor:
-        """(..., C, H, W) uint8 -> (..., C, h, w) uint8, h = ceil(H / scale)."""
-        return resize(high_res, scale=1 / self.scale, border=self.border, rounding="uint8")
-
-    def describe(self) -> str:
-        edge = "mirrored" if self.border == "mirror" else "replicated"
-        return f"made by MATLAB's bicubic (antialiased, a = -0.5), {edge} border, uint8 after each pass"
+# The options of each kind: its strength, and any others whose default it changes.
+KINDS: dict[str, dict[str, Any]] = {
+    "bicubic": {"strength": 0.0},
+    "light": {"strength": 0.25},
+    "photo": {"strength": 0.5},
+    "heavy": {"strength": 1.0},
+}
+MARGIN = 8  # low-resolution pixels more than a crop, so that it has any place in JPEG's grid
 
 
-STRENGTHS: dict[Kind, float] = {"bicubic": 0.0, "light": 0.25, "photo": 0.5, "heavy": 1.0}
+def share(default: float, of: str) -> Any:  # noqa: ANN401  # as option
+    return option(default, f"share of {of}", low=0, high=1)
 
 
 @dataclass(frozen=True)
-class Photo(Options):
+class Degradation(Options):
     """Blur, resizing, noise and JPEG, twice, as Real-ESRGAN (Wang et al. 2021, sections 3.2 to 3.4).
 
-    Each amount is drawn evenly from its range, scaled by the strength. Deviations and cutoffs are of the
-    pixels they are applied to, noise is in units of an 8-bit value.
+    Each amount is drawn evenly from its range, scaled by the strength. Strength 0 is MATLAB's bicubic, in
+    uint8 after each pass as the published test images are. Deviations and cutoffs are in pixels of the image
+    that they are applied to, noise is in units of an 8-bit value.
     """
 
-    random: ClassVar[bool] = True  # one image at a time, on the CPU
-    margin: ClassVar[int] = 8  # low-resolution pixels more than a crop: it has any place in JPEG's grid
-
-    kind: Kind = option("photo", "how low resolution is made", flag="degradation")
-    scale: float = option(4.0, "how much smaller the input is", flag="downscale_factor", above=1)
-    border: Border = option("mirror", "what bicubic sees beyond the edge of an image")
+    # A name that KINDS lacks may be recorded: the amounts are recorded, too.
+    kind: str = option("bicubic", f"preset of the amounts: {', '.join(KINDS)}", flag="degradation")
+    scale: float = option(4.0, "factor by which the input is smaller", flag="downscale_factor", above=1)
+    border: Border = option("mirror", "pixels that bicubic sees beyond the edge of an image")
     strength: float | None = option(
-        None, "scales every amount; by default light 0.25, photo 0.5, heavy 1; 0 is bicubic", low=0, high=1
+        None, "factor of every amount; by default light 0.25, photo 0.5, heavy 1", low=0, high=1
     )
-    clean_share: float = option(0.1, "of samples that are bicubic's", low=0, high=1)
-    kernel_shares: tuple[float, ...] = option(
-        (0.63, 0.135, 0.135, 0.1), "of Gaussian, generalised Gaussian, plateau and sinc kernels", low=0
+    clean_share: float = share(0.1, "samples that bicubic alone shrinks")
+    kernel_shares: Range = option(
+        (0.63, 0.135, 0.135, 0.1), "shares of Gaussian, generalised Gaussian, plateau and sinc kernels", low=0
     )
-    isotropic_share: float = option(0.65, "of kernels that are round", low=0, high=1)
-    blur_sigma: tuple[float, ...] = option((0.2, 3.0), "deviation of the first blur", above=0)
-    second_blur_sigma: tuple[float, ...] = option((0.2, 1.5), "deviation of the second blur", above=0)
-    second_blur_share: float = option(0.8, "of samples blurred twice", low=0, high=1)
-    gaussian_shape: tuple[float, ...] = option((0.5, 4.0), "exponents of generalised Gaussians", above=0)
-    plateau_shape: tuple[float, ...] = option((1.0, 2.0), "exponents of plateaus", above=0)
+    isotropic_share: float = share(0.65, "kernels that are round")
+    blur_sigma: Range = option((0.2, 3.0), "deviation of the first blur", above=0)
+    second_blur_sigma: Range = option((0.2, 1.5), "deviation of the second blur", above=0)
+    second_blur_share: float = share(0.8, "samples that are blurred twice")
+    gaussian_shape: Range = option((0.5, 4.0), "exponents of generalised Gaussians", above=0)
+    plateau_shape: Range = option((1.0, 2.0), "exponents of plateaus", above=0)
     sinc_size: tuple[int, ...] = option((7, 21), "sides of sinc kernels; odd ones are drawn", low=3)
-    sinc_cutoff: tuple[float, ...] = option((0.33, 1.0), "their cutoff, 1 is Nyquist", above=0, high=1)
-    final_sinc_share: float = option(0.8, "of samples that end with a sinc filter", low=0, high=1)
-    first_resize: tuple[float, ...] = option((0.15, 1.5), "smallest and largest first resize", above=0)
-    second_resize: tuple[float, ...] = option((0.3, 1.2), "as it, relative to the low resolution", above=0)
-    resize_shares: tuple[float, ...] = option((0.2, 0.7, 0.1), "of up, down, keep, first resize", low=0)
-    second_resize_shares: tuple[float, ...] = option((0.3, 0.4, 0.3), "as it, second resize", low=0)
-    noise_sigma: tuple[float, ...] = option((1.0, 30.0), "deviation of the first Gaussian noise", low=0)
-    second_noise_sigma: tuple[float, ...] = option((1.0, 25.0), "of the second", low=0)
-    poisson_scale: tuple[float, ...] = option((0.05, 3.0), "of the first noise of 256 photons", low=0)
-    second_poisson_scale: tuple[float, ...] = option((0.05, 2.5), "of the second", low=0)
-    gaussian_share: float = option(0.5, "of noise that is Gaussian, not Poisson's", low=0, high=1)
-    grey_share: float = option(0.4, "of noise that is the same in all channels", low=0, high=1)
-    jpeg_quality: tuple[float, ...] = option((30.0, 95.0), "of JPEG, both times", low=1, high=100)
-    jpeg_share: float = option(
-        1.0, "of these JPEGs that are made; without them noise stays white in colour", low=0, high=1
-    )
+    sinc_cutoff: Range = option((0.33, 1.0), "cutoffs of sinc kernels, 1 is Nyquist", above=0, high=1)
+    final_sinc_share: float = share(0.8, "samples that end with a sinc filter")
+    first_resize: Range = option((0.15, 1.5), "factors of the first resize", above=0)
+    second_resize: Range = option((0.3, 1.2), "factors of the second, from the low resolution", above=0)
+    resize_shares: Range = option((0.2, 0.7, 0.1), "shares of first resizes up, down and by 1", low=0)
+    second_resize_shares: Range = option((0.3, 0.4, 0.3), "shares of second resizes, likewise", low=0)
+    noise_sigma: Range = option((1.0, 30.0), "deviation of the first Gaussian noise", low=0)
+    second_noise_sigma: Range = option((1.0, 25.0), "deviation of the second Gaussian noise", low=0)
+    poisson_scale: Range = option((0.05, 3.0), "factor of the first noise of 256 photons", low=0)
+    second_poisson_scale: Range = option((0.05, 2.5), "factor of the second noise of 256 photons", low=0)
+    gaussian_share: float = share(0.5, "noise that is Gaussian, not Poisson's")
+    grey_share: float = share(0.4, "noise that is the same in all channels")
+    jpeg_quality: Range = option((30.0, 95.0), "quality of JPEG, both times", low=1, high=100)
+    jpeg_share: float = share(1.0, "these JPEGs that are made; without them noise stays white in colour")
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:  # noqa: ANN401  # any option
+        """Build a kind with the options that are given, its own for the others; OptionError."""
+        kind = given.get("kind", "bicubic")
+        if kind not in KINDS:
+            raise OptionError("kind", kind, f"choose one of {', '.join(KINDS)}")
+        amounts = sorted(given.keys() - {"kind", "scale", "border"})
+        if amounts and not KINDS[kind]["strength"]:
+            raise OptionError(
+                amounts[0], given[amounts[0]], f"{kind} has no amounts: choose another degradation"
+            )
+        return cls(**{**KINDS[kind], **given})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.strength is None:
+            strength = KINDS[self.kind]["strength"] if self.kind in KINDS else 1.0
+            object.__setattr__(self, "strength", strength)
         for name in specs(type(self)):
             value = getattr(self, name)
             if name.endswith("_shares"):
@@ -110,12 +111,26 @@ class Photo(Options):
 
     @property
     def amount(self) -> float:
-        return STRENGTHS[self.kind] if self.strength is None else self.strength
+        return self.strength or 0.0
 
-    def __call__(self, high_res: Tensor, random: Random) -> Tensor:
-        """(1 or 3, H, W) uint8 -> (1 or 3, h, w) uint8, h = ceil(H / scale)."""
-        if self.amount == 0 or random.random() < self.clean_share:
-            return Bicubic(scale=self.scale, border=self.border)(high_res)
+    @property
+    def random(self) -> bool:
+        """Whether it draws: then it takes one image at a time, on the CPU; bicubic a batch, on any device."""
+        return self.amount > 0
+
+    @property
+    def margin(self) -> int:
+        """Low-resolution pixels beyond a crop that are degraded with it."""
+        return MARGIN if self.random else 0
+
+    def __call__(self, high_res: Tensor, random: Random | None = None) -> Tensor:
+        """(1 or 3, H, W) uint8 -> (1 or 3, h, w) uint8, h = ceil(H / scale); bicubic takes (..., C, H, W)."""
+        if not self.random:
+            return resize(high_res, scale=1 / self.scale, border=self.border, rounding="uint8")
+        if random is None:
+            raise ValueError(f"the degradation {self.kind} draws its amounts: give it a generator")
+        if random.random() < self.clean_share:
+            return replace(self, strength=0.0)(high_res)
         height, width = (math.ceil(n / self.scale * (1 - 1e-12)) for n in high_res.shape[-2:])
         pixels = high_res.numpy()[::-1].transpose(1, 2, 0)  # blue first
         image = np.float32(1 / 255) * (pixels[..., 0] if len(high_res) == 1 else pixels)
@@ -147,11 +162,14 @@ class Photo(Options):
         return self._compressed(image, random) if sinc_first else image
 
     def describe(self) -> str:
+        if not self.random:
+            edge = "mirrored" if self.border == "mirror" else "replicated"
+            return f"made by MATLAB's bicubic (antialiased, a = -0.5), {edge} border, uint8 after each pass"
         what = f"{self.kind}: blur, resize, noise and JPEG as in Real-ESRGAN, strength {self.amount:g}"
         return f"{what}, a share of {self.clean_share:g} bicubic"
 
     def blur_kernel(self, sigmas: Range, random: Random) -> Image:
-        """(k, k) of one of the four families; all but sinc end at three deviations."""
+        """Draw a kernel (k, k) of one of the four families; all but sinc end at three deviations."""
         family = chosen(self.kernel_shares, random)
         if family == 3:
             return self._sinc(random)
@@ -168,7 +186,7 @@ class Photo(Options):
         return sinc_kernel(size, 1 - self.amount * (1 - drawn(self.sinc_cutoff, random)))
 
     def _factor(self, sizes: Range, shares: Range, random: Random) -> float:
-        """Of a resize; the strength scales its logarithm."""
+        """Draw the factor of a resize; the strength scales its logarithm."""
         ranges = ((1, sizes[1]), (sizes[0], 1), (1, 1))
         return float(drawn(ranges[chosen(shares, random)], random) ** self.amount)
 
@@ -192,12 +210,12 @@ def drawn(limits: Range, random: Random) -> float:
 
 
 def chosen(shares: Range, random: Random) -> int:
-    """A place, drawn by its share."""
+    """Draw a place by its share."""
     return min(int(np.searchsorted(np.cumsum(shares), random.random(), "right")), len(shares) - 1)
 
 
 def bell_kernel(size: int, sigmas: Range, angle: float, shape: float, *, plateau: bool) -> Image:
-    """A generalised Gaussian or a plateau (k, k) of sum 1 (Liu et al. 2020).
+    """Compute a generalised Gaussian or a plateau (k, k) of sum 1 (Liu et al. 2020).
 
     `sigmas` are two deviations in pixels, `angle` is of the first in radians, `shape` the exponent of the
     squared distance: 1 is Gaussian.
@@ -212,7 +230,7 @@ def bell_kernel(size: int, sigmas: Range, angle: float, shape: float, *, plateau
 
 
 def sinc_kernel(size: int, cutoff: float) -> Image:
-    """The ideal low-pass filter of circular cutoff, 1 is Nyquist, cut to (k, k), of sum 1."""
+    """Compute the ideal low-pass filter of circular cutoff, 1 is Nyquist, cut to (k, k), of sum 1."""
     offsets = np.arange(size) - size // 2
     radius, frequency = np.hypot(offsets, offsets[:, None]), math.pi * cutoff
     radius[size // 2, size // 2] = 1  # any but 0; the limit follows
@@ -222,25 +240,25 @@ def sinc_kernel(size: int, cutoff: float) -> Image:
 
 
 def filtered(image: Image, kernel: Image) -> Image:
-    """Convolved; the image is mirrored beyond its edge."""
+    """Convolve with a kernel; the image is mirrored beyond its edge."""
     return np.asarray(cv2.filter2D(image, -1, kernel), np.float32)
 
 
 def resized(image: Image, height: float, width: float, random: Random) -> Image:
-    """To the nearest whole size, at least 1, by area, bilinear or bicubic."""
+    """Resize to the nearest whole size, at least 1, by area, bilinear or bicubic."""
     size = (max(1, round(width)), max(1, round(height)))
     how = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)[random.integers(3)]
     return np.asarray(cv2.resize(image, size, interpolation=how), np.float32)
 
 
 def gaussian_noise(image: Image, sigma: float, grey: bool, random: Random) -> Image:
-    """`sigma` in 8-bit values; grey: the same in all channels."""
+    """Add noise of deviation `sigma` in 8-bit values; grey noise is the same in all channels."""
     shape = (*image.shape[:2], *(1 if grey else n for n in image.shape[2:]))
     return image + np.float32(sigma / 255) * random.standard_normal(shape, dtype=np.float32)
 
 
 def poisson_noise(image: Image, scale: float, grey: bool, random: Random) -> Image:
-    """The noise of 256 photons in white, times scale: variance scale^2 x / 256 where the image is x."""
+    """Add the noise of 256 photons in white, times scale: variance scale^2 x / 256 where the image is x."""
     light = image.clip(0, 1)
     if grey and light.ndim == 3:
         light = cv2.cvtColor(light, cv2.COLOR_BGR2GRAY)[..., None]
@@ -253,25 +271,5 @@ def to_bytes(image: Image) -> npt.NDArray[np.uint8]:
 
 
 def jpeg(image: Image, quality: int) -> Any:  # noqa: ANN401  # OpenCV takes and gives arrays of bytes
-    """The bytes of its JPEG file, chroma at half resolution."""
+    """Encode as a JPEG file with chroma at half resolution."""
     return cv2.imencode(".jpg", to_bytes(image), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-
-
-Degradation = Bicubic | Photo
-DEGRADATIONS: dict[str, type[Degradation]] = {
-    "bicubic": Bicubic,
-    **dict.fromkeys(("light", "photo", "heavy"), Photo),
-}
-
-
-def degradation_from_dict(values: Mapping[str, object]) -> Degradation:
-    """The inverse of any `to_dict`; options of other kinds may be there with their defaults. ValueError."""
-    name, others = values.get("kind", "bicubic"), Photo().to_dict()
-    if name not in DEGRADATIONS:
-        raise ValueError(f"degradation {name!r}: choose one of {', '.join(DEGRADATIONS)}")
-    kind = DEGRADATIONS[str(name)]
-    foreign = values.keys() & (others.keys() - specs(kind).keys())
-    for one in sorted(foreign):
-        if values[one] != others[one]:
-            raise OptionError(one, values[one], f"the degradation {name} has no such option: leave it out")
-    return kind.from_dict({one: value for one, value in values.items() if one not in foreign})

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from degradation import Bicubic, Degradation, degradation_from_dict
+from degradation import Degradation
 from diffusion import Network, ProcessConfig
 from engine.checkpoint import CheckpointError, ModelFile, export_model, load_weights, read_model
 from unet import UNet
@@ -29,12 +29,13 @@ def load_model(
         rebuilt = network.from_config(file.sections["network"])
         process = ProcessConfig.from_dict(file.sections["process"])
         recorded = file.sections.get("degradation")  # not in format 1, which knew bicubic alone
-        degradation = None if recorded is None else degradation_from_dict(recorded)
+        degradation = None if recorded is None else Degradation.from_dict(recorded)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
     load_weights(rebuilt, file.weights, path)
     rebuilt.to(memory_format=torch.channels_last).to(torch.device(device)).eval().requires_grad_(False)
-    return LoadedModel(rebuilt, process, degradation or Bicubic(scale=float(rebuilt.scale)), file.step)
+    degradation = degradation or Degradation(scale=float(rebuilt.scale))
+    return LoadedModel(rebuilt, process, degradation, file.step)
 
 
 def export_safetensors(model: LoadedModel, path: str | Path) -> None:

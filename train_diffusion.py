@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple, get_type_hints
 
 import torch
 
-from degradation import Degradation, Photo, degradation_from_dict
+from degradation import Degradation
 from diffusion import DiffusionModel, Distance, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, load_weights, read_for_resume
 from engine.cli import Parser, run_script, say
@@ -102,9 +102,9 @@ class Settings(NamedTuple):
     run: RunOptions
 
 
-SECTIONS: dict[str, type[Options]] = {**get_type_hints(Settings), "degradation": Photo}
+SECTIONS: dict[str, type[Options]] = get_type_hints(Settings)
 # What the script does otherwise than the classes, and options that have no flag of their own.
-DEFAULTS: dict[str, object] = {"kind": "bicubic", "accumulation_steps": 64, "predictor_blocks": 12}
+DEFAULTS: dict[str, object] = {"accumulation_steps": 64, "predictor_blocks": 12}
 WITHOUT_FLAG = ("in_channels", "out_channels")
 PATHS = set("image_folder val_folder tokens log_dir checkpoint_dir init_weights perceptual_features".split())
 
@@ -141,7 +141,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
     for section, kind in SECTIONS.items():
         own = {name: given[flag_of(kind, name)] for name in specs(kind) if flag_of(kind, name) in given}
         if checkpoint is None:
-            former = {name: DEFAULTS.get(name, value) for name, value in kind().to_dict().items()}
+            defaults = {name: DEFAULTS[name] for name in DEFAULTS.keys() & specs(kind).keys()}
+            former = kind.of(**{**defaults, **own}).to_dict()
         else:
             former = checkpoint.content[section]
             _check_fixed(kind, former, own, checkpoint.path)
@@ -154,7 +155,6 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
         if "epochs" in given and "max_steps" not in given:
             values["training"]["max_steps"] = None
     sections = {section: kind.from_dict(values[section]) for section, kind in SECTIONS.items()}
-    sections["degradation"] = degradation_from_dict(values["degradation"])
     return Settings(**sections), checkpoint  # type: ignore[arg-type]  # each of its own class
 
 

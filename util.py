@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bicubic import exact_scale, upscale_image
-from degradation import Bicubic, Degradation
+from degradation import Degradation
 from imaging.files import UnreadableImageError, list_images, read_rgb, to_model_range
 from imaging.sizes import image_sizes
 from imaging.tokens import read_tokens
@@ -163,7 +163,7 @@ class Crops(NamedTuple):
 
     def sample(self, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image) -> Sample:
         """ValueError unless the sides are whole multiples of the scale."""
-        low_res = cast(Bicubic, degradation)(self.high_res) if self.low_res is None else self.low_res
+        low_res = degradation(self.high_res) if self.low_res is None else self.low_res
         low_res, original = (to_model_range(image.float() / 255) for image in (low_res, self.high_res))
         upscaled = upscale_function(low_res, degradation.scale).clamp(-1, 1)
         if upscaled.shape != original.shape:
@@ -219,7 +219,7 @@ class ImageDataset(Dataset[Sample]):
         degradation: Degradation | None = None,
         tokens: str | Path | None = None,
     ) -> None:
-        self.degradation = degradation or Bicubic(scale=downscale_factor)
+        self.degradation = degradation or Degradation(scale=downscale_factor)
         downscale_factor = self.degradation.scale
         check_crop_size(img_size, downscale_factor)
         if augment not in ("none", "flip", "dihedral"):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.timing import Timing, in_turns
-from degradation import Bicubic
+from degradation import Degradation
 from diffusion import DiffusionModel, Network, ResidualGenerator
 from engine.checkpoint import load_checkpoint, load_weights
 from engine.device import autocast_dtype
@@ -45,7 +45,7 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def training_step(network: nn.Module, batch: int, size: int, device: torch.device) -> Callable[[], None]:
     """One optimiser step on (B, 3, size, size)."""
     cast(Network, network).residual_std.fill_(0.1)
-    loss = DiffusionModel(device=device).restoration_loss(Bicubic(scale=SCALE))
+    loss = DiffusionModel(device=device).restoration_loss(Degradation(scale=SCALE))
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
     crops = Crops(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device))
     generator = torch.Generator(device)

@@ -11,7 +11,7 @@ import torch
 from skimage.data import astronaut, chelsea
 
 from bicubic import upscale_image
-from degradation import Bicubic, Degradation, Photo
+from degradation import Degradation
 from imaging.files import Pixels, write_image
 from imaging.pictures import labelled_row
 from restoration import RestoreConfig, restore
@@ -46,12 +46,12 @@ def main() -> int:
     """docs/astronaut.png, of a bicubic input, and docs/photo.png, of a degraded one."""
     fidelity, detail = RestoreConfig(mode="fidelity"), RestoreConfig(mode="detail")
     photo = astronaut()
-    low_res = shrink(photo, Bicubic(scale=SCALE))
+    low_res = shrink(photo, Degradation(scale=SCALE))
     modes = {"fidelity": fidelity, "detail": detail}
     restored = {name: restore(low_res, "clean", config).pixels for name, config in modes.items()}
     write_row("astronaut", photo, low_res, restored)
     photo = chelsea()[:300, :448]  # whole multiples of the scale
-    low_res = shrink(photo, Photo(scale=SCALE, clean_share=0.0))
+    low_res = shrink(photo, Degradation("photo", SCALE, clean_share=0.0))
     restored = {
         "clean weights": restore(low_res, "clean", fidelity).pixels,
         "photo: fidelity": restore(low_res, "photo", fidelity).pixels,

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from bench.tables import table
-from degradation import Kind
 from engine.device import select_device
 from evaluation.config import EvaluationConfig
 from evaluation.evaluation import TrainedModel, evaluate
@@ -36,7 +35,7 @@ class Case(NamedTuple):
 
     images: str
     scale: int
-    degradation: Kind
+    degradation: str
     rows: dict[str, list[str]]  # kind of the weights: modes
 
 

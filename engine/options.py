@@ -102,6 +102,11 @@ class Options:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
+    def of(cls, **given: Any) -> Self:  # noqa: ANN401  # any option
+        """Build it from what a user gave; a class may have other values than its defaults for the rest."""
+        return cls(**given)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
         """Build it from recorded values, defaults for what is missing; ValueError names what is unknown."""
         for name in values.keys() & cls.retired.keys():

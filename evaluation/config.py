@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass
 from fractions import Fraction
 
 from bicubic import Border
-from degradation import Kind
+from degradation import KINDS
 from engine.options import Options, option
 from evaluation.metrics import Channel, Protocol
 
@@ -16,7 +16,9 @@ class EvaluationConfig(Options):
 
     scale: float = option(MISSING, "the enlargement, such as 4", above=1)
     border: Border = option("mirror", "what bicubic sees beyond the edge; mirror is today's MATLAB")
-    degradation: Kind = option("bicubic", "how low resolution is made, unless it is given; drawn by the seed")
+    degradation: str = option(
+        "bicubic", "kind of the low resolution, unless it is given; drawn by the seed", choices=KINDS
+    )
     channel: Channel = option("luma", "what PSNR and SSIM compare")
     crop: int | None = option(
         None, "pixels that PSNR and SSIM leave out at each border; without it, the scale", low=0

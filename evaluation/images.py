@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from degradation import degradation_from_dict
+from degradation import Degradation
 from evaluation.config import EvaluationConfig
 from evaluation.metrics import SSIM_WINDOW, to_uint8
 from evaluation.pairs import find_low_resolution
@@ -45,9 +46,8 @@ class ImageSet:
         self.paths = list_images(folder, recursive=False)[:limit]
         self.low_res_paths = None if low_res_folder is None else list_images(low_res_folder, recursive=False)
         self.scale = config.ratio
-        options = {"kind": config.degradation, "scale": config.scale, "border": config.border}
-        clean = {} if config.degradation == "bicubic" else {"clean_share": 0.0}
-        self.degradation = degradation_from_dict({**options, **clean})
+        degradation = Degradation.of(kind=config.degradation, scale=config.scale, border=config.border)
+        self.degradation = replace(degradation, clean_share=0.0)
         self.seed = config.seed
         self.smallest = max(SMALLEST_SIDE, 2 * config.protocol.crop + SSIM_WINDOW)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bicubic import Border
-from degradation import Bicubic, Degradation
+from degradation import Degradation
 from diffusion import ResidualGenerator
 from engine.checkpoint import load_weights
 from engine.options import OptionError, Options, option
@@ -343,7 +343,7 @@ def check_room(shape: Shape, fields: int) -> None:
 
 def _border(degradation: Degradation) -> Border:
     """OptionError for another degradation than bicubic."""
-    if not isinstance(degradation, Bicubic):
+    if degradation.random:
         raise OptionError(
             "consistency",
             True,

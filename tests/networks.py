@@ -4,13 +4,13 @@ import math
 
 import torch
 
-from degradation import Bicubic
+from degradation import Degradation
 from diffusion import ProcessConfig
 from models import LoadedModel
 from unet import UNet
 
 PROCESS = ProcessConfig()
-BICUBIC = Bicubic(scale=2.0)
+BICUBIC = Degradation(scale=2.0)
 
 
 def tiny_unet(seed=0, residual_std=0.1, scale=2.0, **settings):
@@ -36,4 +36,4 @@ def random_model(scale=4.0, gain=1.0, process=PROCESS, **settings):
                 torch.nn.init.normal_(parameter, std=gain / math.sqrt(parameter[0].numel()))
         unet.residual_std.fill_(0.12)
         unet.scale.fill_(scale)
-    return LoadedModel(unet.eval().requires_grad_(False), process, Bicubic(scale=scale), 1)
+    return LoadedModel(unet.eval().requires_grad_(False), process, Degradation(scale=scale), 1)

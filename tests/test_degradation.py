@@ -1,8 +1,9 @@
 """The degradations of photos: each step does what it says, and all of it can be repeated."""
 
-import dataclasses
 import io
 import math
+import re
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,12 +17,13 @@ from scipy.signal import freqz
 from skimage.data import astronaut
 from skimage.registration import phase_cross_correlation
 
+import evaluate
+import train_diffusion
+from bicubic import resize
 from degradation import (
-    STRENGTHS,
-    Bicubic,
-    Photo,
+    KINDS,
+    Degradation,
     bell_kernel,
-    degradation_from_dict,
     filtered,
     gaussian_noise,
     jpeg,
@@ -31,8 +33,11 @@ from degradation import (
     to_bytes,
 )
 from engine.options import OptionError
+from examples.dead_leaves import draw_dead_leaves_folder
+from models import load_model
+from restoration import RestoreConfig, Restorer
 
-KINDS = ["light", "photo", "heavy"]
+RANDOM_KINDS = ["light", "photo", "heavy"]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +52,9 @@ def random(seed=0):
 # ---------------------------------------------------------------------------------------------------- kernels
 
 
-@given(st.integers(0, 2**32), st.sampled_from(KINDS))
+@given(st.integers(0, 2**32), st.sampled_from(RANDOM_KINDS))
 def test_kernels_sum_to_1_and_do_not_shift(seed, kind):
-    kernel = Photo(kind).blur_kernel((0.2, 3.0), random(seed))
+    kernel = Degradation(kind).blur_kernel((0.2, 3.0), random(seed))
     assert kernel.sum() == pytest.approx(1, abs=1e-5)
     assert kernel.shape[0] == kernel.shape[1]
     assert kernel.shape[0] % 2 == 1
@@ -158,20 +163,28 @@ def test_bytes_are_rounded_and_clipped():
 # ------------------------------------------------------------------------------------------------- altogether
 
 
-@pytest.mark.parametrize("options", [{"strength": 0.0}, {"clean_share": 1.0}, {"kind": "bicubic"}])
+@pytest.mark.parametrize(
+    "options", [{"kind": "heavy", "strength": 0.0}, {"kind": "photo", "clean_share": 1.0}, {}]
+)
 @pytest.mark.parametrize("scale", [2.0, 4.0, 1.5])
 def test_no_strength_is_bicubic_exactly(picture, options, scale):
     image = picture[:, :240, :192]
-    expected = Bicubic(scale=scale, border="replicate")(image)
-    ours = Photo(**{"scale": scale, "border": "replicate"} | options)(image, random())
-    assert torch.equal(ours, expected)
+    expected = resize(image, scale=1 / scale, border="replicate", rounding="uint8")
+    assert torch.equal(Degradation(scale=scale, border="replicate", **options)(image, random()), expected)
+
+
+def test_bicubic_takes_batches_and_no_generator_and_others_need_one(picture):
+    batch = torch.stack([picture, picture.flip(-1)])
+    assert torch.equal(Degradation()(batch)[0], Degradation()(picture))
+    with pytest.raises(ValueError, match="photo"):
+        Degradation("photo")(picture)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RANDOM_KINDS)
 def test_the_result_lies_exactly_over_bicubics(picture, kind):
-    grey = [Photo(kind, clean_share=0)(picture, random(seed)).float().mean(0) for seed in range(12)]
-    expected = Bicubic()(picture).float().mean(0)
+    grey = [Degradation(kind, clean_share=0)(picture, random(seed)).float().mean(0) for seed in range(12)]
+    expected = Degradation()(picture).float().mean(0)
     shifts = [
         phase_cross_correlation(expected.numpy(), one.numpy(), upsample_factor=20, normalization=None)[0]
         for one in grey
@@ -181,46 +194,45 @@ def test_the_result_lies_exactly_over_bicubics(picture, kind):
 
 
 def test_more_strength_is_further_from_bicubic(picture):
-    def error(strength):
-        photo = Photo(strength=strength, clean_share=0)
-        degraded = torch.stack([photo(picture, random(seed)) for seed in range(8)])
-        return float((degraded.float() - Bicubic()(picture).float()).square().mean())
+    def error(kind):
+        degraded = [Degradation(kind, clean_share=0)(picture, random(seed)) for seed in range(8)]
+        return float((torch.stack(degraded).float() - Degradation()(picture).float()).square().mean())
 
-    errors = [error(strength) for strength in (0.0, *(STRENGTHS[kind] for kind in KINDS))]
+    errors = [error(kind) for kind in ("bicubic", *RANDOM_KINDS)]
     assert errors == sorted(errors)
 
 
 @pytest.mark.parametrize("scale", [4.0, 2.0, 1.5])
 def test_sizes_are_bicubics_and_grey_stays_grey(picture, scale):
     for image in (picture[:, :101, :77], picture[:1, :101, :77]):
-        photo = Photo("heavy", scale, clean_share=0)
-        assert photo(image, random()).shape == Bicubic(scale=scale)(image).shape
+        heavy = Degradation("heavy", scale, clean_share=0)
+        assert heavy(image, random()).shape == Degradation(scale=scale)(image).shape
 
 
-def test_colours_keep_their_places(picture):
+def test_colours_keep_their_places():
     red = torch.zeros(3, 64, 64, dtype=torch.uint8)
     red[0] = 200
-    mean = Photo("light", clean_share=0)(red, random()).float().mean((1, 2))
+    mean = Degradation("light", clean_share=0)(red, random()).float().mean((1, 2))
     torch.testing.assert_close(mean, torch.tensor([200.0, 0, 0]), atol=8, rtol=0)
 
 
 def test_the_generator_alone_decides(picture):
-    photo = Photo(clean_share=0)
+    photo = Degradation("photo", clean_share=0)
     assert torch.equal(photo(picture, random(3)), photo(picture, random(3)))
     assert not torch.equal(photo(picture, random(3)), photo(picture, random(4)))
 
 
 def test_the_clean_share_is_what_is_asked(picture):
-    small = picture[:, :32, :32]
-    clean = [torch.equal(Photo(clean_share=0.5)(small, random(n)), Bicubic()(small)) for n in range(100)]
+    small, photo = picture[:, :32, :32], Degradation("photo", clean_share=0.5)
+    clean = [torch.equal(photo(small, random(n)), Degradation()(small)) for n in range(100)]
     assert np.mean(clean) == pytest.approx(0.5, abs=0.15)
 
 
 @pytest.mark.parametrize(("share", "between"), [(0.0, (-0.1, 0.1)), (1.0, (0.4, 1.0))])
 def test_noise_is_white_in_colour_unless_jpeg_halves_the_chroma(share, between):
     flat = torch.full((3, 512, 512), 128, dtype=torch.uint8)
-    photo = Photo(
-        strength=1,
+    noisy = Degradation(
+        "heavy",
         clean_share=0,
         gaussian_share=1,
         grey_share=0,
@@ -230,7 +242,7 @@ def test_noise_is_white_in_colour_unless_jpeg_halves_the_chroma(share, between):
         jpeg_quality=(90, 90),
         jpeg_share=share,
     )
-    image = photo(flat, random()).numpy().astype(float)
+    image = noisy(flat, random()).numpy().astype(float)
     chroma = image[0] - image[1]
     neighbours = np.corrcoef(chroma[:, 1:].ravel(), chroma[:, :-1].ravel())[0, 1]
     assert between[0] < neighbours < between[1]
@@ -240,10 +252,18 @@ def test_noise_is_white_in_colour_unless_jpeg_halves_the_chroma(share, between):
 
 
 @pytest.mark.parametrize(
-    "degradation", [Bicubic(scale=3.0), Photo("heavy", 2.0, strength=0.3), Photo(jpeg_quality=(50, 60))]
+    "degradation",
+    [Degradation(scale=3.0), Degradation("heavy", 2.0, strength=0.3), Degradation(jpeg_quality=(50, 60))],
 )
 def test_a_degradation_is_the_one_that_was_recorded(degradation):
-    assert degradation_from_dict(degradation.to_dict()) == degradation
+    assert Degradation.from_dict(degradation.to_dict()) == degradation
+
+
+def test_records_of_former_versions_are_read():
+    bicubic = {"kind": "bicubic", "scale": 2.0, "border": "mirror"}
+    assert Degradation.from_dict(bicubic) == Degradation(scale=2.0)
+    photo = {**Degradation("photo").to_dict(), "strength": None}
+    assert Degradation.from_dict(photo).amount == 0.5
 
 
 @pytest.mark.parametrize(
@@ -260,12 +280,36 @@ def test_a_degradation_is_the_one_that_was_recorded(degradation):
 )
 def test_what_makes_no_sense_is_named(name, value):
     with pytest.raises(OptionError, match=name):
-        Photo(**{name: value})
+        Degradation("photo", **{name: value})
 
 
-def test_an_option_of_another_kind_is_named():
-    values = dataclasses.replace(Photo(), strength=0.4).to_dict()
-    assert degradation_from_dict(values) == Photo(strength=0.4)
-    assert degradation_from_dict(Photo(kind="bicubic", scale=2.0).to_dict()) == Bicubic(scale=2.0)
-    with pytest.raises(OptionError, match=r"0\.4"):
-        degradation_from_dict(values | {"kind": "bicubic"})
+@pytest.mark.parametrize(
+    "given", [{"kind": "sepia"}, {"jpeg_share": 0.5}, {"kind": "bicubic", "strength": 0.4}]
+)
+def test_an_unknown_kind_and_amounts_of_bicubic_are_refused(given):
+    with pytest.raises(OptionError, match=re.escape(str([*given.values()][-1]))):
+        Degradation.of(**given)
+
+
+TINY = "--downscale_factor 2 --img_size 32 --batch_size 2 --accumulation_steps 1 --unet_base_dim 8"
+
+
+def test_a_kind_of_ones_own_is_one_line(tmp_path, monkeypatch):
+    """It is trained with, resumed, measured with, and restored with where the line is missing."""
+    draw_dead_leaves_folder(tmp_path / "images", 4, 96, seed=0)
+    monkeypatch.setitem(KINDS, "scan", {"strength": 0.3, "jpeg_share": 0.0, "grey_share": 1.0})
+    monkeypatch.chdir(tmp_path)
+    flags = f"{TINY} --image_folder images --max_steps 1 --degradation scan --second_blur_share 0.5"
+    assert train_diffusion.main(flags.split()) == 0
+    path = next(tmp_path.glob("checkpoints/*/*_last.pth"))
+    assert train_diffusion.main(["--weights_path", str(path), "--max_steps", "2"]) == 0
+    how = "--data images --scale 2 --degradation scan --limit 1 --no_lpips --json table.json"
+    assert evaluate.main(how.split()) == 0
+    assert "scan: " in Path("table.json").read_text()
+    scan = Degradation.of(kind="scan", scale=2.0, second_blur_share=0.5)
+    assert (scan.amount, scan.jpeg_share) == (0.3, 0.0)
+    monkeypatch.delitem(KINDS, "scan")
+    model = load_model(path)
+    assert (model.degradation, model.step) == (scan, 2)
+    with pytest.raises(OptionError, match="scan"):
+        Restorer(model, RestoreConfig(consistency=True), torch.device("cpu"))

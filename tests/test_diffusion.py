@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bicubic import resize
-from degradation import Bicubic
+from degradation import Degradation
 from diffusion import (
     MODES,
     SCHEDULES,
@@ -240,7 +240,7 @@ def test_the_perceptual_distance_is_weighed_and_of_images_near_enough_to_judge(p
 
     def losses(weight):
         diffusion = DiffusionModel(mode="clean", perceptual_weight=weight)
-        loss = diffusion.restoration_loss(Bicubic(scale=2.0), distance)
+        loss = diffusion.restoration_loss(Degradation(scale=2.0), distance)
         return diffusion, loss(network, crops, torch.Generator().manual_seed(0))
 
     _, plain = losses(0)
@@ -258,7 +258,7 @@ def test_the_perceptual_distance_is_weighed_and_of_images_near_enough_to_judge(p
 
 def test_a_perceptual_weight_without_a_distance_is_refused():
     with pytest.raises(ValueError, match="perceptual_weight"):
-        DiffusionModel(perceptual_weight=1.0).restoration_loss(Bicubic())
+        DiffusionModel(perceptual_weight=1.0).restoration_loss(Degradation())
 
 
 @pytest.mark.parametrize("mode", MODES)

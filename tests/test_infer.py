@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import infer
-from degradation import Photo
+from degradation import Degradation
 from engine import checkpoint
 from engine.checkpoint import save_checkpoint
 from examples.dead_leaves import dead_leaves
@@ -232,7 +232,7 @@ def released(tmp_path, monkeypatch):
     export_safetensors(random_model(), folder / "x4.safetensors")
 
     def add_photo():
-        loaded = random_model(gain=2.0)._replace(degradation=Photo())
+        loaded = random_model(gain=2.0)._replace(degradation=Degradation("photo"))
         export_safetensors(loaded, folder / "photo_x4.safetensors")
 
     return add_photo

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bicubic
-from degradation import Bicubic
+from degradation import Degradation
 from diffusion import MODES, DiffusionModel, ResidualGenerator
 from engine.processes import Processes
 from evaluation.validation import Validator
@@ -55,7 +55,7 @@ def reads_between_evaluations(network, pretended):
 )
 def test_the_loss_reads_nothing(pretended, conditioning, mode, predictor_blocks):
     network = small_unet(predictor_blocks, conditioning=conditioning).to(pretended.device)
-    loss = DiffusionModel(100, pretended.device, mode).restoration_loss(Bicubic(scale=SCALE))
+    loss = DiffusionModel(100, pretended.device, mode).restoration_loss(Degradation(scale=SCALE))
     losses = loss(network, crops(pretended.device), torch.Generator(pretended.device))
     losses.sum().backward()
     assert losses.shape == (2,)
@@ -78,7 +78,7 @@ def test_an_optimiser_step_reads_once(pretended, optimizer):
     network = small_unet().to(pretended.device)
     config = TrainingConfig(max_steps=4, optimizer=optimizer, warmup_steps=1).resolved(4)
     state = new_state(network, config)
-    loss = DiffusionModel(100, pretended.device).restoration_loss(Bicubic(scale=SCALE))
+    loss = DiffusionModel(100, pretended.device).restoration_loss(Degradation(scale=SCALE))
     for _ in range(2):
         parts = [MicroBatch(number, [(0, 0), (0, 1)], 0.25) for number in range(2)]
         batches = iter([(part, crops("cpu")) for part in parts])  # as a DataLoader gives them
@@ -145,7 +145,7 @@ def test_a_device_without_float64_is_given_none(pretended, monkeypatch, photo_fo
     monkeypatch.setattr(bicubic, "WITHOUT_FLOAT64", {pretended.device.type})
     network = small_unet().to(pretended.device)
     diffusion = DiffusionModel(5, pretended.device)
-    loss = diffusion.restoration_loss(Bicubic(scale=SCALE))
+    loss = diffusion.restoration_loss(Degradation(scale=SCALE))
     loss(network, crops(pretended.device), torch.Generator(pretended.device)).sum().backward()
     Validator(diffusion, ImageDataset([photo_folder / "0.png"], SIZE, SCALE, train=False))(network)
     assert torch.float32 in pretended.dtypes

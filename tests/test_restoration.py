@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bicubic import exact_scale, resize, upscale_image
-from degradation import Bicubic, Photo
+from degradation import Degradation
 from diffusion import ResidualGenerator
 from engine.options import OptionError
 from evaluation.metrics import low_resolution_psnr
@@ -407,7 +407,7 @@ def test_consistency_makes_the_downscaled_result_equal_the_input(factor, picture
 @pytest.mark.slow
 @pytest.mark.parametrize(("recorded", "other"), [("mirror", "replicate"), ("replicate", "mirror")])
 def test_consistency_shrinks_with_the_recorded_border(recorded, other, model, picture):
-    loaded = model._replace(degradation=Bicubic(border=recorded))
+    loaded = model._replace(degradation=Degradation(border=recorded))
     low_res = pixels_to_unit(picture)
     restored = Restorer(loaded, RestoreConfig(steps=1, consistency=True), CPU)(low_res)
     errors = [
@@ -417,7 +417,7 @@ def test_consistency_shrinks_with_the_recorded_border(recorded, other, model, pi
 
 
 def test_consistency_with_another_degradation_than_bicubic_is_refused(model):
-    other = model._replace(degradation=Photo())
+    other = model._replace(degradation=Degradation("photo"))
     Restorer(other, RestoreConfig(), CPU)
     with pytest.raises(OptionError, match="photo") as caught:
         Restorer(other, RestoreConfig(consistency=True), CPU)
@@ -685,7 +685,7 @@ def test_missing_room_for_a_field_is_said_before_it_is_written(monkeypatch):
 @pytest.mark.slow
 def test_a_blend_is_clean_at_0_photo_at_1_and_between_in_between():
     clean = random_model()
-    photo = random_model(gain=2.0)._replace(degradation=Photo())
+    photo = random_model(gain=2.0)._replace(degradation=Degradation("photo"))
     low_res = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def restored(model):

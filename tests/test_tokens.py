@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import infer
 import train_diffusion
-from degradation import Bicubic, Photo
+from degradation import Degradation
 from diffusion import DiffusionModel, ResidualGenerator
 from engine.options import OptionError
 from imaging.files import write_image
@@ -114,7 +114,7 @@ def test_dropped_tokens_change_nothing_and_kept_ones_do():
     network, crops = tiny_unet(conditioning="tokens"), torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
 
     def loss(dropout, tokens):
-        of_batch = DiffusionModel(token_dropout=dropout).restoration_loss(Bicubic(scale=2.0))
+        of_batch = DiffusionModel(token_dropout=dropout).restoration_loss(Degradation(scale=2.0))
         return of_batch(network, Crops(crops, tokens=tokens), torch.Generator().manual_seed(0))
 
     assert torch.equal(loss(1.0, TOKENS), loss(1.0, -TOKENS))
@@ -137,7 +137,7 @@ def test_tokens_steer_at_any_scale(scale):
 
 
 def test_crops_carry_the_tokens_of_the_image_they_are_from(stripes):
-    dataset = ImageDataset(stripes, 16, tokens=stripes, degradation=Photo(scale=2.0))
+    dataset = ImageDataset(stripes, 16, tokens=stripes, degradation=Degradation("photo", scale=2.0))
     (stripes / "0.png").unlink()
     crops = CropDataset(dataset)
     batch = crops.collate([crops[0, 0], crops[0, 1], crops[0, 2]]).to(CPU)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from degradation import Photo
+from degradation import Degradation
 from diffusion import DiffusionModel, ProcessConfig
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.run import locked
@@ -270,7 +270,7 @@ def test_a_run_on_photos_records_what_it_undoes_and_goes_on_with_it(photo_folder
     photo = ["--degradation", "photo", "--strength", "0.4", "--noise_sigma", "2", "20"]
     assert main(flags(photo_folder, tmp_path, *photo, "--max_steps", "2", "--num_workers", "1")) == 0
     path = newest(tmp_path)
-    expected = Photo(scale=2.0, strength=0.4, noise_sigma=(2.0, 20.0))
+    expected = Degradation("photo", scale=2.0, strength=0.4, noise_sigma=(2.0, 20.0))
     assert load_model(path).degradation == expected
     resume = ["--weights_path", str(path)]
     assert parse([*resume, "--degradation", "photo", "--strength", "0.4"])[0].degradation == expected

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from bicubic import resize
-from degradation import Bicubic, Photo
+from degradation import Degradation
 from imaging.files import write_image
 from util import (
     CropDataset,
@@ -197,7 +197,7 @@ def test_samples_do_not_depend_on_the_worker(photo_folder):
 
 @pytest.mark.slow
 def test_random_degradations_depend_on_seed_epoch_and_index_alone(photo_folder):
-    dataset = CropDataset(ImageDataset(photo_folder, 32, degradation=Photo(clean_share=0)))
+    dataset = CropDataset(ImageDataset(photo_folder, 32, degradation=Degradation("photo", clean_share=0)))
     order = [(epoch, index) for epoch in range(2) for index in range(6)]
     here = [dataset[key] for key in order]
     loader = DataLoader(
@@ -206,7 +206,9 @@ def test_random_degradations_depend_on_seed_epoch_and_index_alone(photo_folder):
     for batch, ours in zip(loader, (here[:5], here[5:]), strict=True):
         assert torch.equal(batch.high_res, torch.stack([one.high_res for one in ours]))
         assert torch.equal(batch.low_res, torch.stack([one.low_res for one in ours]))
-    again, other = (ImageDataset(photo_folder, 32, degradation=Photo(), seed=seed) for seed in (0, 1))
+    again, other = (
+        ImageDataset(photo_folder, 32, degradation=Degradation("photo"), seed=seed) for seed in (0, 1)
+    )
     assert torch.equal(CropDataset(again)[0, 1].low_res, CropDataset(again)[0, 1].low_res)
     assert not torch.equal(CropDataset(again)[0, 1].low_res, CropDataset(again)[1, 1].low_res)
     assert not torch.equal(CropDataset(again)[0, 1].low_res, CropDataset(other)[0, 1].low_res)
@@ -218,12 +220,16 @@ def test_both_resolutions_of_a_crop_lie_over_each_other(tmp_path, scale, train):
     pixels = np.random.default_rng(0).integers(0, 256, (150, 131, 3), dtype=np.uint8)
     write_image(tmp_path / "only.png", pixels)
     dataset = ImageDataset(
-        tmp_path, 72, augment="dihedral", train=train, degradation=Photo(scale=scale, clean_share=1)
+        tmp_path,
+        72,
+        augment="dihedral",
+        train=train,
+        degradation=Degradation("photo", scale=scale, clean_share=1),
     )
     for epoch in range(10):
         high_res, low_res, _ = dataset.pair((epoch, 0))
         assert high_res.shape == (3, 72, 72)
-        expected = Bicubic(scale=scale)(high_res)
+        expected = Degradation(scale=scale)(high_res)
         assert low_res.shape == expected.shape
         inner = (slice(None), slice(4, -4), slice(4, -4))  # where the crop's edge is not seen
         assert torch.equal(low_res[inner], expected[inner])
@@ -232,7 +238,7 @@ def test_both_resolutions_of_a_crop_lie_over_each_other(tmp_path, scale, train):
 @pytest.mark.parametrize("size", [32, 34, 60])
 def test_images_without_room_for_a_margin_are_taken(tmp_path, size):
     write_image(tmp_path / "only.png", np.full((size, 33, 3), 90, np.uint8))
-    low_res, high_res = ImageDataset(tmp_path, 32, degradation=Photo())[0][:3:2]
+    low_res, high_res = ImageDataset(tmp_path, 32, degradation=Degradation("photo"))[0][:3:2]
     assert (low_res.shape, high_res.shape) == ((3, 8, 8), (3, 32, 32))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from degradation import Photo
+from degradation import Degradation
 from diffusion import DiffusionModel, ResidualGenerator
 from evaluation import metrics
 from evaluation.table import METRICS
@@ -33,7 +33,7 @@ def with_flat(photo_folder, folder, level=77):
 
 @pytest.mark.slow
 def test_the_validation_of_a_random_degradation_is_always_the_same(photo_folder):
-    photos = ImageDataset(photo_folder, 32, train=False, degradation=Photo("heavy", float(SCALE)))
+    photos = ImageDataset(photo_folder, 32, train=False, degradation=Degradation("heavy", float(SCALE)))
     shrunk = ImageDataset(photo_folder, 32, SCALE, train=False)
     unet = tiny_unet()
     first, again, bicubic = (
