@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,6 @@ from unet import Condition
 from util import CropDataset, Crops, ImageDataset
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
-Distance = Callable[[Tensor, Tensor], Tensor]  # two (B, C, H, W) in [-1, 1] -> (B,)
 Contexts = tuple[object, ...]  # encoded conditions: with tokens and, for guidance, without
 
 Scales = tuple[Tensor, Tensor]
@@ -143,17 +142,6 @@ MODES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "clean": _clean,
 }
 
-HIGH_NOISE_SHIFT = 3.0
-LARGEST_PERCEIVED = 4.0  # noise level above which clean estimates are means, not pictures
-# Which timesteps are trained most: even shares in [0, 1) -> timesteps as fractions of T
-TIMESTEP_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "uniform": lambda share: share,
-    # The logit is a standard normal variable, which favours the middle (Esser et al. 2024, section 3.1).
-    "logit_normal": lambda share: torch.sigmoid(torch.special.ndtri(share)),
-    # Uniform timesteps shifted towards the noisiest (the same, Eq. 23).
-    "high_noise": lambda share: HIGH_NOISE_SHIFT * share / (1 + (HIGH_NOISE_SHIFT - 1) * share),
-}
-
 
 @dataclass(frozen=True)
 class ProcessConfig(Options):
@@ -167,17 +155,10 @@ class ProcessConfig(Options):
 
 @dataclass(frozen=True)
 class LossConfig(Options):
-    min_snr_gamma: float | None = option(
-        None, "weigh losses by min(SNR, gamma) (Hang et al. 2023, Eq. 8); 5 is usual", above=0
-    )
-    timestep_density: str = option(
-        "uniform", "which noise levels are trained most", choices=TIMESTEP_DENSITIES
-    )
+    retired: ClassVar = {"min_snr_gamma": None, "timestep_density": "uniform", "perceptual_weight": 0.0}
+
     token_dropout: float = option(
         0.1, "share of samples trained without their tokens (Ho & Salimans 2022)", low=0, high=1
-    )
-    perceptual_weight: float = option(
-        0.0, "of the perceptual distance (VGG16) of clean estimates, where noise is weak enough", low=0
     )
 
 
@@ -213,7 +194,10 @@ class Network(Protocol):
 
 
 class DiffusionModel:
-    """The forward process, the loss, and training; OptionError for unknown values."""
+    """The forward process, the loss, and training.
+
+    `process` replaces the three options of ProcessConfig before it. OptionError for unknown values.
+    """
 
     def __init__(
         self,
@@ -221,29 +205,19 @@ class DiffusionModel:
         device: torch.device | str = "cpu",
         mode: str = "v_prediction",
         schedule: str = "cosine",
-        min_snr_gamma: float | None = None,
-        timestep_density: str = "uniform",
-        token_dropout: float = 0.1,
-        perceptual_weight: float = 0.0,
+        *,
+        process: ProcessConfig | None = None,
+        objective: LossConfig | None = None,
     ) -> None:
-        self.process = ProcessConfig(timesteps, mode, schedule)
-        self.objective = LossConfig(min_snr_gamma, timestep_density, token_dropout, perceptual_weight)
+        self.process = process or ProcessConfig(timesteps, mode, schedule)
+        self.objective = objective or LossConfig()
+        self.timesteps, self.mode = self.process.timesteps, self.process.mode
         self.device = torch.device(device)
-        self.timesteps, self.mode = timesteps, mode
         signal, noise = self.process.scales()
-        c_skip, c_out, weight = MODES[mode](signal, noise)
-        if min_snr_gamma is not None:
-            weight = (signal / noise).square().clamp(max=min_snr_gamma) * c_out.square()
-        tables = (signal, noise, c_skip, c_out, weight)
+        tables = (signal, noise, *MODES[self.process.mode](signal, noise))
         self.signal_scale, self.noise_scale, self.c_skip, self.c_out, self.weight = (
             table.float().to(device) for table in tables
         )
-
-    @classmethod
-    def of(
-        cls, process: ProcessConfig, device: torch.device | str = "cpu", objective: LossConfig | None = None
-    ) -> "DiffusionModel":
-        return cls(device=device, **process.to_dict(), **(objective or LossConfig()).to_dict())  # type: ignore[arg-type]
 
     def q_sample(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Diffuse (B, C, H, W) to timestep t (Ho et al. 2020, Eq. 4)."""
@@ -262,11 +236,10 @@ class DiffusionModel:
         return (clean - c_skip * noisy) / c_out
 
     def draw_timesteps(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """(count,), spread evenly over their density (Kingma et al. 2021, appendix I.1)."""
+        """(count,) int64, spread evenly over all timesteps (Kingma et al. 2021, appendix I.1)."""
         start = torch.rand(1, generator=generator, device=self.device)
         shares = (start + torch.arange(count, device=self.device) / count) % 1
-        fractions = TIMESTEP_DENSITIES[self.objective.timestep_density](shares)
-        return (fractions * self.timesteps).long().clamp(max=self.timesteps - 1)
+        return (shares * self.timesteps).long().clamp(max=self.timesteps - 1)
 
     def loss(
         self,
@@ -274,42 +247,22 @@ class DiffusionModel:
         clean: Tensor,
         context: object,
         generator: torch.Generator | None = None,
-        *,
-        mean: Tensor | None = None,
         t: Tensor | None = None,
-        distance: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """(B,) float32: squared error of the prediction, and absolute error of the mean.
-
-        Args:
-            denoiser: (noisy, t, context) -> (B, C, H, W).
-            generator: of timesteps and noise, on the device.
-            mean: (B, C, H, W); the diffusion models what it leaves (Whang et al. 2022, section 3).
-            t: (B,); None draws them.
-            distance: of a clean estimate, (B, C, H, W) -> (B,), added where noise_scale < 4 signal_scale.
-        """
-        if t is None:
-            t = self.draw_timesteps(len(clean), generator)
-        left = clean if mean is None else clean - mean.detach().float()
+        """(B,) float32: weighted squared error of what the denoiser outputs at timesteps t, drawn if None."""
+        t = self.draw_timesteps(len(clean), generator) if t is None else t
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-        noisy = self.q_sample(left, t, noise)
-        output = denoiser(noisy, t, context).float()
-        error = output - self.target(left, noisy, t)
-        loss = self.weight[t] * error.square().flatten(1).mean(1)
-        if distance is not None:
-            near = self.noise_scale[t] < LARGEST_PERCEIVED * self.signal_scale[t]
-            loss = loss + near * self.objective.perceptual_weight * distance(
-                self.clean_estimate(output, noisy, t)
-            )
-        return loss if mean is None else loss + (mean.float() - clean).abs().flatten(1).mean(1)
+        noisy = self.q_sample(clean, t, noise)  # (B, C, H, W)
+        error = denoiser(noisy, t, context).float() - self.target(clean, noisy, t)
+        return self.weight[t] * error.square().flatten(1).mean(1)
 
     def restoration_loss(
-        self, degradation: Degradation, perceptual: Distance | None = None
+        self, degradation: Degradation
     ) -> Callable[[nn.Module, Crops, torch.Generator], Tensor]:
-        """The loss of what CropDataset sends; ValueError: a perceptual weight without a distance."""
-        weighed = self.objective.perceptual_weight > 0
-        if weighed and perceptual is None:
-            raise ValueError("perceptual_weight needs a perceptual distance")
+        """Make the loss (B,) of crops: of the diffusion, and the absolute error of the predicted mean.
+
+        The diffusion models what the mean leaves (Whang et al. 2022, section 3).
+        """
 
         def loss(model: nn.Module, crops: Crops, generator: torch.Generator) -> Tensor:
             network, tokens = network_of(model), crops.tokens
@@ -319,16 +272,12 @@ class DiffusionModel:
             with torch.autocast(self.device.type, enabled=False):
                 sample = crops.sample(degradation)
                 clean = sample.residual / network.residual_std
-            condition = Condition(sample.upscaled, sample.low_res, tokens)
-            context, mean = network.encode_context(condition)
-
-            def distance(left: Tensor) -> Tensor:
-                residual = left if mean is None else left + mean.detach()
-                restored = sample.upscaled + network.residual_std * residual
-                return cast(Distance, perceptual)(restored, sample.original)
-
-            judge = distance if weighed else None
-            return self.loss(model, clean, context, generator, mean=mean, distance=judge)
+            context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res, tokens))
+            if mean is None:
+                return self.loss(model, clean, context, generator)
+            left = clean - mean.detach().float()
+            mean_error = (mean.float() - clean).abs().flatten(1).mean(1)
+            return self.loss(model, left, context, generator) + mean_error
 
         return loss
 
@@ -342,7 +291,6 @@ class DiffusionModel:
         log_dir: Path,
         resume: Path | Checkpoint | None = None,
         record: Mapping[str, object] = types.MappingProxyType({}),
-        perceptual: Distance | None = None,
         processes: Processes | None = None,
         precision: torch.dtype | None = None,
         validate: Validate | None = None,
@@ -350,7 +298,7 @@ class DiffusionModel:
         """Train a Network on what the dataset degrades; its files, and the signal that ended it or None.
 
         Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `record` in them.
-        `precision` is what the loss is autocast to, `perceptual` the distance that perceptual_weight weighs.
+        `precision` is what the loss is autocast to. `validate` is an evaluation.validation.Validator.
         ValueError: what a checkpoint cannot record; else as training.train.
         """
         _check_recordable(dataset)
@@ -366,7 +314,7 @@ class DiffusionModel:
         options |= {"network": network_of(model).config, "training": resolved}
         sections = {name: one.to_dict() for name, one in options.items()}
         run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", {**sections, **record})
-        loss = self.restoration_loss(dataset.degradation, perceptual)
+        loss = self.restoration_loss(dataset.degradation)
 
         def step(batches: Batches) -> StepReport:
             return train_step(state, loss, batches, resolved, processes)
@@ -448,7 +396,7 @@ class ResidualGenerator:
         self.device = torch.device(device)
         self.precision = precision
         process = process or ProcessConfig(num_train_timesteps, predict_mode)
-        self.diffusion = DiffusionModel.of(process, device)
+        self.diffusion = DiffusionModel(device=device, process=process)
         self.sampler = Sampler(scheduler, *process.scales())
 
     def generate_images(

@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple, get_type_hints
 import torch
 
 from degradation import Degradation
-from diffusion import DiffusionModel, Distance, LossConfig, ProcessConfig
+from diffusion import DiffusionModel, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, load_weights, read_for_resume
 from engine.cli import Parser, run_script, say
 from engine.cost import Cost, count_cost, training_memory
@@ -30,7 +30,6 @@ from engine.options import OptionError, Options, add_flags, flag_of, option, spe
 from engine.processes import LostProcessError, Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
-from evaluation.lpips import MetricUnavailableError, perceptual_distance
 from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
@@ -73,7 +72,7 @@ class DataOptions(Options):
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    retired: ClassVar = {"profile": False}
+    retired: ClassVar = {"profile": False, "perceptual_features": None}
 
     residual_std: float | None = option(None, "what residuals are divided by; by default measured", above=0)
     device: str = option("auto", "auto, cuda, mps or cpu", fixed=False)
@@ -84,9 +83,6 @@ class RunOptions(Options):
     compile: bool = option(False, "torch.compile the network: a slow start", fixed=False)
     log_dir: str = option("./logs", "TensorBoard", fixed=False)
     checkpoint_dir: str = option("./checkpoints", "receives a folder for each run", fixed=False)
-    perceptual_features: str | None = option(
-        None, "for --perceptual_weight: VGG16's features as torchvision names them; else fetched", fixed=False
-    )
     init_weights: str | None = option(None, "a model whose weights a new run starts from", fixed=False)
 
 
@@ -106,7 +102,7 @@ SECTIONS: dict[str, type[Options]] = get_type_hints(Settings)
 # What the script does otherwise than the classes, and options that have no flag of their own.
 DEFAULTS: dict[str, object] = {"accumulation_steps": 64, "predictor_blocks": 12}
 WITHOUT_FLAG = ("in_channels", "out_channels")
-PATHS = set("image_folder val_folder tokens log_dir checkpoint_dir init_weights perceptual_features".split())
+PATHS = set("image_folder val_folder tokens log_dir checkpoint_dir init_weights".split())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -356,7 +352,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     config = settings.training.resolved(len(training), processes.world_size)
     config = replace(config, optimizer=optimizer_for(config, device))
     plan = BatchPlan.of(config, len(training), processes.world_size)
-    diffusion = DiffusionModel.of(settings.process, device, settings.objective)
+    diffusion = DiffusionModel(device=device, process=settings.process, objective=settings.objective)
     model = make_model(settings, device)
     checkpoint_dir, log_dir = Path(), Path()
     if processes.is_main:  # the others write and say nothing
@@ -382,17 +378,10 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
                 "run": options.to_dict(),
                 "held_out": names_below(settings.data.image_folder, validation.paths),
             },
-            perceptual=make_perceptual(settings, device),
         )
     if processes.is_main:
         say(*describe_end(run, received))
     return 0 if received is None else 128 + received
-
-
-def make_perceptual(settings: Settings, device: torch.device) -> Distance | None:
-    if settings.objective.perceptual_weight == 0:
-        return None
-    return perceptual_distance(device, settings.run.perceptual_features)
 
 
 def describe_end(run: RunFiles, received: int | None) -> Iterator[str]:
@@ -416,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train_diffusion.py",
         lambda: run(argv),
         options=list(SECTIONS.values()),
-        failures=(NonFiniteError, WorkerError, LostProcessError, MetricUnavailableError),
+        failures=(NonFiniteError, WorkerError, LostProcessError),
         out_of_memory="lower --batch_size and raise --accumulation_steps as much, or add "
         "--checkpoint_activations; the checkpoints are as they were",
         stopped="the checkpoints are as they were",

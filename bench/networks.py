@@ -132,7 +132,7 @@ def train_for(
     )
     cast(Network, network).residual_std.zero_()
     training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
-    diffusion = DiffusionModel(device=device, timestep_density="high_noise")
+    diffusion = DiffusionModel(device=device)
     with tempfile.TemporaryDirectory() as folder:
         run, _ = diffusion.train(
             network,

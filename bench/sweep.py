@@ -42,8 +42,6 @@ CHANGES = (
     "--blocks_per_level 2",
     "--patch_size 2 --unet_base_dim 32 --unet_dim_mults 1 2 4 --predictor_dim 64",
     "--diffusion_mode v_prediction",
-    "--timestep_density high_noise",
-    "--timestep_density logit_normal",
     "--optimizer adamw",
     "--optimizer adamw --learning_rate 3e-3",
     "--img_size 64 --batch_size 18",

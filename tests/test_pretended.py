@@ -64,15 +64,6 @@ def test_the_loss_reads_nothing(pretended, conditioning, mode, predictor_blocks)
     assert not pretended.reads
 
 
-@pytest.mark.parametrize(("gamma", "density"), [(5.0, "logit_normal"), (None, "high_noise")])
-def test_weights_and_densities_read_nothing(pretended, gamma, density):
-    model = DiffusionModel(100, pretended.device, "clean", "flow", gamma, density)
-    clean = torch.zeros(4, 3, 8, 8, device=pretended.device)
-    losses = model.loss(lambda noisy, t, context: noisy, clean, None, torch.Generator(pretended.device))
-    assert losses.device.type == "cuda"
-    assert not pretended.reads
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_optimiser_step_reads_once(pretended, optimizer):
     network = small_unet().to(pretended.device)

@@ -246,12 +246,17 @@ def test_a_profile_is_written_beside_the_curves(photo_folder, tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_from_before_a_flag_existed_had_its_default(finished, tmp_path):
     content = load_checkpoint(newest(finished[0]))
-    del content["objective"]["timestep_density"]
+    content["objective"] |= {"timestep_density": "uniform", "perceptual_weight": 0.0}
+    del content["objective"]["token_dropout"]
     save_checkpoint(tmp_path / "old_last.pth", content)
     path = ["--weights_path", str(tmp_path / "old_last.pth")]
-    assert parse([*path, "--timestep_density", "uniform"])[0].objective.timestep_density == "uniform"
-    with pytest.raises(ValueError, match=r"--timestep_density.*high_noise.*uniform"):
-        parse([*path, "--timestep_density", "high_noise"])
+    assert parse([*path, "--token_dropout", "0.1"])[0].objective.token_dropout == 0.1
+    with pytest.raises(ValueError, match=r"--token_dropout.*0\.2.*0\.1"):
+        parse([*path, "--token_dropout", "0.2"])
+    content["objective"]["perceptual_weight"] = 1.0
+    save_checkpoint(tmp_path / "old_last.pth", content)
+    with pytest.raises(ValueError, match=r"perceptual_weight.*1\.0"):
+        parse(path)
 
 
 @pytest.mark.slow
