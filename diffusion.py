@@ -16,6 +16,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -29,7 +30,17 @@ from engine.options import Options, option
 from engine.processes import Processes
 from engine.run import RunFiles
 from imaging.files import to_unit_range
-from samplers import DEFAULT_SCHEDULER, Sampler, SchedulerName, Step, draw_noise, noise_stream, sample
+from samplers import (
+    DEFAULT_SCHEDULER,
+    Scales,
+    SchedulerName,
+    Step,
+    draw_noise,
+    initial_scale,
+    noise_stream,
+    sample,
+    sampler_steps,
+)
 from training import (
     Batches,
     StepReport,
@@ -46,8 +57,6 @@ from util import CropDataset, Crops, ImageDataset
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
 Contexts = tuple[object, ...]  # encoded conditions: with tokens and, for guidance, without
-
-Scales = tuple[Tensor, Tensor]
 
 
 def variance_preserving(alpha_bar: Tensor) -> Scales:
@@ -390,14 +399,11 @@ class ResidualGenerator:
         scheduler: SchedulerName = DEFAULT_SCHEDULER,
         guidance: float = 1.0,
     ) -> None:
-        self.guidance = guidance
-        self.img_channels = img_channels
-        self.img_size = img_size
-        self.device = torch.device(device)
-        self.precision = precision
         process = process or ProcessConfig(num_train_timesteps, predict_mode)
         self.diffusion = DiffusionModel(device=device, process=process)
-        self.sampler = Sampler(scheduler, *process.scales())
+        self.img_channels, self.img_size, self.device = img_channels, img_size, self.diffusion.device
+        self.precision, self.scheduler, self.guidance = precision, scheduler, guidance
+        self.initial_scale = initial_scale(process.scales())
 
     def generate_images(
         self,
@@ -407,7 +413,6 @@ class ResidualGenerator:
         num_inference_steps: int = 50,
         *,
         seed: int | None = None,
-        eta: float = 0.0,
         tokens: Tensor | None = None,
     ) -> Tensor:
         """(B * num_images, C, H, W) in [0, 1], those of one image next to each other.
@@ -417,15 +422,17 @@ class ResidualGenerator:
             num_images: of each image, with different noise.
             num_inference_steps: more give a sample; 1 the posterior mean; 0 the mean of a predictor.
             seed: of the noise; None draws one.
-            eta: of "ddim": 0 none, 1 as DDPM.
             tokens: (B, N, E) on the device, which describe the images.
 
         ValueError: a wrong shape, range or step count, or an untrained network.
         """
-        plan = self.plan(num_inference_steps, eta)
-        base, residuals = self._generate(model, low_resolution_image, num_images, plan, seed, tokens)
-        return to_unit_range((base + residuals).clamp(-1, 1))
+        residuals = self.generate_residuals(
+            model, low_resolution_image, num_images, num_inference_steps, seed=seed, tokens=tokens
+        )
+        upscaled = self._upscaled(model, low_resolution_image).repeat_interleave(num_images, dim=0)
+        return to_unit_range((upscaled + residuals).clamp(-1, 1))
 
+    @torch.inference_mode()
     def generate_residuals(
         self,
         model: Network,
@@ -434,19 +441,50 @@ class ResidualGenerator:
         num_inference_steps: int = 50,
         *,
         seed: int | None = None,
-        eta: float = 0.0,
         tokens: Tensor | None = None,
     ) -> Tensor:
         """As generate_images, but what is added to the upscaled image, in [-2, 2]."""
-        plan = self.plan(num_inference_steps, eta)
-        return self._generate(model, low_resolution_image, num_images, plan, seed, tokens)[1]
+        steps = self.plan(num_inference_steps)
+        upscaled = self._upscaled(model, low_resolution_image)
+        low_res = low_resolution_image.to(upscaled)
+        contexts, mean = self.encode(model, Condition(upscaled, low_res, tokens))
+        if mean is None and not steps:
+            raise ValueError("0 steps: this network predicts no mean; give 1 step or more")
+        base = upscaled if mean is None else upscaled + model.residual_std * mean.float()
+        denoise, residuals = partial(self.estimate, model, contexts=contexts, base=base), []
+        seed = torch.seed() % 2**62 if seed is None else seed
+        for number in range(num_images):
+            streams = [noise_stream(seed, number) for _ in upscaled]
+            residual = base - upscaled
+            if steps:
+                residual = residual + self._sample(steps, streams, base.shape, denoise) * model.residual_std
+            residuals.append(residual)
+        return torch.stack(residuals, dim=1).flatten(0, 1)
+
+    def _sample(
+        self,
+        steps: Sequence[Step],
+        streams: Sequence[torch.Generator],
+        shape: torch.Size,
+        denoise: Callable[[Tensor, int], Tensor],
+    ) -> Tensor:
+        """(B, C, H, W) of unit variance, from the noise of the streams."""
+
+        def noise() -> Tensor:
+            return draw_noise(streams, *shape[1:]).to(self.device)
+
+        def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
+            return step.advance(noisy, cleans, noise() if step.noise_weight else None)
+
+        return deque(sample(steps, self.initial_scale * noise(), denoise, advance), maxlen=1).pop()
 
     def plan(self, steps: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
-        """The sampler's, none for 0; OptionError."""
-        return self.sampler.steps(steps, eta, detail) if steps else ()
+        """Plan the evaluations, none for 0 steps; OptionError as samplers.sampler_steps."""
+        scales = self.diffusion.process.scales()
+        return sampler_steps(self.scheduler, scales, steps, eta, detail) if steps else ()
 
     def encode(self, model: Network, condition: Condition) -> tuple[Contexts, Tensor | None]:
-        """For `estimate`, and the predicted mean if any."""
+        """Encode a condition for `estimate`; the predicted mean (B, C, H, W), if any, comes with it."""
         with self.autocast():
             context, mean = model.encode_context(condition)
             if self.guidance == 1 or condition.tokens is None:
@@ -473,64 +511,18 @@ class ResidualGenerator:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
-    def _inputs(self, model: Network, low_res: Tensor) -> tuple[Tensor, Tensor]:
+    def _upscaled(self, model: Network, low_res: Tensor) -> Tensor:
+        """(B, C, H, W) float32 in [-1, 1] on the device."""
         if low_res.ndim != 4 or low_res.shape[1] != self.img_channels:
             raise ValueError(
                 f"the low-resolution image must be (B, {self.img_channels}, h, w), not {tuple(low_res.shape)}"
             )
-        factor = float(model.scale)
         if float(model.residual_std) <= 0:
             raise ValueError("this network has no residual_std: load trained weights into it first")
         if low_res.min() < -1.001 or low_res.max() > 1.001:
             raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
-        low_res = low_res.to(self.device, torch.float32)
-        scale = exact_scale(factor or self.img_size / max(low_res.shape[-2:]))
-        return upscale_image(low_res, float(scale)).clamp(-1, 1), low_res
-
-    def _generate(
-        self,
-        model: Network,
-        low_res: Tensor,
-        num_images: int,
-        plan: Sequence[Step],
-        seed: int | None,
-        tokens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Upscaled images and their residuals, each (B * num_images, C, H, W)."""
-        upscaled, low_res = self._inputs(model, low_res)
-        condition = Condition(upscaled, low_res, tokens)
-        seed = torch.seed() % 2**62 if seed is None else seed
-        residuals = [
-            self._residual(model, condition, plan, [noise_stream(seed, number) for _ in upscaled])
-            for number in range(num_images)
-        ]
-        return upscaled.repeat_interleave(num_images, dim=0), torch.stack(residuals, dim=1).flatten(0, 1)
-
-    @torch.inference_mode()
-    def _residual(
-        self, model: Network, condition: Condition, plan: Sequence[Step], streams: Sequence[torch.Generator]
-    ) -> Tensor:
-        """One sample of each image: (B, C, H, W) in [-2, 2]."""
-        upscaled = cast(Tensor, condition.upscaled)
-        contexts, mean = self.encode(model, condition)
-        base = upscaled if mean is None else upscaled + model.residual_std * mean.float()
-        if not plan:
-            if mean is None:
-                raise ValueError("0 steps: this network predicts no mean; give 1 step or more")
-            return base - upscaled
-
-        def noise() -> Tensor:
-            channels, height, width = upscaled.shape[1:]
-            return draw_noise(streams, channels, height, width).to(self.device)
-
-        def denoise(noisy: Tensor, timestep: int) -> Tensor:
-            return self.estimate(model, noisy, timestep, contexts, base)
-
-        def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
-            return step.advance(noisy, cleans, noise() if step.noise_weight else None)
-
-        steps = sample(plan, self.sampler.initial_scale * noise(), denoise, advance)
-        return base - upscaled + deque(steps, maxlen=1).pop() * model.residual_std
+        scale = exact_scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
+        return upscale_image(low_res.to(self.device, torch.float32), float(scale)).clamp(-1, 1)
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:

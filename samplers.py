@@ -6,7 +6,6 @@ A process is any (signal_scale, noise_scale): a pair with signal^2 + noise^2 = 1
 T timesteps. Shapes: B images, C channels, H x W pixels.
 """
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.options import OptionError
+from engine.seeds import noise_seed
 
 SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "heun"]
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
@@ -26,6 +26,7 @@ HISTORY = 3  # the most clean estimates a step looks at: UniPC's corrector and p
 LEAST_ALPHA_BAR = 1e-9
 NOISE_ROWS = 64  # rows of an image whose noise is drawn together
 
+Scales = tuple[Tensor, Tensor]  # signal_scale and noise_scale, each (T,) float64
 State = TypeVar("State")  # an image being denoised: a Tensor, or a restoration.tiling.Field
 
 
@@ -38,7 +39,7 @@ class Step(NamedTuple):
     noise_weight: float = 0.0
 
     def advance(self, noisy: Tensor, cleans: Sequence[Tensor], noise: Tensor | None = None) -> Tensor:
-        """The next noisy image; `cleans` begin with the newest and may outnumber the weights."""
+        """Compute the next noisy image; `cleans` begin with the newest and may be more than the weights."""
         following = self.clean_weights[0] * cleans[0]
         if self.noisy_weight:
             following.add_(noisy, alpha=self.noisy_weight)
@@ -50,57 +51,58 @@ class Step(NamedTuple):
         return following
 
 
-class Sampler:
-    """One scheduler for a process of scales (T,) float64; ValueError unless their ratio falls.
+def sampler_steps(
+    name: str, scales: Scales, count: int, eta: float = 0.0, detail: float = 1.0
+) -> tuple[Step, ...]:
+    """Plan the evaluations: `count` from 1 to T, but 2 count - 2 for "heun" from 2 on; OptionError.
 
-    "ddim" (Song et al. 2021a), "ddpm" (Ho et al. 2020), "dpm++" (Lu et al. 2022), "unipc" (Zhao et al. 2023)
-    or "heun" (Karras et al. 2022).
+    Args:
+        name: "ddim" (Song et al. 2021a), "ddpm" (Ho et al. 2020), "dpm++" (Lu et al. 2022), "unipc" (Zhao et
+            al. 2023) or "heun" (Karras et al. 2022).
+        scales: signal_scale and noise_scale, (T,), of any process whose ratio falls; else ValueError.
+        eta: 0 to 1, for "ddim": the part of the posterior's variance drawn afresh (Song et al. 2021a, Eq.
+            16). "ddpm" has 1.
+        detail: 0 to 1, scales the largest noise level after T - 1 (`sigma_range`): less of it leaves more
+            of the first, faithful estimate. 1 for "ddim" and "ddpm", which have no such range.
     """
-
-    def __init__(self, name: SchedulerName, signal_scale: Tensor, noise_scale: Tensor) -> None:
-        if name not in SCHEDULERS:
-            raise OptionError("scheduler", name, f"choose one of {', '.join(SCHEDULERS)}")
-        variance = signal_scale.double().square() + noise_scale.double().square()
-        alpha_bar = signal_scale.double().square() / variance  # of the variance-preserving process
-        if not bool((alpha_bar.diff() < 0).all()):
-            raise ValueError("signal_scale / noise_scale must fall from each timestep to the next")
-        self.name = name
-        self._alpha_bar: list[float] = alpha_bar.clamp(min=LEAST_ALPHA_BAR).tolist()
-        # The squares of two roots make 1 only to the last bit; there the factor is to change nothing.
-        preserving = (variance - 1).abs() < 1e-12
-        self._factors: list[float] = torch.where(preserving, 1.0, variance.sqrt()).tolist()
-        self.initial_scale = self._factors[-1]  # what standard normal noise starts multiplied by
-
-    def steps(self, count: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
-        """The evaluations: `count` from 1 to T, but 2 count - 2 for "heun" from 2 on; OptionError.
-
-        Args:
-            eta: 0 to 1, for "ddim": the part of the posterior's variance drawn afresh (Song et al. 2021a, Eq.
-                16). "ddpm" has 1.
-            detail: 0 to 1, scales the largest noise level after T - 1 (`sigma_range`): less of it leaves more
-                of the first, faithful estimate. 1 for "ddim" and "ddpm", which have no such range.
-        """
-        total = len(self._alpha_bar)
-        if not 1 <= count <= total:
-            raise OptionError("steps", count, f"give a number from 1 to {total}")
-        if not 0 <= eta <= 1:
-            raise OptionError("eta", eta, "give a number from 0 to 1")
-        if eta and self.name != "ddim":
-            raise OptionError("eta", eta, f"the scheduler {self.name} has none; use ddim or eta 0")
-        if not 0 <= detail <= 1:
-            raise OptionError("detail", detail, "give a number from 0 to 1")
-        if self.name in ("ddim", "ddpm"):
-            if detail < 1 and count > 1:
-                raise OptionError("scheduler", self.name, "it starts from pure noise: use unipc")
-            timesteps = trailing_timesteps(total, count)
-            steps = _ddim_steps(self._alpha_bar, timesteps, 1.0 if self.name == "ddpm" else eta)
+    alpha_bar, factors = _preserving(scales)
+    total, trailing = len(alpha_bar), name in ("ddim", "ddpm")
+    for option, value, holds, rule in (
+        ("scheduler", name, name in SCHEDULERS, f"choose one of {', '.join(SCHEDULERS)}"),
+        ("steps", count, 1 <= count <= total, f"give a number from 1 to {total}"),
+        ("eta", eta, 0 <= eta <= 1, "give a number from 0 to 1"),
+        ("eta", eta, not eta or name == "ddim", f"the scheduler {name} has none; use ddim or eta 0"),
+        ("detail", detail, 0 <= detail <= 1, "give a number from 0 to 1"),
+        ("scheduler", name, not trailing or detail == 1 or count == 1, "starts from pure noise: use unipc"),
+    ):
+        if not holds:
+            raise OptionError(option, value, rule)
+    if trailing:
+        steps = _ddim_steps(alpha_bar, trailing_timesteps(total, count), 1.0 if name == "ddpm" else eta)
+    else:
+        timesteps = log_snr_timesteps(alpha_bar, count, detail)
+        if name == "heun":
+            steps = _heun_steps(alpha_bar, timesteps)
         else:
-            timesteps = log_snr_timesteps(self._alpha_bar, count, detail)
-            if self.name == "heun":
-                steps = _heun_steps(self._alpha_bar, timesteps)
-            else:
-                steps = _multistep(self._alpha_bar, timesteps, corrected=self.name == "unipc")
-        return _rescaled(steps, self._factors)
+            steps = _multistep(alpha_bar, timesteps, corrected=name == "unipc")
+    return _rescaled(steps, factors)
+
+
+def initial_scale(scales: Scales) -> float:
+    """The factor of the standard normal noise that sampling of a process starts from."""
+    return _preserving(scales)[1][-1]
+
+
+def _preserving(scales: Scales) -> tuple[list[float], list[float]]:
+    """alpha_bar of the variance-preserving process, and what the process is of it, a factor per timestep."""
+    signal, noise = (scale.double() for scale in scales)
+    variance = signal.square() + noise.square()
+    alpha_bar = signal.square() / variance
+    if not bool((alpha_bar.diff() < 0).all()):
+        raise ValueError("signal_scale / noise_scale must fall from each timestep to the next")
+    # The squares of two roots make 1 only to the last bit; there the factor is to change nothing.
+    factors = torch.where((variance - 1).abs() < 1e-12, 1.0, variance.sqrt())
+    return alpha_bar.clamp(min=LEAST_ALPHA_BAR).tolist(), factors.tolist()
 
 
 def sample(
@@ -109,10 +111,10 @@ def sample(
     denoise: Callable[[State, int], State],
     advance: Callable[[Step, State, Sequence[State]], State],
 ) -> Iterator[State]:
-    """The sampling loop: yields the noisy image after each step, at last the result.
+    """Run the sampling loop: yield the noisy image after each step, at last the result.
 
     Args:
-        noisy: standard normal, times Sampler.initial_scale.
+        noisy: standard normal, times initial_scale.
         denoise: (noisy, timestep) -> clean estimate.
         advance: (step, noisy, clean estimates, the newest first) -> next noisy image.
     """
@@ -126,7 +128,7 @@ def sample(
 
 
 def _rescaled(steps: Sequence[Step], factors: Sequence[float]) -> tuple[Step, ...]:
-    """For a process of `factors[t]` times the variance-preserving one; clean images have 1."""
+    """Rewrite steps for a process of `factors[t]` times the variance-preserving one; clean images have 1."""
     following = [*(factors[step.timestep] for step in steps[1:]), 1.0]
     return tuple(
         Step(t, noisy * after / factors[t], tuple(after * weight for weight in cleans), after * noise)
@@ -211,7 +213,7 @@ def _multistep(alpha_bar: Sequence[float], timesteps: Sequence[int], *, correcte
 
 
 def _corrector(h: float, phi: float, ratio: float) -> tuple[float, float]:
-    """What UniPC adds for the slope of the last step and for the one before.
+    """Compute what UniPC adds for the slope of the last step and for the one before.
 
     `h` is how log(signal / noise) grew, `phi` exp(-h) - 1, `ratio` the growth in the step before over h.
     """
@@ -236,14 +238,8 @@ def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[St
     return steps
 
 
-def noise_seed(seed: int, step: int, micro_batch: int) -> int:
-    """63 bits for one forward pass, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def noise_stream(seed: int, number: int) -> torch.Generator:
-    """The noise of one sample of an image."""
+    """Make the generator of the noise of one sample of an image."""
     return torch.Generator().manual_seed(noise_seed(seed, number, 0))
 
 

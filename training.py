@@ -33,8 +33,8 @@ from engine.options import Options, narrowed, option
 from engine.processes import LostProcessError, Processes
 from engine.progress import progress
 from engine.run import RunFiles, RunLogger, profiled
+from engine.seeds import noise_seed
 from engine.signals import StopSignals, leave_stopping_to_the_parent
-from samplers import noise_seed
 
 logger = logging.getLogger(__name__)
 

@@ -315,7 +315,7 @@ class Restorer:
             return noisy
 
         for band in noisy.bands():
-            noisy.write(band, self.generator.sampler.initial_scale * noise(band))
+            noisy.write(band, self.generator.initial_scale * noise(band))
         return deque(sample(steps, noisy, TiledDenoiser(base, reached), advance), maxlen=1).pop()
 
 
