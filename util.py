@@ -20,7 +20,7 @@ from bicubic import exact_scale, upscale_image
 from degradation import Degradation
 from imaging.files import UnreadableImageError, list_images, read_rgb, to_model_range
 from imaging.sizes import image_sizes
-from imaging.tokens import read_tokens
+from imaging.tokens import check_tokens, read_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Crops(NamedTuple):
     """A crop or a batch of crops, uint8, and tokens of their images."""
 
     high_res: Tensor  # (..., 3, H, W)
-    low_res: Tensor | None = None  # (..., 3, h, w); None: the degradation, which is not random, makes it
+    low_res: Tensor | None = None  # (..., 3, h, w); None where bicubic makes it of a whole batch, in `sample`
     tokens: Tensor | None = None  # (..., N, E)
 
     @classmethod
@@ -162,7 +162,7 @@ class Crops(NamedTuple):
         return Crops(*cast(Any, parts))
 
     def sample(self, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image) -> Sample:
-        """ValueError unless the sides are whole multiples of the scale."""
+        """Make what the loss compares; ValueError unless the sides are whole multiples of the scale."""
         low_res = degradation(self.high_res) if self.low_res is None else self.low_res
         low_res, original = (to_model_range(image.float() / 255) for image in (low_res, self.high_res))
         upscaled = upscale_function(low_res, degradation.scale).clamp(-1, 1)
@@ -175,7 +175,7 @@ class Crops(NamedTuple):
 
 
 def check_crop_size(img_size: int, downscale_factor: float) -> None:
-    """ValueError unless a crop becomes whole low-resolution pixels."""
+    """Raise ValueError unless a crop becomes whole low-resolution pixels."""
     low_size = img_size / downscale_factor
     if img_size < 8 or not math.isclose(low_size, round(low_size), abs_tol=1e-6):
         raise ValueError(
@@ -193,7 +193,8 @@ class ImageDataset(Dataset[Sample]):
     Args:
         images: a folder, searched with its subfolders, or files.
         img_size: side of the square crop, a whole multiple of downscale_factor.
-        upscale_function: (..., 3, h, w) in [-1, 1] and the factor -> (..., 3, H, W).
+        upscale_function: (..., 3, h, w) in [-1, 1] and the factor -> (..., 3, H, W). Only bicubic's can be
+            trained with, since checkpoints record no other.
         train: a random crop and augmentation; False: the central crop.
         augment: "none", "flip" (left-right) or "dihedral" (all 8 flips and rotations).
         reader: path -> (H, W, 3) uint8.
@@ -201,7 +202,7 @@ class ImageDataset(Dataset[Sample]):
         degradation: by default bicubic by downscale_factor.
         tokens: folder of tokens, see imaging.tokens.
 
-    ValueError: no usable image, an impossible crop, or images of the same name where there are tokens.
+    ValueError: no usable image, an impossible crop, or tokens that do not fit the images or each other.
     """
 
     def __init__(
@@ -236,59 +237,55 @@ class ImageDataset(Dataset[Sample]):
                 f"give images of at least {img_size}x{img_size} or a smaller img_size"
             )
         self.token_folder = tokens
-        if tokens is not None and len({path.stem for path in self.paths}) < len(self.paths):
-            raise ValueError(f"{tokens}: tokens belong to images by name, and two images have the same name")
+        if tokens is not None:
+            check_tokens(tokens, self.paths)
         self.failed = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Sample:
-        return self.pair(index).sample(self.degradation, self.upscale_function)
-
-    def pair(self, index: int | tuple[int, int]) -> Crops:
-        """Both resolutions, (3, img_size, img_size) and (3, h, w)."""
-        crops, random = self.window(index)
-        low_res = self.degradation(crops.high_res, random)
-        ratio = exact_scale(self.downscale_factor)
-        spare = [(n - self.img_size) // ratio.numerator for n in crops.high_res.shape[-2:]]
-        places = [int(random.integers(rest + 1)) if self.train else rest // 2 for rest in spare]
-        low_size = round(self.img_size / ratio)
-        return crops._replace(
-            high_res=_cut(crops.high_res, [place * ratio.numerator for place in places], self.img_size),
-            low_res=_cut(low_res, [place * ratio.denominator for place in places], low_size),
-        )
+        return self.crop(index).sample(self.degradation, self.upscale_function)
 
     def crop(self, index: int | tuple[int, int]) -> Crops:
-        return self.window(index)[0]
-
-    def window(self, index: int | tuple[int, int]) -> tuple[Crops, np.random.Generator]:
-        """A crop with the degradation's margin, and the generator for what follows."""
+        """Cut (3, img_size, img_size); the low resolution is there where the degradation draws it."""
         epoch, position = index if isinstance(index, tuple) else (0, index)
         if not 0 <= position < len(self.paths):
             raise IndexError(f"index {position} of {len(self.paths)} images")
         random = np.random.default_rng((self.seed, epoch, position))
         pixels, path = self._read(position)
+        window = self._window(pixels, random)
+        tokens = None if self.token_folder is None else read_tokens(self.token_folder, path)
+        if not self.degradation.random:
+            return Crops(window, None, tokens)
+        low_res, ratio = self.degradation(window, random), exact_scale(self.downscale_factor)
+        places = self._places([(n - self.img_size) // ratio.numerator for n in window.shape[-2:]], random)
+        return Crops(
+            _cut(window, [place * ratio.numerator for place in places], self.img_size),
+            _cut(low_res, [place * ratio.denominator for place in places], round(self.img_size / ratio)),
+            tokens,
+        )
+
+    def _window(self, pixels: npt.NDArray[np.uint8], random: np.random.Generator) -> Tensor:
+        """(3, H, W) at a drawn place, augmented: a crop with the margin that its degradation needs."""
         multiple = exact_scale(self.downscale_factor).numerator
-        margin = self.degradation.margin * self.downscale_factor
-        sizes = [
-            self.img_size + int(min(margin, n - self.img_size)) // multiple * multiple
-            for n in pixels.shape[:2]
-        ]
-        spare = [n - size for n, size in zip(pixels.shape[:2], sizes, strict=True)]
-        top, left = (int(random.integers(rest + 1)) if self.train else rest // 2 for rest in spare)
+        margin, sides = self.degradation.margin * self.downscale_factor, pixels.shape[:2]
+        sizes = [self.img_size + int(min(margin, n - self.img_size)) // multiple * multiple for n in sides]
+        top, left = self._places([n - size for n, size in zip(sides, sizes, strict=True)], random)
         window = pixels[top : top + sizes[0], left : left + sizes[1]]
         augment = self.augment if self.train else "none"
         if augment != "none" and random.integers(2):
             window = window[:, ::-1]
         if augment == "dihedral":
             window = np.rot90(window, int(random.integers(4)))
-        high_res = torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
-        tokens = None if self.token_folder is None else read_tokens(self.token_folder, path)
-        return Crops(high_res, tokens=tokens), random
+        return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
+
+    def _places(self, spare: Sequence[int], random: np.random.Generator) -> list[int]:
+        """Draw a place from 0 to each of these; the middle in validation."""
+        return [int(random.integers(rest + 1)) if self.train else rest // 2 for rest in spare]
 
     def _read(self, position: int) -> tuple[npt.NDArray[np.uint8], Path]:
-        """At a position, or the next that can be read; and its file."""
+        """Read the image at a position, or the next that can be read, (H, W, 3); and its file."""
         for offset in range(len(self.paths)):
             candidate = (position + offset) % len(self.paths)
             if self.failed[candidate]:
@@ -305,7 +302,7 @@ class ImageDataset(Dataset[Sample]):
 
 
 class CropDataset(Dataset[object]):
-    """The crops of an ImageDataset: what is random is degraded here, in workers, the rest batched."""
+    """The crops of an ImageDataset, as training.train takes them."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
@@ -314,7 +311,7 @@ class CropDataset(Dataset[object]):
         return len(self.images)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Crops:
-        return self.images.pair(index) if self.images.degradation.random else self.images.crop(index)
+        return self.images.crop(index)
 
     def collate(self, samples: Sequence[Crops]) -> Crops:
         return Crops.stack(samples)
@@ -327,14 +324,14 @@ class CropDataset(Dataset[object]):
 
 
 def _cut(image: Tensor, place: Sequence[int], size: int) -> Tensor:
-    """(..., size, size) from the row and column of its corner."""
+    """Cut (..., size, size) from the row and column of its corner."""
     return image[..., place[0] : place[0] + size, place[1] : place[1] + size].contiguous()
 
 
 def _usable(
     paths: Sequence[Path], img_size: int, cache_dir: Path | None
 ) -> tuple[list[Path], dict[Path, str]]:
-    """The images of at least img_size on both sides, and why not the others."""
+    """List the images of at least img_size on both sides, and why the others are left out."""
     left_out: dict[Path, str] = {}
     for path, size in zip(paths, image_sizes(paths, cache_dir), strict=True):
         if isinstance(size, UnreadableImageError):

@@ -48,7 +48,7 @@ class Validator:
         self.precision = precision
         self.degradation = dataset.degradation
         self.conditions = Conditions(Protocol(crop=round(dataset.downscale_factor)))
-        pairs, size = [dataset.pair(index) for index in range(len(dataset))], VALIDATION_BATCH
+        pairs, size = [dataset.crop(index) for index in range(len(dataset))], VALIDATION_BATCH
         batches = [
             Crops.stack(pairs[start : start + size]).to(self.processes.device)
             for start in range(0, len(pairs), size)

@@ -1,6 +1,7 @@
 """Tests of tokens from any encoder: files, training, guidance, restoring."""
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,13 @@ def test_crops_carry_the_tokens_of_the_image_they_are_from(stripes):
     assert losses.shape == (3,)
 
 
+@pytest.mark.parametrize("spoil", [lambda path: np.save(path, np.zeros((3, 16))), Path.unlink])
+def test_tokens_that_do_not_fit_are_refused_before_training(stripes, spoil):
+    spoil(stripes / "5.npy")
+    with pytest.raises(ValueError, match=r"5\.npy"):
+        ImageDataset(stripes, 16, 2, tokens=stripes)
+
+
 @pytest.fixture
 def stripes(tmp_path):
     """Stripes that vanish at a quarter of the size, mirrored borders too; tokens alone tell their phase."""
@@ -177,7 +185,7 @@ def test_a_network_learns_what_only_tokens_tell(stripes, tmp_path_factory):
     def error(tokens):
         return float((restorer((low_res + 1) / 2, tokens) - (original + 1) / 2).square().mean())
 
-    tokens = dataset.pair(0).tokens[None]
+    tokens = dataset.crop(0).tokens[None]
     assert error(tokens) < 0.1 * error(None)
     assert error(tokens) < 0.1 * error(-tokens)
 

@@ -227,7 +227,7 @@ def test_both_resolutions_of_a_crop_lie_over_each_other(tmp_path, scale, train):
         degradation=Degradation("photo", scale=scale, clean_share=1),
     )
     for epoch in range(10):
-        high_res, low_res, _ = dataset.pair((epoch, 0))
+        high_res, low_res, _ = dataset.crop((epoch, 0))
         assert high_res.shape == (3, 72, 72)
         expected = Degradation(scale=scale)(high_res)
         assert low_res.shape == expected.shape
