@@ -1,7 +1,7 @@
 """Measure bicubic and a trained model on a folder of images: one row per method and number of steps.
 
 python evaluate.py --data Set5 --scale 4
-python evaluate.py --data Set5 --scale 4 --weights_path best.pth --steps 1 4 10 --json set5.json --plot x.png
+python evaluate.py --data Set5 --scale 4 --weights_path best.pth --json set5.json --plot set5.png
 python evaluate.py --data photos --scale 4 --weights_path best.pth --mode fidelity detail --tile 512
 torchrun --nproc_per_node 4 evaluate.py --data photos --scale 4 --weights_path best.pth
 """
@@ -22,28 +22,27 @@ from engine.cli import with_flag
 from engine.device import Precision, autocast_dtype
 from engine.options import OptionError, add_flags, from_args
 from engine.processes import Processes, started_processes
-from evaluation.config import EvaluationConfig
-from evaluation.evaluation import Method, TrainedModel, evaluate
-from evaluation.images import ImageSet
-from evaluation.report import Json, Report, perception_distortion_figure
+from evaluation.images import EvaluationConfig, ImageSet
+from evaluation.measure import Method, describe_model, evaluate, model_method
+from evaluation.report import Json, Report
 from imaging.atomic import check_outputs, write_atomically, write_text_atomically
+from models import load_model
 from restoration import PRESETS, RestoreConfig
 from restoration.rescaled import find_weights
 
-DEFAULT_STEPS = (1, 4, 10, 50)
 ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
 OUTPUTS = {
     "json": "the protocol and the rows",
     "csv": "every image in every row",
     "markdown": "the table, which is printed anyway",
-    "plot": "a .png: PSNR against LPIPS or, without it, SWD",
+    "plot": "a .png: PSNR against LPIPS or, without it, HF energy",
 }
 
 
 def write_output(name: str, report: Report, path: Path) -> None:
     if name == "plot":
-        figure = perception_distortion_figure(report)
-        write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=150))
+        png = report.to_png()
+        write_atomically(path, lambda stream: stream.write(png))
     else:
         make = {"json": report.to_json, "csv": report.to_csv, "markdown": report.to_markdown}[name]
         write_text_atomically(path, make())
@@ -60,11 +59,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(data, EvaluationConfig, skip=["scale", "lpips"])
     data.add_argument("--no_lpips", action="store_true", help="leave out LPIPS")
     model = parser.add_argument_group("model")
-    weights = "photo or clean, the project's own, or a .pth or .safetensors file; without it, bicubic alone"
+    weights = (
+        "photo or clean, the project's own, or a .pth or .safetensors file (default: those of infer.py if a "
+        "flag of restoring is given, else bicubic alone)"
+    )
     model.add_argument("--weights", "--weights_path", dest="weights_path", help=weights)
     model.add_argument("--device", default="auto", help=f"auto, cuda, mps or cpu {shown}")
     precision = f"auto is bf16 where the device has it natively {shown}"
-    model.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
+    model.add_argument("--precision", choices=get_args(Precision), default="auto", help=precision)
     _add_restoring_flags(parser)
     output = parser.add_argument_group("output", "written at the end, each file whole or not at all")
     for name, text in OUTPUTS.items():
@@ -75,14 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("restoring", "as infer.py does; each mode and each number has a row")
-    group.add_argument("--mode", nargs="+", choices=list(PRESETS), default=[], help="modes of infer.py")
+    modes = "modes of infer.py (default, without --detail and --steps: all)"
+    group.add_argument("--mode", nargs="+", choices=list(PRESETS), default=[], help=modes)
     detail = "numbers from 0 to 1: texture to invent, each with every number of steps"
     group.add_argument("--detail", type=float, nargs="+", default=[], help=detail)
-    steps = f"sampling steps (default, without --mode and --detail: {' '.join(map(str, DEFAULT_STEPS))})"
-    group.add_argument("--steps", type=int, nargs="+", default=[], help=steps)
-    samples = "samples to average; one has no uncertainty (default: 1)"
+    group.add_argument(
+        "--steps", type=int, nargs="+", default=[], help="sampling steps, instead of the mode's"
+    )
+    samples = "samples to average (default: 1)"
     group.add_argument("--num_images", type=int, nargs="+", default=[1], help=samples)
-    add_flags(group, RestoreConfig, skip=[*ROWS, "seed"])
+    add_flags(group, RestoreConfig, skip=[*ROWS, "seed", "guidance"])  # there are no tokens to guide by
 
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
@@ -91,11 +95,11 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
         values = getattr(args, flag)
         if len(set(values)) < len(values):
             raise ValueError(f"--{flag} is {' '.join(map(str, values))}: give each once")
-    steps = args.steps or ([] if args.mode or args.detail else DEFAULT_STEPS)
+    sampled = bool(args.detail or args.steps)
     common = from_args(RestoreConfig, args, mode=None, detail=None, steps=None, num_images=1)
-    rows = [replace(common, mode=mode) for mode in args.mode]
-    if args.detail or steps:
-        pairs = itertools.product(args.detail or [None], steps or [None])
+    rows = [replace(common, mode=mode) for mode in args.mode or ([] if sampled else PRESETS)]
+    if sampled:
+        pairs = itertools.product(args.detail or [None], args.steps or [None])
         rows += [replace(common, detail=detail, steps=count) for detail, count in pairs]
     return [replace(row, num_images=n) for row in rows for n in args.num_images]
 
@@ -105,9 +109,29 @@ def planned_outputs(args: argparse.Namespace, images: ImageSet) -> dict[str, Pat
     outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
     if "plot" in outputs and outputs["plot"].suffix.lower() != ".png":
         raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
-    inputs = [*images.paths, *(images.low_res_paths or []), Path(args.weights_path or "")]
+    named = [Path(name) for name in (args.weights_path, args.lpips_weights) if name is not None]
+    inputs = [*images.paths, *(images.low_res_paths or []), *named]
     check_outputs(outputs.values(), inputs=inputs, overwrite=args.overwrite)
     return outputs
+
+
+def open_model(
+    args: argparse.Namespace, scale: float, device: torch.device
+) -> tuple[list[Method], dict[str, Json]]:
+    """The model's rows and its part of the protocol; none where no flag asks for a model."""
+    how = restore_configs(args)
+    plain = build_parser().parse_args(["--data", args.data, "--scale", "2", "--seed", str(args.seed)])
+    if args.weights_path is None and how == restore_configs(plain):
+        return [], {}
+    precision = autocast_dtype(device, args.precision)
+    paths = find_weights(args.weights_path, scale)
+    models = [load_model(path, device=device) for path in paths]
+    methods = [model_method(models, one, scale, device, precision) for one in how]
+    # without sampling steps, all samples are the same
+    methods = [method for method in methods if method.steps or method.samples == min(args.num_images)]
+    described = [describe_model(*each, precision) for each in zip(paths, models, strict=True)]
+    common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
+    return methods, {"models": described, "restoring": common}
 
 
 def run(args: argparse.Namespace, processes: Processes) -> int:
@@ -115,20 +139,12 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     for name, value in vars(args).items():
         if value == "":
             raise ValueError(f"--{name} is empty; give a path")
-    how = restore_configs(args)
     config = from_args(EvaluationConfig, args, lpips=not args.no_lpips)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
     device = processes.device
     images = ImageSet(args.data, config, args.low_res, args.limit)
     outputs = planned_outputs(args, images)
-    methods: list[Method] = []
-    facts: dict[str, Json] = {}
-    if args.weights_path is not None:
-        path = find_weights(args.weights_path, config.scale)[0]
-        model = TrainedModel(path, device, autocast_dtype(device, args.precision))
-        methods = [model.method(one, config.scale) for one in how]
-        common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
-        facts = {"model": model.describe(), "restoring": common}
+    methods, facts = open_model(args, config.scale, device)
     report = evaluate(
         images, config, methods, device=device, facts=facts, progress=processes.is_main, processes=processes
     )

@@ -22,8 +22,7 @@ from bench.restorers import RESTORERS
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from engine.device import autocast_dtype, select_device
-from evaluation.config import EvaluationConfig
-from evaluation.images import ImageSet
+from evaluation.images import EvaluationConfig, ImageSet
 from imaging.atomic import write_text_atomically
 from unet import parameter_count
 

@@ -17,7 +17,7 @@ from diffusion import DiffusionModel, Network, ResidualGenerator
 from engine.checkpoint import load_checkpoint, load_weights
 from engine.device import autocast_dtype
 from evaluation import metrics
-from evaluation.images import Picture
+from evaluation.images import Pair
 from imaging.files import to_model_range
 from training import TrainingConfig
 from unet import Condition, UNet
@@ -147,11 +147,11 @@ def train_for(
     return network.eval(), steps
 
 
-def fidelity_psnr(network: nn.Module, images: Iterable[Picture], device: torch.device) -> float:
+def fidelity_psnr(network: nn.Module, images: Iterable[Pair], device: torch.device) -> float:
     """Mean luma PSNR in dB of the predicted mean, or else of one step."""
     steps = 0 if isinstance(network, UNet) and network.predictor is not None else 1
     generator = ResidualGenerator(device=device)
-    protocol = metrics.Protocol(crop=SCALE)
+    protocol = metrics.Comparison(crop=SCALE)
     values = []
     for picture in images:
         low_res = to_model_range(picture.low_res[None].float() / 255)
@@ -164,7 +164,7 @@ def qualities(
     networks: Mapping[str, nn.Module],
     seconds: float,
     photos: Path,
-    images: Iterable[Picture],
+    images: Iterable[Pair],
     device: torch.device,
 ) -> dict[str, Quality]:
     works = {

@@ -20,10 +20,10 @@ import torch
 
 import train_diffusion
 from bench.tables import table
-from evaluation.config import EvaluationConfig
-from evaluation.evaluation import TrainedModel, evaluate
-from evaluation.images import ImageSet
+from evaluation.images import EvaluationConfig, ImageSet
+from evaluation.measure import evaluate, model_method
 from imaging.atomic import write_text_atomically
+from models import load_model
 from restoration import RestoreConfig
 
 if TYPE_CHECKING:
@@ -109,13 +109,13 @@ def run(trial: Trial, photos: str, others: str, out: Path) -> Result:
     seconds = time.perf_counter() - started
     if status:
         raise RuntimeError(f"{trial} ended with {status}")
-    model = TrainedModel(max(folder.glob("*/*_last.pth"), key=lambda path: path.stat().st_mtime))
+    model = load_model(max(folder.glob("*/*_last.pth"), key=lambda path: path.stat().st_mtime))
     config = EvaluationConfig(4)
-    methods = [model.method(RestoreConfig(mode=mode), 4) for mode in ("fidelity", "detail")]
+    methods = [model_method([model], RestoreConfig(mode=mode), 4) for mode in ("fidelity", "detail")]
     report = evaluate(ImageSet(others, config, limit=IMAGES), config, methods)
     mean, detail = ([row["psnr"], row["lpips"]] for row in report.rows[1:])
     parameters, _ = counted(*trial.flags)
-    result = Result(parameters, trial.tflop, seconds, *mean, *detail)  # type: ignore[arg-type]  # all are there
+    result = Result(parameters, trial.tflop, seconds, *mean, *detail)
     write_text_atomically(kept, json.dumps(result._asdict()))
     return result
 

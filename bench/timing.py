@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation.evaluation import synchronize
+from evaluation.measure import synchronize
 
 
 class Timing(NamedTuple):

@@ -1,25 +1,64 @@
 """The images of an evaluation, uint8, of C channels (1 or 3), H x W or h x w pixels."""
 
+import math
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from degradation import Degradation
-from evaluation.config import EvaluationConfig
-from evaluation.metrics import SSIM_WINDOW, to_uint8
+from bicubic import Border
+from degradation import KINDS, Degradation
+from engine.options import Options, option
+from evaluation.metrics import SSIM_WINDOW, Channel, Comparison, to_uint8
 from evaluation.pairs import find_low_resolution
 from imaging.files import decode_image, list_images, pixels_to_unit
 
-SMALLEST_SIDE = 32  # what LPIPS, the spectrum and the pyramid of patches need
+SMALLEST_SIDE = 32  # that LPIPS and the spectrum need
 
 
-class Picture(NamedTuple):
-    """What to restore, and the truth."""
+@dataclass(frozen=True)
+class EvaluationConfig(Options):
+    """The options of an evaluation; the scale may be a fraction such as 1.5."""
+
+    scale: float = option(MISSING, "the enlargement, such as 4", above=1)
+    border: Border = option("mirror", "what bicubic sees beyond the edge; mirror is today's MATLAB")
+    degradation: str = option(
+        "bicubic", "kind of the low resolution, unless it is given; drawn by the seed", choices=KINDS
+    )
+    channel: Channel = option("luma", "channels that PSNR and SSIM compare")
+    crop: int | None = option(
+        None, "pixels that PSNR and SSIM leave out at each border; without it, the scale", low=0
+    )
+    seed: int = option(0, "seed of the noise and of the degradation", low=0, high=2**63 - 1)
+    lpips: bool = option(True, "measure LPIPS")
+    lpips_weights: str | None = option(
+        None, "AlexNet's features for LPIPS, .pth or .safetensors; without it, SR_LPIPS_WEIGHTS or a download"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if abs(self.ratio - self.scale) > 1e-6:
+            raise ValueError(f"scale is {self.scale:g}; give a number such as 2, 3, 4 or 1.5")
+
+    @property
+    def ratio(self) -> Fraction:
+        """The scale as a fraction: a side that shrinks exactly is a multiple of its numerator."""
+        return Fraction(self.scale).limit_denominator(100)
+
+    @property
+    def comparison(self) -> Comparison:
+        """How the options compare images, without LPIPS."""
+        crop = math.ceil(self.ratio) if self.crop is None else self.crop
+        return Comparison(crop, self.channel, self.border)
+
+
+class Pair(NamedTuple):
+    """An image to restore, and the truth."""
 
     name: str  # of the file
     truth: Tensor  # (C, H, W)
@@ -49,15 +88,15 @@ class ImageSet:
         degradation = Degradation.of(kind=config.degradation, scale=config.scale, border=config.border)
         self.degradation = replace(degradation, clean_share=0.0)
         self.seed = config.seed
-        self.smallest = max(SMALLEST_SIDE, 2 * config.protocol.crop + SSIM_WINDOW)
+        self.smallest = max(SMALLEST_SIDE, 2 * config.comparison.crop + SSIM_WINDOW)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[Pair]:
         return (self.read(path) for path in self.paths)
 
-    def read(self, path: Path) -> Picture:
+    def read(self, path: Path) -> Pair:
         """ValueError: unreadable, too small or without its partner."""
         truth, multiple = _read_planes(path), self.scale.numerator
         height, width = (length - length % multiple for length in truth.shape[-2:])
@@ -71,7 +110,7 @@ class ImageSet:
             low_res = self.degradation(truth, random_of(path, self.seed))
         else:
             low_res = self._read_low_res(find_low_resolution(path, self.low_res_paths, scale), path, truth)
-        return Picture(printable(path.name), truth, low_res)
+        return Pair(printable(path.name), truth, low_res)
 
     def describe(self) -> str:
         if self.low_res_paths is None:

@@ -20,15 +20,16 @@ WEIGHTS_VARIABLE = "SR_LPIPS_WEIGHTS"
 BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, TypeError)
 
 
-class MetricUnavailableError(Exception):
-    """Says why in one line."""
+class MetricUnavailableError(ValueError):
+    """A metric's package or weights cannot be had; the message says why in one line, and the remedy."""
 
 
 class Lpips:
-    """Of AlexNet, version 0.1.
+    """LPIPS of AlexNet, version 0.1.
 
     Args:
-        weights: features under torchvision's names, .pth or .safetensors; else SR_LPIPS_WEIGHTS, or fetched.
+        weights: file of features under torchvision's names, .pth or .safetensors; without it that of
+            SR_LPIPS_WEIGHTS, or they are fetched.
         timeout: seconds that the server may stay silent.
 
     ValueError: other weights. MetricUnavailableError: a package is missing, or the download failed.
@@ -49,7 +50,7 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, restored: Tensor, truth: Tensor) -> Tensor:
-        """(B,) of two (B, C, H, W), C 1 or 3, sides from 32, clipped to [0, 1]."""
+        """(B,) distances of two (B, C, H, W), C 1 or 3, sides from 32, clipped to [0, 1]."""
         check_pair(restored, truth)
         batch, channels, height, width = truth.shape
         if min(height, width) < 32 or channels not in (1, 3):
@@ -82,7 +83,7 @@ def perceptual_distance(
 
 
 def _load_network(kind: Literal["alex", "vgg"], path: Path | None, timeout: float = 20.0) -> nn.Module:
-    """With features of a file, or fetched."""
+    """Build LPIPS with the features of a file; without one they are fetched."""
     name = {"alex": "AlexNet", "vgg": "VGG16"}[kind]
     try:
         features = None if path is None else read_features(path)
@@ -99,7 +100,7 @@ def _load_network(kind: Literal["alex", "vgg"], path: Path | None, timeout: floa
 
 
 def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
-    """Its features are fetched, or random."""
+    """Build LPIPS with features that are fetched or random."""
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)  # what fetches the weights sets no bound of its own
     try:
@@ -109,20 +110,21 @@ def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
         network: nn.Module = _LPIPS(net=kind, pnet_rand=not fetch)
     except (ImportError, OSError, RuntimeError) as error:
         # Not installed; no network, no space or no permission; a download that fails its checksum.
-        raise MetricUnavailableError(f"{type(error).__name__}: {one_line(error)}") from error
+        remedy = f"give the features as a file, by {WEIGHTS_VARIABLE}" if kind == "alex" else "give a file"
+        raise MetricUnavailableError(f"{type(error).__name__}: {one_line(error)}; {remedy}") from error
     finally:
         socket.setdefaulttimeout(silence)
     return network
 
 
 def read_features(path: Path) -> dict[str, Tensor]:
-    """By name."""
+    """Read weights by their names."""
     if path.suffix.lower() == ".safetensors":
         return dict(load_file(path))
     return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def file_digest(path: Path) -> str:
-    """The beginning of its SHA-256."""
+    """The first 12 hexadecimal digits of a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -1,9 +1,13 @@
-"""How close an image is to the truth, how consistent with its input, how real its texture.
+"""The metrics, and METRICS, the table that every output and TensorBoard's scalars come from.
 
-Images are (B, C, H, W) in [0, 1], C 1 or 3, or ValueError; scores (B,) float64 on the CPU. Published tables
-use `Protocol(crop=scale)` with luma rounded before shrinking: RGB in uint8 differs by up to 0.013 dB.
+Restored and true images are (B, C, H, W) in [0, 1], C 1 or 3, or ValueError; low resolution is (B, C, h, w);
+scores are (B,) float64 on the CPU. Published tables use `Comparison(crop=scale)` with luma rounded before
+shrinking: RGB in uint8 differs by up to 0.013 dB.
+
+A new metric is a function of (restored, truth, low_res) and a row of METRICS.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Literal, TypeAlias
 
@@ -21,24 +25,27 @@ _FLAT_POWER = 1e-10  # a hundred times below one uint8 step, squared
 
 
 @dataclass(frozen=True)
-class Protocol(Options):
-    """What `psnr` and `ssim` compare."""
+class Comparison(Options):
+    """How images are compared: what tables call their protocol."""
 
-    crop: int = option(MISSING, "pixels left out at each border", low=0)
+    crop: int = option(MISSING, "pixels that PSNR and SSIM leave out at each border", low=0)
     channel: Channel = option("luma", "luma of BT.601, or all channels of RGB")
+    border: Border = option("mirror", "what LR-PSNR sees beyond the edge when it shrinks")
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None  # (B, C, H, W) twice to (B,)
+    lpips_note: str = "switched off"  # which network, or why there is none
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         channel = "luma (BT.601, 16-235, not rounded)" if self.channel == "luma" else "RGB"
         return f"{channel}; images rounded to uint8; {self.crop} pixels cropped from each border"
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """As an 8-bit file, on the CPU; halves go up, as in MATLAB."""
+    """Round [0, 1] to uint8 on the CPU, as an 8-bit file holds it; halves go up, as in MATLAB."""
     return (image.cpu().double() * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 def to_luma(image: Tensor) -> Tensor:
-    """BT.601 as MATLAB's `rgb2ycbcr` on double, 16 to 235 of 255; grey is its own."""
+    """Convert RGB to BT.601's luma, 16 to 235 of 255, as MATLAB's `rgb2ycbcr` on double; leave grey alone."""
     channels = image.shape[-3]
     if channels == 1:
         return image
@@ -49,7 +56,7 @@ def to_luma(image: Tensor) -> Tensor:
 
 
 def check_images(name: str, images: Tensor) -> None:
-    """ValueError; bicubic may overshoot (0.3 in two passes)."""
+    """Raise ValueError unless (B, C, H, W) in about [0, 1]: bicubic may overshoot by 0.3 in two passes."""
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(images.shape)}; give (B, C, H, W), none of them 0")
     if not images.is_floating_point():
@@ -67,18 +74,18 @@ def check_pair(restored: Tensor, truth: Tensor) -> None:
     check_images("truth", truth)
 
 
-def psnr(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
-    """In dB; inf for identical images."""
-    ours, theirs = _compared(restored, truth, protocol, smallest=1)
+def psnr(restored: Tensor, truth: Tensor, comparison: Comparison) -> Tensor:
+    """(B,) in dB; inf for identical images."""
+    ours, theirs = _compared(restored, truth, comparison, smallest=1)
     return _decibels(ours - theirs)
 
 
-def ssim(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
-    """Wang et al. 2004, Eq. 13: Gaussian 11x11 of sigma 1.5, inside the image."""
+def ssim(restored: Tensor, truth: Tensor, comparison: Comparison) -> Tensor:
+    """(B,) of Wang et al. 2004, Eq. 13: Gaussian windows 11x11 of sigma 1.5 that lie inside the image."""
     from skimage.metrics import structural_similarity
 
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    pairs = zip(*_compared(restored, truth, protocol, smallest=SSIM_WINDOW), strict=True)
+    pairs = zip(*_compared(restored, truth, comparison, smallest=SSIM_WINDOW), strict=True)
     values = [
         structural_similarity(one.numpy(), other.numpy(), data_range=1, channel_axis=0, **options)
         for one, other in pairs
@@ -86,17 +93,17 @@ def ssim(restored: Tensor, truth: Tensor, protocol: Protocol) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _compared(restored: Tensor, truth: Tensor, protocol: Protocol, smallest: int) -> list[Tensor]:
-    """ValueError where less than `smallest` pixels a side remain."""
+def _compared(restored: Tensor, truth: Tensor, comparison: Comparison, smallest: int) -> list[Tensor]:
+    """Round, crop and convert both images; ValueError where less than `smallest` pixels a side remain."""
     check_pair(restored, truth)
-    crop, (height, width) = protocol.crop, truth.shape[-2:]
+    crop, (height, width) = comparison.crop, truth.shape[-2:]
     remaining = height - 2 * crop, width - 2 * crop
     if min(remaining) < smallest:
         left = f"{height}x{width} less {crop} pixels at each border is {remaining[0]}x{remaining[1]}"
         raise ValueError(f"{left}, and {smallest}x{smallest} is needed; use a larger image or a smaller crop")
     images = [to_uint8(image)[..., crop : height - crop, crop : width - crop] for image in (restored, truth)]
     planes = [image.double() / 255 for image in images]
-    return [to_luma(image) for image in planes] if protocol.channel == "luma" else planes
+    return [to_luma(image) for image in planes] if comparison.channel == "luma" else planes
 
 
 def _decibels(error: Tensor) -> Tensor:
@@ -104,7 +111,7 @@ def _decibels(error: Tensor) -> Tensor:
 
 
 def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mirror") -> Tensor:
-    """Of the image shrunk again against the input, in uint8 (Li et al. 2022, "SRDiff").
+    """(B,) PSNR in dB of the result shrunk again against its input, in uint8 (Li et al. 2022, "SRDiff").
 
     From about 50 dB on, what differs is the rounding.
     """
@@ -119,7 +126,7 @@ def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mir
 
 
 def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
-    """Over the truth's: less is blur, more noise; nan if flat."""
+    """(B,) power of fine detail over the truth's: below 1 is blur, above it noise; nan for a flat truth."""
     check_pair(restored, truth)
     height, width = truth.shape[-2:]
     if min(height, width) < _SMALLEST_SPECTRUM:
@@ -131,7 +138,7 @@ def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
 
 
 def _band_energy(image: Tensor) -> Tensor:
-    """Luma's power per pixel within DETAIL_BAND."""
+    """(B,) power per pixel of the luma within DETAIL_BAND."""
     luma = to_luma(image.cpu().double())[:, 0]  # (B, H, W)
     sides = luma.shape[-2:]
     # Without a Hann window, the jump from one border to the opposite one would spread over all frequencies:
@@ -144,17 +151,58 @@ def _band_energy(image: Tensor) -> Tensor:
     return power[:, (radius >= DETAIL_BAND[0]) & (radius <= DETAIL_BAND[1])].sum(dim=-1)
 
 
-def uncertainty_correlation(
-    deviation: Tensor, restored: Tensor, truth: Tensor, *, ranks: bool = False
-) -> float:
-    """Pearson's or Spearman's, of deviation (H, W) and error; nan if one is constant."""
-    from scipy import stats
+def finite_mean(values: Tensor) -> Tensor:
+    """Average the finite values, if any: one exact image would hide all others."""
+    finite = values[values.isfinite()]
+    return (finite if len(finite) else values).mean()
 
-    check_pair(restored, truth)
-    if deviation.shape != truth.shape[-2:]:
-        raise ValueError(f"deviation is {tuple(deviation.shape)}, and the image {tuple(truth.shape[-2:])}")
-    error = (restored.double() - truth.double()).square().mean(dim=(0, 1)).sqrt()
-    x, y = (values.cpu().double().flatten().numpy() for values in (deviation, error))
-    if x.min() == x.max() or y.min() == y.max():
-        return float("nan")
-    return float((stats.spearmanr if ranks else stats.pearsonr)(x, y).statistic)
+
+def geometric_mean(ratios: Tensor) -> Tensor:
+    """Average ratios so that twice and half make 1."""
+    return ratios.log().mean().exp()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of METRICS: a score of each image, and its average over a set."""
+
+    name: str  # in JSON, in CSV and, with "validation/" before it, in TensorBoard
+    heading: str  # of the column
+    form: str  # how a value is printed
+    note: str  # the meaning of the number; {0} is the Comparison
+    # restored, truth, low_res -> (B,), nan where undefined; None for what is measured while restoring
+    score: Callable[[Tensor, Tensor, Tensor, Comparison], Tensor] | None
+    average: Callable[[Tensor], Tensor] = finite_mean  # over the images that have a value
+    in_training: bool = False  # whether validation measures it, too
+
+    def average_of(self, scores: Sequence[float | None]) -> float | None:
+        """Average the scores of a set; None where no image has one."""
+        defined = [score for score in scores if score is not None]
+        return self.average(torch.tensor(defined, dtype=torch.float64)).item() if defined else None
+
+    def print(self, value: float | None) -> str:
+        """Format a cell of a table; None is an empty one."""
+        return "" if value is None else format(value, self.form)
+
+
+def _lpips(restored: Tensor, truth: Tensor, how: Comparison) -> Tensor:
+    undefined = torch.full((len(truth),), torch.nan, dtype=torch.float64)
+    return undefined if how.lpips is None else how.lpips(restored, truth)
+
+
+# fmt: off
+METRICS = (
+    Metric("psnr", "PSNR", ".2f", "{0}; mean of the images not exact",
+           lambda restored, truth, low_res, how: psnr(restored, truth, how), in_training=True),
+    Metric("ssim", "SSIM", ".4f", "of what PSNR compares; Gaussian 11x11 window",
+           lambda restored, truth, low_res, how: ssim(restored, truth, how), in_training=True),
+    Metric("lr_psnr", "LR-PSNR", ".2f", "result shrunk again (uint8) against the input",
+           lambda restored, truth, low_res, how: low_resolution_psnr(restored, low_res, how.border)),
+    Metric("lpips", "LPIPS", ".4f", "{0.lpips_note}",
+           lambda restored, truth, low_res, how: _lpips(restored, truth, how)),
+    Metric("hf_energy", "HF energy", ".3f", "detail's power; 1 is the truth's",
+           lambda restored, truth, low_res, how: high_frequency_energy(restored, truth), geometric_mean),
+    Metric("seconds_per_megapixel", "s/MP", ".3g", "seconds per megapixel of output", None),
+)
+# fmt: on
+BY_NAME = {metric.name: metric for metric in METRICS}

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from diffusion import DiffusionModel, Network
 from engine.processes import Processes
-from evaluation.metrics import Protocol
-from evaluation.table import METRICS, Conditions, Pair
+from evaluation.metrics import METRICS, Comparison
 from imaging.files import to_unit_range
 from models import LoadedModel
 from restoration import RestoreConfig, Restorer
@@ -47,7 +46,7 @@ class Validator:
         self.processes = processes or Processes(diffusion.device)
         self.precision = precision
         self.degradation = dataset.degradation
-        self.conditions = Conditions(Protocol(crop=round(dataset.downscale_factor)))
+        self.comparison = Comparison(crop=round(dataset.downscale_factor))
         pairs, size = [dataset.crop(index) for index in range(len(dataset))], VALIDATION_BATCH
         batches = [
             Crops.stack(pairs[start : start + size]).to(self.processes.device)
@@ -102,11 +101,11 @@ class Validator:
     def _scores(self, batch: Sample, restored: Tensor) -> dict[str, Tensor]:
         """(B,) of each of SCALARS, at most PERFECT_PSNR."""
         truth, low_res = to_unit_range(batch.original).cpu(), to_unit_range(batch.low_res).cpu()
-        pair = Pair(restored.cpu(), truth, low_res, self.conditions)
+        images = restored.cpu(), truth, low_res, self.comparison
         return {
-            metric.name: metric.of_image(pair).clamp(max=PERFECT_PSNR)
+            metric.name: metric.score(*images).clamp(max=PERFECT_PSNR)
             for metric in SCALARS
-            if metric.of_image is not None
+            if metric.score is not None
         }
 
     def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig, tokens: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from evaluation.lpips import Lpips
-from evaluation.metrics import Protocol, psnr
+from evaluation.metrics import Comparison, psnr
 from examples.dead_leaves import dead_leaves
 from imaging.files import list_images, to_unit_range, write_image
 from models import load_model
@@ -85,7 +85,7 @@ def measure(folder: Path, weights: Path) -> None:
         tokens = None if captions is None else torch.from_numpy(np.stack(list(map(word_tokens, captions))))
         how = RestoreConfig(mode=mode, guidance=guidance)  # type: ignore[arg-type]  # the two are presets
         restored = Restorer(model, how, torch.device("cpu"))(low_res, tokens)
-        error, distance = psnr(restored, truth, Protocol(0)).mean(), lpips(restored, truth).mean()
+        error, distance = psnr(restored, truth, Comparison(0)).mean(), lpips(restored, truth).mean()
         print(f"| {mode} | {name} | {guidance:g} | {error:.2f} | {distance:.3f} |", flush=True)
 
 

@@ -13,7 +13,7 @@ from bench.sweep import BUDGETS, CHANGES, RECIPE, SIZES, Trial, run, scaling_tri
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from bicubic import downscale_image
-from evaluation.images import Picture
+from evaluation.images import Pair
 from examples.dead_leaves import dead_leaves
 from imaging.files import write_image
 from tests.networks import tiny_unet
@@ -83,7 +83,7 @@ def test_a_peer_sees_the_upscaled_image_and_can_be_trained_and_measured():
     peer.scale.fill_(4)
     for parameter in peer.parameters():
         parameter.data.zero_()  # a silent network: the residual is 0, and the result is bicubic
-    found = fidelity_psnr(peer, [Picture("a", pixels, low_res)], CPU)
+    found = fidelity_psnr(peer, [Pair("a", pixels, low_res)], CPU)
     assert 10 < found < 40
 
 

@@ -304,7 +304,7 @@ def restored_psnr(path, mode, photo_folder, steps):
     truth = torch.stack([sample.original for sample in samples]) / 2 + 0.5
     generator = ResidualGenerator(predict_mode=mode, scheduler="ddim")
     images = generator.generate_images(load_model(path, UNet).network, low_res, 1, steps, seed=0)
-    return float(metrics.psnr(images, truth, metrics.Protocol(crop=2)).mean())
+    return float(metrics.psnr(images, truth, metrics.Comparison(crop=2)).mean())
 
 
 @pytest.mark.slow

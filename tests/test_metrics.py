@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scipy import ndimage, stats
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -22,29 +21,20 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from bicubic import resize
 from evaluation.lpips import Lpips, MetricUnavailableError, perceptual_distance
 from evaluation.metrics import (
-    Protocol,
+    Comparison,
+    geometric_mean,
     high_frequency_energy,
     low_resolution_psnr,
     psnr,
     ssim,
     to_luma,
     to_uint8,
-    uncertainty_correlation,
-)
-from evaluation.table import geometric_mean
-from evaluation.wasserstein import (
-    DIRECTIONS,
-    PatchPair,
-    laplacian_pyramid,
-    patch_distance,
-    patch_positions,
-    pyramid_patches,
 )
 
 SR_DATA = os.environ.get("SR_DATA")
 needs_photos = pytest.mark.skipif(SR_DATA is None, reason="SR_DATA does not name the folder of test photos")
 
-WHOLE = Protocol(crop=0, channel="rgb")
+WHOLE = Comparison(crop=0, channel="rgb")
 
 # Bicubic rows of the accepted tables: PSNR in dB and SSIM on luma, `scale` pixels cropped from each border.
 PUBLISHED = {
@@ -107,18 +97,18 @@ def as_numpy(image: torch.Tensor, crop: int) -> np.ndarray:
 
 
 def test_protocol_describes_every_choice():
-    line = Protocol(crop=4).describe()
+    line = str(Comparison(crop=4))
     assert "\n" not in line
     for part in ("luma", "BT.601", "16-235", "uint8", "4 pixels"):
         assert part in line
-    assert "RGB" in WHOLE.describe()
+    assert "RGB" in str(WHOLE)
 
 
 def test_protocol_refuses_bad_values():
     with pytest.raises(ValueError, match="-1"):
-        Protocol(crop=-1)
+        Comparison(crop=-1)
     with pytest.raises(ValueError, match="'y'"):
-        Protocol(crop=0, channel="y")
+        Comparison(crop=0, channel="y")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -147,7 +137,7 @@ def test_luma_spans_16_to_235_and_leaves_grey_alone():
 # ---------------------------------------------------------------- psnr and ssim
 
 
-def compared_by_skimage(image: torch.Tensor, protocol: Protocol) -> np.ndarray:
+def compared_by_skimage(image: torch.Tensor, protocol: Comparison) -> np.ndarray:
     """What `protocol` compares, (h, w, C) in [0, 255], luma converted by skimage."""
     if protocol.channel == "rgb":
         return as_numpy(image, protocol.crop)
@@ -156,7 +146,7 @@ def compared_by_skimage(image: torch.Tensor, protocol: Protocol) -> np.ndarray:
 
 @pytest.mark.parametrize("channel", ["luma", "rgb"])
 def test_psnr_is_that_of_skimage(channel):
-    truth, protocol = texture(0), Protocol(crop=3, channel=channel)
+    truth, protocol = texture(0), Comparison(crop=3, channel=channel)
     restored = noisy(truth, 0.05)
     expected = peak_signal_noise_ratio(
         compared_by_skimage(truth, protocol), compared_by_skimage(restored, protocol), data_range=255
@@ -166,7 +156,7 @@ def test_psnr_is_that_of_skimage(channel):
 
 @pytest.mark.parametrize("channel", ["luma", "rgb"])
 def test_ssim_is_that_of_torchmetrics(channel):
-    truth, protocol = texture(0), Protocol(crop=3, channel=channel)
+    truth, protocol = texture(0), Comparison(crop=3, channel=channel)
     restored = noisy(truth, 0.05)
     ours, theirs = (
         torch.from_numpy(compared_by_skimage(image, protocol)).permute(2, 0, 1)[None]
@@ -184,7 +174,7 @@ def test_ssim_is_that_of_torchmetrics(channel):
 @pytest.mark.parametrize(("name", "scale"), PUBLISHED)
 def test_published_bicubic_rows(name, scale):
     """The luma, rounded to uint8, shrunk and enlarged in double precision, rounded once at the end."""
-    protocol, scores = Protocol(crop=scale), []
+    protocol, scores = Comparison(crop=scale), []
     for path in photos(name):
         truth = rounded(to_luma(crop_to_multiple(read(path), scale)))
         restored = resize(resize(truth, scale=1 / scale), scale=scale)
@@ -202,7 +192,7 @@ def test_published_bicubic_rows(name, scale):
 @pytest.mark.parametrize("border", ["mirror", "replicate"])
 def test_bicubic_of_rgb_files_is_near_the_published_rows(scale, border):
     """What a model is measured by: RGB files in uint8, luma not rounded; the border hardly matters."""
-    protocol, scores = Protocol(crop=scale), []
+    protocol, scores = Comparison(crop=scale), []
     for path in photos("Set5"):
         truth = crop_to_multiple(read(path), scale)
         pixels = (truth * 255).round().to(torch.uint8)
@@ -228,7 +218,7 @@ def test_rounding_hides_what_a_file_cannot_hold():
 
 def test_psnr_of_grey_through_rgb_is_shifted():
     """Luma compresses 0..255 to 16..235: a grey file sent through RGB would gain 20 log10(255 / 219) dB."""
-    truth, protocol = texture(0, channels=1), Protocol(crop=0)
+    truth, protocol = texture(0, channels=1), Comparison(crop=0)
     restored = noisy(truth, 0.05)
     as_rgb = psnr(restored.expand(-1, 3, -1, -1), truth.expand(-1, 3, -1, -1), protocol)
     shift = (as_rgb - psnr(restored, truth, protocol)).item()
@@ -246,7 +236,7 @@ def test_ssim_of_two_flat_images_is_the_luminance_term(low, high):
 @pytest.mark.parametrize("metric", [psnr, ssim])
 @pytest.mark.parametrize("channel", ["luma", "rgb"])
 def test_fidelity_is_symmetric_and_per_image(metric, channel):
-    protocol = Protocol(crop=2, channel=channel)
+    protocol = Comparison(crop=2, channel=channel)
     truth = torch.cat([texture(0), texture(1)])
     restored = torch.cat([noisy(texture(0), 0.02), noisy(texture(1), 0.1)])
     scores = metric(restored, truth, protocol)
@@ -262,8 +252,8 @@ def test_fidelity_is_symmetric_and_per_image(metric, channel):
 def test_border_is_not_compared(metric, perfect):
     truth, restored = texture(0), texture(0)
     restored[..., :4, :] = restored[..., -4:, :] = restored[..., :4] = restored[..., -4:] = 0.0
-    assert metric(restored, truth, Protocol(crop=4)).item() == pytest.approx(perfect, abs=1e-12)
-    assert metric(restored, truth, Protocol(crop=3)).item() < perfect
+    assert metric(restored, truth, Comparison(crop=4)).item() == pytest.approx(perfect, abs=1e-12)
+    assert metric(restored, truth, Comparison(crop=3)).item() < perfect
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim, high_frequency_energy])
@@ -281,18 +271,18 @@ def test_border_is_not_compared(metric, perfect):
     ],
 )
 def test_images_that_cannot_be_compared(metric, restored, truth, message):
-    protocol = () if metric is high_frequency_energy else (Protocol(crop=0),)
+    protocol = () if metric is high_frequency_energy else (Comparison(crop=0),)
     with pytest.raises(ValueError, match=message):
         metric(restored, truth, *protocol)
 
 
 def test_images_smaller_than_window_and_crop():
     small = torch.zeros(1, 3, 18, 40)
-    assert ssim(small[..., :17], small[..., :17], Protocol(crop=3)).item() == 1.0
+    assert ssim(small[..., :17], small[..., :17], Comparison(crop=3)).item() == 1.0
     with pytest.raises(ValueError, match="10x32"):
-        ssim(small, small, Protocol(crop=4))
+        ssim(small, small, Comparison(crop=4))
     with pytest.raises(ValueError, match="0x22"):
-        psnr(small, small, Protocol(crop=9))
+        psnr(small, small, Comparison(crop=9))
 
 
 # ---------------------------------------------------------------- consistency with the input
@@ -389,102 +379,6 @@ def test_geometric_mean():
     assert geometric_mean(torch.tensor([2.0, 0.5])).item() == pytest.approx(1.0, abs=1e-12)
     assert geometric_mean(torch.tensor([1.0, 10.0, 100.0])).item() == pytest.approx(10.0)
     assert geometric_mean(torch.tensor([1.0, 0.0])).item() == 0.0
-
-
-# ---------------------------------------------------------------- sliced wasserstein distance
-
-SIZES = [(64, 64), (49, 70), (80, 51)]
-
-
-def texture_set(seed: int) -> list[torch.Tensor]:
-    return [texture(seed + i, height=h, width=w)[0] for i, (h, w) in enumerate(SIZES)]
-
-
-def distances(restored: list[torch.Tensor], truth: list[torch.Tensor], seed: int = 0) -> list[float]:
-    """SWD of two sets of images (C, H, W) by level, 256 patches of each."""
-    random, pairs = np.random.default_rng(seed), []
-    for ours, theirs in zip(restored, truth, strict=True):
-        positions = patch_positions(*theirs.shape[-2:], 256, random)
-        pairs.append(PatchPair(pyramid_patches(ours, positions), pyramid_patches(theirs, positions)))
-    return patch_distance(pairs, seed)
-
-
-@pytest.mark.slow
-def test_distance_grows_from_zero_with_noise_and_with_blur():
-    truth = texture_set(0)
-    noisier = [[noisy(image, deviation) for image in truth] for deviation in (0.0, 0.02, 0.05, 0.1)]
-    smoother = [[blurred(image[None], times)[0] for image in truth] for times in (0, 1, 2, 4)]
-    for ladder in (noisier, smoother):
-        found = [distances(restored, truth) for restored in ladder]
-        assert found[0] == [0.0, 0.0, 0.0]
-        finest = [each[0] for each in found]
-        assert finest == sorted(finest)
-        assert finest[-1] > 40
-
-
-@pytest.mark.slow
-def test_distance_is_a_function_of_its_seed():
-    restored, truth = texture_set(3), texture_set(0)
-    first = distances(restored, truth, seed=5)
-    with torch.random.fork_rng():
-        torch.rand(7)
-        assert distances(restored, truth, seed=5) == first
-    other = distances(restored, truth, seed=6)
-    assert other != first
-    assert sum(other) == pytest.approx(sum(first), rel=0.3)
-
-
-def test_distance_is_between_sets_not_between_pixels():
-    """Other draws of the same texture are nearer than the same draw blurred; PSNR says the opposite."""
-    truth, redrawn = texture_set(0), texture_set(10)
-    smoothed = [blurred(image[None], 1)[0] for image in truth]
-    assert distances(redrawn, truth)[0] < distances(smoothed, truth)[0] / 2
-    assert psnr(redrawn[0][None], truth[0][None], WHOLE) < psnr(smoothed[0][None], truth[0][None], WHOLE)
-
-
-def test_distance_sees_contrast():
-    truth = texture_set(0)
-    assert sum(distances([0.25 + image / 2 for image in truth], truth)) / 3 > 300
-
-
-def test_distance_from_a_flat_set_is_undefined():
-    image = texture(0)[0]
-    assert all(map(math.isnan, distances([image], [torch.full_like(image, 0.5)])))
-
-
-def test_the_smallest_image_has_patches_of_every_level():
-    smallest = [texture(0)[0][:, :25, :25]]
-    assert distances(smallest, smallest) == [0.0, 0.0, 0.0]
-
-
-def test_projected_distance_is_that_of_scipy():
-    generator = torch.Generator().manual_seed(0)
-    ours = torch.randn(1, 200, 1, 7, 7, generator=generator).expand(3, -1, -1, -1, -1)
-    theirs = 0.3 + 1.5 * torch.randn(1, 200, 1, 7, 7, generator=generator).expand(3, -1, -1, -1, -1)
-    found = patch_distance([PatchPair(ours, theirs)], seed=1)[0]
-    axes = torch.randn(DIRECTIONS, 49, generator=torch.Generator().manual_seed(1))
-    axes = axes / axes.norm(dim=1, keepdim=True)
-    normal, reference = (
-        ((patches - theirs.mean()) / theirs.std(correction=0)).flatten(2)[0] for patches in (ours, theirs)
-    )
-    expected = [stats.wasserstein_distance(normal @ axis, reference @ axis) for axis in axes]
-    assert found == pytest.approx(1000 * np.mean(expected), rel=1e-5)
-
-
-@pytest.mark.parametrize(("height", "width"), [(48, 56), (49, 55)])
-def test_pyramid_is_that_of_scipy_filters(height, width):
-    """Burt & Adelson with the 5x5 binomial filter and mirrored borders, the pyramid of Karras et al. 2018."""
-    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
-    image = texture(0, channels=1, height=height, width=width)[0]
-    fine = image[0].numpy()
-    for band in laplacian_pyramid(image)[:-1]:
-        coarse = ndimage.convolve(fine, kernel, mode="mirror")[::2, ::2]
-        enlarged = np.zeros_like(fine)
-        enlarged[::2, ::2] = coarse
-        expected = fine - ndimage.convolve(enlarged, 4 * kernel, mode="mirror")
-        np.testing.assert_allclose(band[0].numpy(), expected, atol=1e-12)
-        fine = coarse
-    np.testing.assert_allclose(laplacian_pyramid(image)[-1][0].numpy(), fine, atol=1e-12)
 
 
 # ---------------------------------------------------------------- lpips
@@ -635,42 +529,6 @@ def test_lpips_with_a_damaged_download_or_without_torchmetrics_says_so(monkeypat
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image.lpips", None)
     with pytest.raises(MetricUnavailableError, match="torchmetrics"):
         Lpips()
-
-
-# ---------------------------------------------------------------- uncertainty
-
-
-@pytest.mark.parametrize("ranks", [False, True])
-def test_correlation_finds_where_samples_err(ranks):
-    """Errors of the deviation's size, times one normal number each: a correlation between 0 and 1."""
-    truth = texture(0)
-    deviation = torch.linspace(0.005, 0.1, truth.shape[-1], dtype=torch.float64).expand(truth.shape[-2:])
-    restored = truth + deviation * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
-    found = uncertainty_correlation(deviation, restored.clamp(0, 1), truth, ranks=ranks)
-    assert 0.3 < found < 0.9
-    assert uncertainty_correlation(deviation.flip(-1), restored.clamp(0, 1), truth, ranks=ranks) < -0.3
-
-
-def test_correlation_of_a_deviation_that_is_the_error():
-    truth = texture(0)
-    deviation = torch.linspace(0.01, 0.05, truth.shape[-1], dtype=torch.float64).expand(truth.shape[-2:])
-    assert uncertainty_correlation(deviation, truth + deviation, truth) == pytest.approx(1.0, abs=1e-9)
-    curved = uncertainty_correlation(deviation**3, truth + deviation, truth)
-    assert curved < 0.99
-    ranked = uncertainty_correlation(deviation**3, truth + deviation, truth, ranks=True)
-    assert ranked == pytest.approx(1.0, abs=0.01)  # the errors of a column tie but for rounding
-
-
-def test_constant_deviation_has_no_correlation():
-    truth = texture(0)
-    assert math.isnan(uncertainty_correlation(torch.ones(48, 56), noisy(truth, 0.01), truth))
-    assert math.isnan(uncertainty_correlation(torch.rand(48, 56), truth, truth))
-
-
-def test_a_deviation_of_another_size_is_refused():
-    truth = texture(0)
-    with pytest.raises(ValueError, match=r"\(48, 55\)"):
-        uncertainty_correlation(torch.ones(48, 55), truth, truth)
 
 
 def test_low_resolution_psnr_shrinks_with_the_border_the_input_was_made_with():

@@ -10,7 +10,7 @@ from torch import nn
 from degradation import Degradation
 from diffusion import DiffusionModel, ResidualGenerator
 from evaluation import metrics
-from evaluation.table import METRICS
+from evaluation.metrics import METRICS
 from evaluation.validation import VALIDATION_SEED, Validator
 from imaging.files import to_unit_range, write_image
 from tests.networks import tiny_unet
@@ -53,7 +53,7 @@ def test_scalars_are_what_the_metrics_say_of_one_step(dataset):
         sample = dataset[index]
         restored = generator.generate_images(unet, sample.low_res[None], 1, 1, seed=VALIDATION_SEED)
         truth, upscaled = to_unit_range(sample.original[None]), to_unit_range(sample.upscaled[None])
-        protocol = metrics.Protocol(crop=SCALE)
+        protocol = metrics.Comparison(crop=SCALE)
         psnr = metrics.psnr(restored, truth, protocol).item()
         expected["psnr"].append(psnr)
         expected["ssim"].append(metrics.ssim(restored, truth, protocol).item())

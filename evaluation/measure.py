@@ -1,0 +1,212 @@
+"""Measure bicubic, trained models and any other restorer on a set of images."""
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bicubic import resize
+from engine.processes import Processes
+from evaluation.images import EvaluationConfig, ImageSet, Pair, printable
+from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
+from evaluation.metrics import METRICS, Comparison, to_uint8
+from evaluation.report import Json, Report, Row
+from imaging.files import pixels_to_unit, unit_to_pixels
+from models import LoadedModel
+from restoration import RestoreConfig
+from restoration.batch import FILE_ERRORS, describe_failure
+from restoration.rescaled import build_restorer
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: `restore` takes (C, h, w) in [0, 1], C 1 or 3, to (C, H, W) and uses `device`."""
+
+    name: str  # "bicubic", "model", a mode of restoring, or any other
+    restore: Callable[[Tensor], Tensor]
+    scheduler: str | None = None
+    steps: int | None = None
+    samples: int = 1  # restorations of each image that are averaged before anything is measured
+    device: torch.device = CPU
+
+    def label(self) -> Row:
+        return {
+            "method": self.name,
+            "scheduler": self.scheduler,
+            "steps": self.steps,
+            "samples": self.samples,
+        }
+
+
+def bicubic_method(config: EvaluationConfig) -> Method:
+    """Enlarge 8-bit images by MATLAB's bicubic, on the CPU."""
+
+    def restore(low_res: Tensor) -> Tensor:
+        return resize(to_uint8(low_res), scale=config.scale, border=config.border).float() / 255
+
+    return Method("bicubic", restore)
+
+
+def model_method(
+    models: Sequence[LoadedModel],
+    how: RestoreConfig,
+    scale: float,
+    device: torch.device = CPU,
+    precision: torch.dtype | None = None,
+) -> Method:
+    """Restore as infer.py does with these models; `precision` to autocast to, None for float32.
+
+    ValueError for what the networks cannot do.
+    """
+    restorer = build_restorer(models, how, scale, device, precision)
+    name = how.mode or ("model" if how.detail is None else f"detail {how.detail:g}")
+
+    def restore(low_res: Tensor) -> Tensor:
+        return pixels_to_unit(restorer.restore(unit_to_pixels(low_res)).pixels)
+
+    return Method(name, restore, how.scheduler, restorer.step_count, how.num_images, device)
+
+
+def describe_model(path: Path, model: LoadedModel, precision: torch.dtype | None = None) -> Row:
+    """Which file and network it was, for the protocol."""
+    process = model.process
+    return {
+        "file": printable(path.name),
+        "sha256": file_digest(path),
+        "scale": model.network.scale.tolist(),
+        "steps_trained": model.step,
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+        "mode": process.mode,
+        "schedule": process.schedule,
+        "timesteps": process.timesteps,
+        "precision": str(precision or torch.float32).removeprefix("torch."),
+    }
+
+
+def evaluate(
+    images: ImageSet,
+    config: EvaluationConfig,
+    methods: Sequence[Method] = (),
+    *,
+    device: torch.device = CPU,
+    facts: Mapping[str, Json] | None = None,
+    progress: bool = False,
+    processes: Processes | None = None,
+) -> Report:
+    """Measure bicubic and other methods, one image in memory at a time.
+
+    An image that fails is left out of every row, and named; ValueError where all do, or of LPIPS's weights.
+
+    Args:
+        methods: see model_method; for your own restorer, Method("mine", restore).
+        device: where LPIPS is computed.
+        facts: more for the protocol, such as which model it was.
+        processes: all of them get the report.
+    """
+    comparison = _with_lpips(config, device)
+    methods, processes = (bicubic_method(config), *methods), processes or Processes(device)
+    part = dict(_measure_part(methods, images, comparison, progress, processes))
+    everything = {number: found for one in processes.gather(part) for number, found in one.items()}
+    ordered = [everything[number] for number in sorted(everything)]
+    failures = [found for found in ordered if isinstance(found, str)]
+    measured = [found for found in ordered if not isinstance(found, str)]
+    if not measured:
+        raise ValueError(failures[0] if len(failures) == 1 else f"no image can be measured: {failures[0]}")
+    protocol = _protocol(images, config, comparison, methods[-1].device)
+    columns = list(zip(*measured, strict=True))  # one per method
+    rows = [
+        method.label() | {each.name: each.average_of([row[each.name] for row in column]) for each in METRICS}
+        for method, column in zip(methods, columns, strict=True)
+    ]
+    scores = [row for column in columns for row in column]
+    return Report(protocol | {"images": len(measured)} | dict(facts or {}), rows, scores, failures)
+
+
+def _measure_part(
+    methods: Sequence[Method],
+    images: ImageSet,
+    comparison: Comparison,
+    progress: bool,
+    processes: Processes,
+) -> Iterator[tuple[int, list[Row] | str]]:
+    """Numbers of this process's images, with a row per method, or why the image was left out."""
+    numbers = range(processes.rank, len(images), processes.world_size)
+    warm = False
+    for number in tqdm(numbers, unit="image", disable=None if progress else True, dynamic_ncols=True):
+        path = images.paths[number]
+        try:
+            pair = images.read(path)
+            if not warm:  # what the first call alone has to set up belongs to no row
+                quickest = min(methods[1:], key=lambda one: one.steps or 0, default=methods[0])
+                quickest.restore(_unit(pair.low_res)[0, :, :16, :16])
+                warm = True
+            yield number, [_measure(method, pair, comparison) for method in methods]
+        except FILE_ERRORS as error:
+            yield number, printable(describe_failure(error, path, path))
+
+
+def _measure(method: Method, pair: Pair, comparison: Comparison) -> Row:
+    """The scores of one image by one method, its result rounded as an 8-bit file holds it."""
+    low_res, truth = _unit(pair.low_res), _unit(pair.truth)
+    synchronize(method.device)
+    start = time.perf_counter()
+    found = method.restore(low_res[0])
+    synchronize(method.device)
+    seconds = time.perf_counter() - start
+    restored = pixels_to_unit(unit_to_pixels(found))[None]
+    row: Row = {"image": pair.name, **method.label()}
+    for metric in METRICS:
+        if metric.score is None:
+            row[metric.name] = seconds / (truth.shape[-2] * truth.shape[-1] / 1e6)
+        else:
+            score = metric.score(restored, truth, low_res, comparison).item()
+            row[metric.name] = None if math.isnan(score) else score
+    return row
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _unit(pixels: Tensor) -> Tensor:
+    """(C, H, W) uint8 to (1, C, H, W) float32 in [0, 1]."""
+    return pixels[None].float() / 255
+
+
+def _with_lpips(config: EvaluationConfig, device: torch.device) -> Comparison:
+    """The comparison of the options, with LPIPS if it is wanted and can be had."""
+    comparison = config.comparison
+    if not config.lpips:
+        return comparison
+    try:
+        lpips = Lpips(device, config.lpips_weights)
+    except MetricUnavailableError as error:
+        return replace(comparison, lpips_note=f"unavailable: {error}")
+    return replace(comparison, lpips=lpips, lpips_note=lpips.describe())
+
+
+def _protocol(
+    images: ImageSet, config: EvaluationConfig, comparison: Comparison, device: torch.device
+) -> dict[str, Json]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "data": images.folder,
+        "scale": int(config.scale) if config.ratio.denominator == 1 else config.scale,
+        "low_resolution": images.describe(),
+        "border": config.border,
+        "metrics": {metric.name: metric.note.format(comparison) for metric in METRICS},
+        "seed": config.seed,
+        "models": [],
+        "restoring": {},
+        "device": f"{name}, threads: {torch.get_num_threads()}" if device.type == "cpu" else name,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }
