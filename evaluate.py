@@ -9,6 +9,7 @@ torchrun --nproc_per_node 4 evaluate.py --data photos --scale 4 --weights_path b
 import argparse
 import io
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,9 @@ OUTPUTS = {
     "markdown": "the table, which is printed anyway",
     "plot": "a .png: PSNR against LPIPS or, without it, HF energy",
 }
+
+
+BROKEN_PACKAGE = (ImportError, AttributeError, RuntimeError)  # what a package may raise that does not fit
 
 
 def write_output(name: str, report: Report, path: Path) -> None:
@@ -104,11 +108,22 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     return [replace(row, num_images=n) for row in rows for n in args.num_images]
 
 
+def check_plot(path: Path) -> None:
+    """Raise ValueError where no plot can be drawn."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--plot is {path}; give a name that ends in .png")
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib does not import with a backend that is not there
+    try:
+        import matplotlib.figure  # noqa: F401
+    except BROKEN_PACKAGE as error:
+        raise ValueError(f"--plot needs matplotlib ({error}): mend it, or draw from --csv") from error
+
+
 def planned_outputs(args: argparse.Namespace, images: ImageSet) -> dict[str, Path]:
     """ValueError for what cannot be written, before the long computation."""
     outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
-    if "plot" in outputs and outputs["plot"].suffix.lower() != ".png":
-        raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
+    if "plot" in outputs:
+        check_plot(outputs["plot"])
     named = [Path(name) for name in (args.weights_path, args.lpips_weights) if name is not None]
     inputs = [*images.paths, *(images.low_res_paths or []), *named]
     check_outputs(outputs.values(), inputs=inputs, overwrite=args.overwrite)
@@ -154,7 +169,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     for name, path in outputs.items():  # before printing, which fails if nobody reads
         try:
             write_output(name, report, path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, *BROKEN_PACKAGE) as error:
             errors.append(f"{path} was not written: {error}")
     print(report.to_markdown(), end="", flush=True)
     errors += [f"left out: {failure}" for failure in report.failures]

@@ -19,20 +19,20 @@ from util import Crops, ImageDataset, Sample
 
 VALIDATION_SEED = 0
 VALIDATION_BATCH = 8
-GRID_IMAGES = 4
+GRID_IMAGES, GRID_GAP = 4, 4
 LOSS_BARS = 20
 PERFECT_PSNR = 100.0  # dB; what an image counts that is restored exactly
 FAITHFUL = RestoreConfig(mode="fidelity", seed=VALIDATION_SEED, batch_size=VALIDATION_BATCH)
-SCALARS = [metric for metric in METRICS if metric.in_training]
+SCORES = {metric.name: metric.score for metric in METRICS if metric.in_training and metric.score}
 
 logger = logging.getLogger(__name__)
 
 
 class Validator:
-    """For DiffusionModel.train; every process restores a part, always with the same noise.
+    """Measures a network on fixed images; every process restores a part, always with the same noise.
 
     Scalars are of "fidelity"; pictures show it and a sample of ten steps.
-    `precision`: dtype to autocast to.
+    `precision`: dtype to autocast to, None for float32.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Validator:
         self.counted = self._choose_counted()
 
     def _choose_counted(self) -> list[Tensor]:
-        """(B,) bool of each batch: not flat, or all where all are."""
+        """(B,) bool of each batch: the images that are not flat, or all where all are flat."""
         # A flat image's PSNR, infinite or nearly so, would outweigh all others, and no other be the best.
         counted = [psnr < PERFECT_PSNR for psnr in self.bicubic_psnr]
         flat, total = int((~torch.cat(counted)).sum()), len(torch.cat(counted))
@@ -68,28 +68,28 @@ class Validator:
         return counted if flat < total else [torch.ones_like(one) for one in counted]
 
     def __call__(self, network: nn.Module) -> Validation:
-        scalars = self._measure_all(network)
+        model = LoadedModel(cast(Network, network), self.diffusion.process, self.degradation, 0)
+        sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
+        mean, sample = (
+            Restorer(model, how, self.processes.device, self.precision) for how in (FAITHFUL, sampled)
+        )
+        scalars = self._measure_all(mean)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
         tokens = None if self.tokens[0] is None else self.tokens[0][:GRID_IMAGES]
-        sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
         images = {
-            "low_bicubic_mean_original": comparison_grid(
-                first, self._restore(network, first, FAITHFUL, tokens)
-            ),
-            "low_bicubic_sample_original": comparison_grid(
-                first, self._restore(network, first, sampled, tokens)
-            ),
+            f"low_bicubic_{name}_original": comparison_grid(first, restore(restorer, first, tokens))
+            for name, restorer in (("mean", mean), ("sample", sample))
         }
-        curves = {"loss_by_timestep": self._loss_by_timestep(cast(Network, network), first, tokens)}
+        curves = {"loss_by_timestep": self._loss_by_timestep(model.network, first, tokens)}
         return Validation(scalars["psnr"], scalars, images, curves)
 
-    def _measure_all(self, model: nn.Module) -> dict[str, float]:
-        """Means over the images of all processes."""
-        names = [*(metric.name for metric in SCALARS), "psnr_over_bicubic"]
+    def _measure_all(self, restorer: Restorer) -> dict[str, float]:
+        """Average the scores of the images of all processes."""
+        names = [*SCORES, "psnr_over_bicubic"]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
             batch, counted = self.batches[index], self.counted[index]
-            scores = self._scores(batch, self._restore(model, batch, FAITHFUL, self.tokens[index]))
+            scores = self._scores(batch, restore(restorer, batch, self.tokens[index]))
             scores["psnr_over_bicubic"] = scores["psnr"] - self.bicubic_psnr[index]
             values = [*(scores[name] for name in names), torch.ones(len(counted))]
             sums += torch.stack([value[counted].double().sum() for value in values])
@@ -99,29 +99,16 @@ class Validator:
         return {name: value / count for name, value in zip(names, totals, strict=True)}
 
     def _scores(self, batch: Sample, restored: Tensor) -> dict[str, Tensor]:
-        """(B,) of each of SCALARS, at most PERFECT_PSNR."""
+        """(B,) by each of SCORES, at most PERFECT_PSNR."""
         truth, low_res = to_unit_range(batch.original).cpu(), to_unit_range(batch.low_res).cpu()
         images = restored.cpu(), truth, low_res, self.comparison
-        return {
-            metric.name: metric.score(*images).clamp(max=PERFECT_PSNR)
-            for metric in SCALARS
-            if metric.score is not None
-        }
-
-    def _restore(self, model: nn.Module, batch: Sample, how: RestoreConfig, tokens: Tensor | None) -> Tensor:
-        """(B, C, H, W) in [0, 1] on the CPU."""
-        loaded = LoadedModel(cast(Network, model), self.diffusion.process, self.degradation, 0)
-        restorer = Restorer(loaded, how, self.processes.device, self.precision)
-        restored = restorer(to_unit_range(batch.low_res), tokens if restorer.steps else None)
-        if not torch.isfinite(restored).all():
-            raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
-        return restored
+        return {name: score(*images).clamp(max=PERFECT_PSNR) for name, score in SCORES.items()}
 
     @torch.inference_mode()
     def _loss_by_timestep(
         self, model: Network, batch: Sample, tokens: Tensor | None
     ) -> tuple[list[float], list[float]]:
-        """Right edges of even stretches of timesteps, and the loss in their middles."""
+        """Divide the timesteps evenly: the right edge of each part, and the loss in its middle."""
         context, mean = model.encode_context(Condition(batch.upscaled, batch.low_res, tokens))
         clean = batch.residual / float(model.residual_std) - (0 if mean is None else mean)
         bars = min(LOSS_BARS, self.diffusion.timesteps)
@@ -135,12 +122,19 @@ class Validator:
         return edges, heights
 
 
+def restore(restorer: Restorer, batch: Sample, tokens: Tensor | None) -> Tensor:
+    """(B, C, H, W) in [0, 1] on the CPU; NonFiniteError."""
+    restored = restorer(to_unit_range(batch.low_res), tokens if restorer.steps else None)
+    if not torch.isfinite(restored).all():
+        raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
+    return restored
+
+
 def comparison_grid(samples: Sample, restored: Tensor) -> Tensor:
     """(3, H', W') in [0, 1], a row per image: low | bicubic | restored | original."""
-    from torchvision.utils import make_grid
-
     low_res, upscaled, original, _ = (to_unit_range(image[: len(restored)]) for image in samples)
     low = nn.functional.interpolate(low_res, size=original.shape[-2:], mode="nearest")
-    columns = [column.cpu() for column in (low, upscaled, restored, original)]
-    grid: Tensor = make_grid(torch.stack(columns, dim=1).flatten(0, 1), nrow=len(columns), padding=4)
-    return grid
+    images = torch.stack([column.cpu() for column in (low, upscaled, restored, original)])  # (4, B, 3, H, W)
+    framed = nn.functional.pad(images, [GRID_GAP, 0, GRID_GAP, 0])
+    grid = framed.permute(2, 1, 3, 0, 4).flatten(1, 2).flatten(2)  # (3, B (H + gap), 4 (W + gap))
+    return nn.functional.pad(grid, [0, GRID_GAP, 0, GRID_GAP])

@@ -386,6 +386,7 @@ def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path, monkeypa
     files["plot"] = tmp_path / "new" / "plot.png"
     command += [part for name, path in files.items() for part in (f"--{name}", path)]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    monkeypatch.setenv("MPLBACKEND", "module://a_notebook.that_is_not_there")
     with pytest.raises(SystemExit) as end:
         runpy.run_path(script.__file__, run_name="__main__")
     assert end.value.code == 0
@@ -502,6 +503,22 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="cp1252"))
     assert run_main("--data", tmp_path / "\u5199\u771f") == 0
     assert b"| bicubic |" in screen.getvalue()
+
+
+@pytest.mark.parametrize("error", [ImportError("no such library"), RuntimeError("another NumPy")])
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_work(leaves, tmp_path, monkeypatch, capsys, error):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name.startswith("matplotlib"):
+                raise error
+
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert run_main("--data", leaves, "--plot", tmp_path / "plot.png") == 2
+    printed = capsys.readouterr()
+    assert str(error) in printed.err
+    assert printed.out == ""
 
 
 # ---------------------------------------------------------------- refusals

@@ -1,6 +1,7 @@
 """Validation during training: its numbers against the metrics, flat images, and networks of any kind."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -102,7 +103,8 @@ class OneConvolution(nn.Module):
         return self.layer(torch.cat([noisy, context], dim=1))
 
 
-def test_any_network_is_validated(dataset):
+def test_any_network_is_validated_without_torchvision(dataset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     found = Validator(DiffusionModel(), dataset)(OneConvolution())
     assert 0 < found.score < 60
     assert all(image.shape[0] == 3 for image in found.images.values())
