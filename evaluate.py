@@ -7,11 +7,10 @@ torchrun --nproc_per_node 4 evaluate.py --data photos --scale 4 --weights_path b
 """
 
 import argparse
-import io
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,78 +18,63 @@ from typing import get_args
 
 import torch
 
-from engine.cli import with_flag
+from engine.cli import Parser, path, run_script, say, warn
 from engine.device import Precision, autocast_dtype
-from engine.options import OptionError, add_flags, from_args
+from engine.options import add_flags, from_args
 from engine.processes import Processes, started_processes
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import Method, describe_model, evaluate, model_method
 from evaluation.report import Json, Report
-from imaging.atomic import check_outputs, write_atomically, write_text_atomically
+from imaging.atomic import check_outputs, write_atomically
 from models import load_model
 from restoration import PRESETS, RestoreConfig
 from restoration.rescaled import find_weights
 
 ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
-OUTPUTS = {
-    "json": "the protocol and the rows",
-    "csv": "every image in every row",
-    "markdown": "the table, which is printed anyway",
-    "plot": "a .png: PSNR against LPIPS or, without it, HF energy",
+OUTPUTS: dict[str, tuple[str, Callable[[Report], str | bytes]]] = {
+    "json": ("the protocol and the rows", Report.to_json),
+    "csv": ("every image in every row", Report.to_csv),
+    "markdown": ("the table, which is printed anyway", Report.to_markdown),
+    "plot": ("PSNR against LPIPS or, without it, HF energy, as .png", Report.to_png),
 }
-
-
-BROKEN_PACKAGE = (ImportError, AttributeError, RuntimeError)  # what a package may raise that does not fit
-
-
-def write_output(name: str, report: Report, path: Path) -> None:
-    if name == "plot":
-        png = report.to_png()
-        write_atomically(path, lambda stream: stream.write(png))
-    else:
-        make = {"json": report.to_json, "csv": report.to_csv, "markdown": report.to_markdown}[name]
-        write_text_atomically(path, make())
+BROKEN_PACKAGE = (ImportError, AttributeError, RuntimeError)  # what an import may raise
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    shown = "(default: %(default)s)"
-    data = parser.add_argument_group("data and metrics")
-    data.add_argument("--data", required=True, help="folder of high-resolution images, subfolders left out")
-    data.add_argument("--scale", type=float, required=True, help="the enlargement, such as 4")
-    data.add_argument("--low_res", help="folder of low-resolution images of these names; else they are made")
-    data.add_argument("--limit", type=int, help="measure only the first so many images")
-    add_flags(data, EvaluationConfig, skip=["scale", "lpips"])
-    data.add_argument("--no_lpips", action="store_true", help="leave out LPIPS")
-    model = parser.add_argument_group("model")
+    parser = Parser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    group = parser.add_argument_group("data and metrics")
+    add = group.add_argument
+    add("--data", type=path, required=True, help="folder of high-resolution images, subfolders left out")
+    add("--scale", type=float, required=True, help="the enlargement, such as 4")
+    add("--low_res", type=path, help="folder of low-resolution images of these names; else they are made")
+    add("--limit", type=int, help="number of images to measure, the first by name (default: all)")
+    add_flags(group, EvaluationConfig, skip=["scale", "lpips"])
+    add("--no_lpips", action="store_true", help="leave out LPIPS")
+    add = parser.add_argument_group("model").add_argument
     weights = (
         "photo or clean, the project's own, or a .pth or .safetensors file (default: those of infer.py if a "
         "flag of restoring is given, else bicubic alone)"
     )
-    model.add_argument("--weights", "--weights_path", dest="weights_path", help=weights)
-    model.add_argument("--device", default="auto", help=f"auto, cuda, mps or cpu {shown}")
-    precision = f"auto is bf16 where the device has it natively {shown}"
-    model.add_argument("--precision", choices=get_args(Precision), default="auto", help=precision)
-    _add_restoring_flags(parser)
-    output = parser.add_argument_group("output", "written at the end, each file whole or not at all")
-    for name, text in OUTPUTS.items():
-        output.add_argument(f"--{name}", metavar="FILE", help=text)
-    output.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    return parser
-
-
-def _add_restoring_flags(parser: argparse.ArgumentParser) -> None:
+    add("--weights", "--weights_path", dest="weights_path", type=path, help=weights)
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    precision = "number format: auto is bf16 where the device has it natively (default: auto)"
+    add("--precision", choices=get_args(Precision), default="auto", help=precision)
     group = parser.add_argument_group("restoring", "as infer.py does; each mode and each number has a row")
+    add = group.add_argument
     modes = "modes of infer.py (default, without --detail and --steps: all)"
-    group.add_argument("--mode", nargs="+", choices=list(PRESETS), default=[], help=modes)
+    add("--mode", nargs="+", choices=list(PRESETS), default=[], help=modes)
     detail = "numbers from 0 to 1: texture to invent, each with every number of steps"
-    group.add_argument("--detail", type=float, nargs="+", default=[], help=detail)
-    group.add_argument(
-        "--steps", type=int, nargs="+", default=[], help="sampling steps, instead of the mode's"
-    )
-    samples = "samples to average (default: 1)"
-    group.add_argument("--num_images", type=int, nargs="+", default=[1], help=samples)
+    add("--detail", type=float, nargs="+", default=[], help=detail)
+    add("--steps", type=int, nargs="+", default=[], help="sampling steps, instead of the mode's")
+    add("--num_images", type=int, nargs="+", default=[1], help="samples to average (default: 1)")
     add_flags(group, RestoreConfig, skip=[*ROWS, "seed", "guidance"])  # there are no tokens to guide by
+    add = parser.add_argument_group(
+        "output", "written at the end, each file whole or not at all"
+    ).add_argument
+    for name, (text, _) in OUTPUTS.items():
+        add(f"--{name}", metavar="FILE", type=path, help=text)
+    add("--overwrite", action="store_true", help="replace outputs that exist")
+    return parser
 
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
@@ -108,22 +92,17 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     return [replace(row, num_images=n) for row in rows for n in args.num_images]
 
 
-def check_plot(path: Path) -> None:
-    """Raise ValueError where no plot can be drawn."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--plot is {path}; give a name that ends in .png")
-    os.environ["MPLBACKEND"] = "agg"  # matplotlib does not import with a backend that is not there
-    try:
-        import matplotlib.figure  # noqa: F401
-    except BROKEN_PACKAGE as error:
-        raise ValueError(f"--plot needs matplotlib ({error}): mend it, or draw from --csv") from error
-
-
 def planned_outputs(args: argparse.Namespace, images: ImageSet) -> dict[str, Path]:
-    """ValueError for what cannot be written, before the long computation."""
+    """The files to write by their flags; ValueError, before the work, for what cannot be written or drawn."""
     outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
     if "plot" in outputs:
-        check_plot(outputs["plot"])
+        if outputs["plot"].suffix.lower() != ".png":
+            raise ValueError(f"--plot is {args.plot}; give a name that ends in .png")
+        os.environ["MPLBACKEND"] = "agg"  # matplotlib does not import with a backend that is not there
+        try:
+            import matplotlib.figure  # noqa: F401
+        except BROKEN_PACKAGE as error:
+            raise ValueError(f"--plot needs matplotlib ({error}): mend it, or draw from --csv") from error
     named = [Path(name) for name in (args.weights_path, args.lpips_weights) if name is not None]
     inputs = [*images.paths, *(images.low_res_paths or []), *named]
     check_outputs(outputs.values(), inputs=inputs, overwrite=args.overwrite)
@@ -149,53 +128,43 @@ def open_model(
     return methods, {"models": described, "restoring": common}
 
 
+def write_output(name: str, report: Report, file: Path) -> None:
+    content = OUTPUTS[name][1](report)
+    encoded = content if isinstance(content, bytes) else content.encode()
+    write_atomically(file, lambda stream: stream.write(encoded))
+
+
 def run(args: argparse.Namespace, processes: Processes) -> int:
     """Measure with all processes, then write and print; returns the exit status."""
-    for name, value in vars(args).items():
-        if value == "":
-            raise ValueError(f"--{name} is empty; give a path")
     config = from_args(EvaluationConfig, args, lpips=not args.no_lpips)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
-    device = processes.device
     images = ImageSet(args.data, config, args.low_res, args.limit)
     outputs = planned_outputs(args, images)
-    methods, facts = open_model(args, config.scale, device)
-    report = evaluate(
-        images, config, methods, device=device, facts=facts, progress=processes.is_main, processes=processes
-    )
-    if not processes.is_main:
-        return 1 if report.failures else 0
-    errors = []
-    for name, path in outputs.items():  # before printing, which fails if nobody reads
-        try:
-            write_output(name, report, path)
-        except (OSError, ValueError, *BROKEN_PACKAGE) as error:
-            errors.append(f"{path} was not written: {error}")
-    print(report.to_markdown(), end="", flush=True)
-    errors += [f"left out: {failure}" for failure in report.failures]
+    methods, facts = open_model(args, config.scale, processes.device)
+    report = evaluate(images, config, methods, processes, facts=facts, progress=processes.is_main)
+    errors = [f"left out: {failure}" for failure in report.failures]
     if report.failures:
         errors.append(f"{len(report.failures)} of {len(images)} images were left out")
-    for message in errors:
-        print(f"evaluate.py: error: {message}", file=sys.stderr)
+    if processes.is_main:
+        for name, file in outputs.items():
+            try:
+                write_output(name, report, file)
+            except (OSError, ValueError, *BROKEN_PACKAGE) as error:
+                errors.append(f"{file} was not written: {error}")
+        say(report.to_markdown().rstrip())
+        for message in errors:
+            warn("evaluate.py", f"error: {message}")
     return 1 if errors else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot print a file's name
-    try:
+    def work() -> int:
+        args = build_parser().parse_args(argv)
         with started_processes(args.device, timedelta(days=7)) as processes:
             return run(args, processes)
-    except (ValueError, OSError) as error:
-        flags = [EvaluationConfig, RestoreConfig]
-        message = with_flag(error, flags) if isinstance(error, OptionError) else str(error)
-        print(f"evaluate.py: error: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted; files are written only at the end", file=sys.stderr)
-        return 130
+
+    options = [EvaluationConfig, RestoreConfig]
+    return run_script("evaluate.py", work, options, stopped="files are written only at the end")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 
 from bench.tables import table
 from engine.device import select_device
+from engine.processes import Processes
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import evaluate, model_method
 from evaluation.metrics import BY_NAME
@@ -70,7 +71,7 @@ def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
         models = [load_model(path, device=device) for path in find_weights(kind, case.scale)]
         for mode in modes:
             methods[f"{kind}, {mode}"] = model_method(models, (MODES | CONSISTENT)[mode], case.scale, device)
-    report = evaluate(images, config, list(methods.values()), device=device, progress=True)
+    report = evaluate(images, config, list(methods.values()), Processes(device), progress=True)
     headings = ["method", *(metric.heading for metric in METRICS)]
     rows = [
         [label, *(metric.print(row[metric.name]) for metric in METRICS)]

@@ -95,11 +95,10 @@ def evaluate(
     images: ImageSet,
     config: EvaluationConfig,
     methods: Sequence[Method] = (),
+    processes: Processes | None = None,
     *,
-    device: torch.device = CPU,
     facts: Mapping[str, Json] | None = None,
     progress: bool = False,
-    processes: Processes | None = None,
 ) -> Report:
     """Measure bicubic and other methods, one image in memory at a time.
 
@@ -107,12 +106,12 @@ def evaluate(
 
     Args:
         methods: see model_method; for your own restorer, Method("mine", restore).
-        device: where LPIPS is computed.
+        processes: they share the images, all get the report, and LPIPS is computed on their device.
         facts: more for the protocol, such as which model it was.
-        processes: all of them get the report.
     """
-    comparison = _with_lpips(config, device)
-    methods, processes = (bicubic_method(config), *methods), processes or Processes(device)
+    processes = processes or Processes(CPU)
+    comparison = _with_lpips(config, processes.device)
+    methods = (bicubic_method(config), *methods)
     part = dict(_measure_part(methods, images, comparison, progress, processes))
     everything = {number: found for one in processes.gather(part) for number, found in one.items()}
     ordered = [everything[number] for number in sorted(everything)]

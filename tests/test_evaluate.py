@@ -318,7 +318,7 @@ def test_a_process_reads_its_images_alone_and_measures_what_one_process_would(le
     chosen, read, decode = config(), [], ImageSet.read
     whole = measured(leaves)
     monkeypatch.setattr(ImageSet, "read", lambda self, path: (read.append(path.name), decode(self, path))[1])
-    part = evaluate(ImageSet(leaves, chosen), chosen, processes=SecondOfTwo(CPU, 1, 2))
+    part = evaluate(ImageSet(leaves, chosen), chosen, (), SecondOfTwo(CPU, 1, 2))
     assert read == ["1.png"]
     assert [score["psnr"] for score in part.scores] == [whole.scores[1]["psnr"]]
 
@@ -465,14 +465,14 @@ def test_an_image_that_runs_out_of_memory_is_left_out_of_every_row(leaves, monke
 
 @pytest.mark.slow
 def test_an_output_that_cannot_be_written_loses_no_other(leaves, tmp_path, monkeypatch, capsys):
-    write = script.write_text_atomically
+    write = script.write_atomically
 
-    def full(path, text):
+    def full(path, content):
         if path.suffix == ".json":
             raise OSError(28, "No space left on device")
-        write(path, text)
+        write(path, content)
 
-    monkeypatch.setattr(script, "write_text_atomically", full)
+    monkeypatch.setattr(script, "write_atomically", full)
     flags = ["--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv", "--markdown", tmp_path / "a.md"]
     assert run_main("--data", leaves, *flags, "--plot", tmp_path / "a.png") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.md", "a.png"]
