@@ -40,7 +40,7 @@ def resize(
     border: Border = "mirror",
     rounding: Rounding = "none",
 ) -> Tensor:
-    """(..., H, W) of floats, uint8 or uint16, resized; differentiable for floats. ValueError for all else.
+    """Resize (..., H, W) of floats, uint8 or uint16; differentiable for floats. ValueError for all else.
 
     Args:
         scale: output over input size; gives ceil(scale * size) pixels.
@@ -74,10 +74,11 @@ def upscale_image(
     border: Border = "mirror",
     rounding: Rounding = "none",
 ) -> ImageT:
-    """`resize` of a file, read as RGB uint8, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (..., H, W).
+    """Enlarge a file, read as RGB uint8, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (..., H, W).
 
-    Kind and dtype stay; alpha is resized like colour. ValueError as `resize`; UnreadableImageError: a file;
-    TypeError: what is none of these.
+    An array stays an array of its dtype, and a tensor a tensor; alpha is resized like colour. The other
+    arguments are those of `resize`. ValueError as there, UnreadableImageError for a file, TypeError for
+    anything else.
     """
     scale = None if size is not None else scale_factor
     pixels = read_rgb(image) if isinstance(image, str | Path) else image
@@ -104,7 +105,7 @@ def downscale_image(
     border: Border = "mirror",
     rounding: Rounding = "none",
 ) -> ImageT:
-    """To ceil(size / scale_factor); else as `upscale_image`.
+    """Shrink an image to ceil(size / scale_factor), as `upscale_image` enlarges it.
 
     To compare with published low-resolution files, crop to a multiple of the factor first.
     """
@@ -114,7 +115,7 @@ def downscale_image(
 
 
 def exact_scale(factor: float) -> Fraction:
-    """What a number stands for: 12/5 for 2.4, also where single precision made it 2.4000001."""
+    """Find the fraction that a number stands for: 12/5 for 2.4, and for single precision's 2.4000001."""
     nearby = Fraction(factor).limit_denominator(1000)
     return nearby if abs(nearby - Fraction(factor)) < 1e-6 * factor else Fraction(factor)
 
@@ -148,7 +149,7 @@ def _output_sizes(
 
 
 def _resize_axis(image: Tensor, axis: int, length: int, scale: float, border: Border) -> Tensor:
-    """Of the height, axis 0, or the width."""
+    """Resize the height, axis 0, or the width, axis 1, of (..., H, W)."""
     blocks = _axis_blocks(image.shape[axis - 2], length, scale, border, image.device)
     if axis == 0:
         return torch.cat([weights @ image[..., inputs, :] for inputs, weights in blocks], dim=-2)
@@ -159,7 +160,7 @@ def _resize_axis(image: Tensor, axis: int, length: int, scale: float, border: Bo
 def _axis_blocks(
     in_size: int, out_size: int, scale: float, border: Border, device: torch.device
 ) -> tuple[_Block, ...]:
-    """The weights of one direction; those of every output pixel sum to 1."""
+    """Compute the weights of one direction; those of every output pixel sum to 1."""
     stretch = min(scale, 1.0)
     reach = 2 / stretch
     center = (np.arange(out_size) + 0.5) / scale - 0.5
@@ -181,7 +182,7 @@ def _axis_blocks(
 def _dense_block(
     taps: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], device: torch.device
 ) -> _Block:
-    """Positions and weights (outputs, taps) as one matrix over the inputs they touch."""
+    """Turn positions and weights (outputs, taps) into one matrix over the inputs that they touch."""
     outputs, used = np.nonzero(weights)
     inputs = taps[outputs, used]
     start, stop = int(inputs.min()), int(inputs.max()) + 1

@@ -82,7 +82,7 @@ class Degradation(Options):
 
     @classmethod
     def of(cls, **given: Any) -> Self:  # noqa: ANN401  # any option
-        """Build a kind with the options that are given, its own for the others; OptionError."""
+        """Build a kind, with the given options instead of the kind's; OptionError names a wrong one."""
         kind = given.get("kind", "bicubic")
         if kind not in KINDS:
             raise OptionError("kind", kind, f"choose one of {', '.join(KINDS)}")
@@ -115,12 +115,12 @@ class Degradation(Options):
 
     @property
     def random(self) -> bool:
-        """Whether it draws: then it takes one image at a time, on the CPU; bicubic a batch, on any device."""
+        """True where amounts are drawn: for one image, on the CPU; bicubic takes batches on any device."""
         return self.amount > 0
 
     @property
     def margin(self) -> int:
-        """Low-resolution pixels beyond a crop that are degraded with it."""
+        """Count the low-resolution pixels beyond a crop that must be degraded with it."""
         return MARGIN if self.random else 0
 
     def __call__(self, high_res: Tensor, random: Random | None = None) -> Tensor:

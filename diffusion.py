@@ -65,25 +65,25 @@ def variance_preserving(alpha_bar: Tensor) -> Scales:
 
 
 def cosine_alpha_bar(timesteps: int) -> Tensor:
-    """(T,) float64 (Nichol & Dhariwal 2021, Eq. 17)."""
+    """(T,) float64: the cosine schedule (Nichol & Dhariwal 2021, Eq. 17)."""
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     return _capped(torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
 def _capped(f: Tensor) -> Tensor:
-    """What alpha_bar follows, (T + 1,), with betas of at most 0.999."""
+    """(T,) alpha_bar that follows f, (T + 1,), with betas of at most 0.999."""
     return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), dim=0)
 
 
 def linear_alpha_bar(timesteps: int) -> Tensor:
-    """(T,) float64; betas from 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4)."""
+    """(T,) float64: betas grow evenly from 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4)."""
     stretch = 1000 / timesteps
     betas = torch.linspace(1e-4 * stretch, 0.02 * stretch, timesteps, dtype=torch.float64)
     return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
 
 
 def sigmoid_alpha_bar(timesteps: int) -> Tensor:
-    """(T,) float64 (Jabri et al. 2022, Algorithm 2), from -3 to 3 at temperature 1."""
+    """(T,) float64: a sigmoid from -3 to 3 at temperature 1 (Jabri et al. 2022, Algorithm 2)."""
     f = torch.sigmoid(3 - 6 * torch.arange(timesteps + 1, dtype=torch.float64) / timesteps)
     return _capped((f - f[-1]) / (f[0] - f[-1]))
 
@@ -125,13 +125,13 @@ SCHEDULES: dict[str, Callable[[int], Scales]] = {
 
 
 def _v_prediction(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """v = signal_scale noise - noise_scale clean (Salimans & Ho 2022, appendix D), for a unit power."""
+    """Predict v = signal_scale noise - noise_scale clean (Salimans & Ho 2022, appendix D), at unit power."""
     power = signal.square() + noise.square()
     return signal / power, -noise / power, torch.ones_like(signal)
 
 
 def _noise(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of noise prediction (Ho et al. 2020, Eq. 14) on a network that outputs v.
+    """Predict v, and weigh its error as that of the noise is weighed (Ho et al. 2020, Eq. 14).
 
     The error of the noise is signal_scale that of v; an output of noise would have its error divided by
     signal_scale, 5e-5 at the noisiest.
@@ -154,9 +154,9 @@ MODES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
 
 @dataclass(frozen=True)
 class ProcessConfig(Options):
-    timesteps: int = option(1000, "noise levels of the diffusion process", low=1, high=100_000)
-    mode: str = option("v_prediction", "what the network predicts", flag="diffusion_mode", choices=MODES)
-    schedule: str = option("cosine", "how noise grows", choices=SCHEDULES)
+    timesteps: int = option(1000, "number of noise levels of the diffusion process", low=1, high=100_000)
+    mode: str = option("v_prediction", "quantity that is predicted", flag="diffusion_mode", choices=MODES)
+    schedule: str = option("cosine", "growth of the noise over the timesteps", choices=SCHEDULES)
 
     def scales(self) -> Scales:
         return SCHEDULES[self.schedule](self.timesteps)
@@ -167,12 +167,15 @@ class LossConfig(Options):
     retired: ClassVar = {"min_snr_gamma": None, "timestep_density": "uniform", "perceptual_weight": 0.0}
 
     token_dropout: float = option(
-        0.1, "share of samples trained without their tokens (Ho & Salimans 2022)", low=0, high=1
+        0.1, "share of samples that are trained without their tokens (Ho & Salimans 2022)", low=0, high=1
     )
 
 
 class Network(Protocol):
-    """What training and sampling need; unet.UNet is one. `residual_std` and `scale` are 0 when new."""
+    """A network as training and sampling need it, such as unet.UNet.
+
+    `residual_std` and `scale` are 0 in a new network.
+    """
 
     residual_std: Tensor  # (), of residuals in [-2, 2]
     scale: Tensor  # (), the enlargement
@@ -190,7 +193,7 @@ class Network(Protocol):
         """(B, C, h, w) -> (B, N, E), shared by all windows of an image, or None."""
 
     def encode_context(self, condition: Condition) -> tuple[object, Tensor | None]:
-        """Once per image: what `__call__` takes, and the mean (B, C, H, W) or None."""
+        """Encode once per image: the context that `__call__` takes, and the mean (B, C, H, W) or None."""
         ...
 
     def __call__(self, noisy: Tensor, t: Tensor, context: object) -> Tensor:
@@ -203,9 +206,9 @@ class Network(Protocol):
 
 
 class DiffusionModel:
-    """The forward process, the loss, and training.
+    """Diffuses clean residuals, measures the loss of a network on them, and trains it.
 
-    `process` replaces the three options of ProcessConfig before it. OptionError for unknown values.
+    `process` stands for timesteps, mode and schedule together. OptionError names a wrong value.
     """
 
     def __init__(
@@ -237,10 +240,12 @@ class DiffusionModel:
         return _at(self.c_skip, t), _at(self.c_out, t)
 
     def clean_estimate(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """(B, C, H, W): what the network's output says the clean residual is."""
         c_skip, c_out = self.coefficients(t)
         return c_skip * noisy + c_out * output
 
     def target(self, clean: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """(B, C, H, W): the output whose clean estimate is `clean`."""
         c_skip, c_out = self.coefficients(t)
         return (clean - c_skip * noisy) / c_out
 
@@ -279,9 +284,9 @@ class DiffusionModel:
                 draws = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
                 tokens = tokens * (draws >= self.objective.token_dropout)
             with torch.autocast(self.device.type, enabled=False):
-                sample = crops.sample(degradation)
-                clean = sample.residual / network.residual_std
-            context, mean = network.encode_context(Condition(sample.upscaled, sample.low_res, tokens))
+                low_res, upscaled, _, residual = crops.sample(degradation)
+                clean = residual / network.residual_std
+            context, mean = network.encode_context(Condition(upscaled, low_res, tokens))
             if mean is None:
                 return self.loss(model, clean, context, generator)
             left = clean - mean.detach().float()
@@ -304,7 +309,7 @@ class DiffusionModel:
         precision: torch.dtype | None = None,
         validate: Validate | None = None,
     ) -> tuple[RunFiles, int | None]:
-        """Train a Network on what the dataset degrades; its files, and the signal that ended it or None.
+        """Train a Network on what the dataset degrades; return its files, and the signal that ended it.
 
         Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `record` in them.
         `precision` is what the loss is autocast to. `validate` is an evaluation.validation.Validator.
@@ -331,7 +336,7 @@ class DiffusionModel:
         return run, train(state, step, CropDataset(dataset), resolved, run, processes, validate)
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
-        """The averaged weights; CheckpointError: damaged, unfit, or of another process."""
+        """Load the averaged weights; CheckpointError where they are damaged, unfit or of another process."""
         file = read_model(path)
         self._check_process(file.sections.get("process"), path)
         load_weights(model, file.weights, path)
@@ -339,21 +344,20 @@ class DiffusionModel:
             print(f"{path}: {self.mode}, {file.step} steps")  # noqa: T201  # what verbose asks for
 
     def load_checkpoint_for_resume(self, state: TrainState, checkpoint: str | Path | Checkpoint) -> None:
-        """CheckpointError, also of another optimiser."""
+        """Set the state to the checkpoint's; CheckpointError where process, network or optimiser differ."""
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = read_for_resume(checkpoint, self.device)
         self._check_process(checkpoint.content.get("process"), checkpoint.path)
         restore_state(state, checkpoint)
 
-    def _check_process(self, process: object, path: str | Path) -> None:
-        recorded = ProcessConfig.from_dict(cast(dict[str, object], process or {})).to_dict()
-        for name, own in self.process.to_dict().items():
-            if recorded[name] != own:
-                raise CheckpointError(f"{path} was trained with {name} {recorded[name]}: use it, not {own}")
+    def _check_process(self, process: Mapping[str, object] | None, path: str | Path) -> None:
+        recorded = ProcessConfig.from_dict(process or {})
+        if recorded != self.process:
+            raise CheckpointError(f"{path} was trained with {recorded}: use it, not {self.process}")
 
 
 def _at(table: Tensor, t: Tensor) -> Tensor:
-    """(T,), (B,) -> (B, 1, 1, 1)."""
+    """(T,), (B,) -> (B, 1, 1, 1): the values of a table at each image's timestep."""
     return table[t][:, None, None, None]
 
 
@@ -443,7 +447,7 @@ class ResidualGenerator:
         seed: int | None = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """As generate_images, but what is added to the upscaled image, in [-2, 2]."""
+        """(B * num_images, C, H, W) in [-2, 2]: what generate_images adds to the upscaled image."""
         steps = self.plan(num_inference_steps)
         upscaled = self._upscaled(model, low_resolution_image)
         low_res = low_resolution_image.to(upscaled)
@@ -495,7 +499,7 @@ class ResidualGenerator:
     def estimate(
         self, model: Network, noisy: Tensor, timestep: int, contexts: Contexts, base: Tensor
     ) -> Tensor:
-        """The network's clean residual (B, C, H, W) of unit variance.
+        """(B, C, H, W): the clean residual of unit variance that the network sees in a noisy one.
 
         `base` is upscaled + residual_std * mean, (B, C, H, W); base + residual is clipped to [-1, 1].
         """
@@ -526,7 +530,7 @@ class ResidualGenerator:
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
-    """Of residuals in [-2, 2] of up to `samples` crops; ValueError if 0."""
+    """Measure the root mean square of residuals, in [-2, 2], of up to `samples` crops; ValueError if 0."""
     crops = [dataset[index].residual.double() for index in range(min(samples, len(dataset)))]
     mean_square = float(torch.stack(crops).square().mean())
     if mean_square == 0:

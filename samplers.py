@@ -89,12 +89,12 @@ def sampler_steps(
 
 
 def initial_scale(scales: Scales) -> float:
-    """The factor of the standard normal noise that sampling of a process starts from."""
+    """Compute the factor of the standard normal noise that sampling of a process starts from."""
     return _preserving(scales)[1][-1]
 
 
 def _preserving(scales: Scales) -> tuple[list[float], list[float]]:
-    """alpha_bar of the variance-preserving process, and what the process is of it, a factor per timestep."""
+    """(T,), (T,): alpha_bar of the variance-preserving process, and the factors that make this one of it."""
     signal, noise = (scale.double() for scale in scales)
     variance = signal.square() + noise.square()
     alpha_bar = signal.square() / variance
@@ -137,14 +137,14 @@ def _rescaled(steps: Sequence[Step], factors: Sequence[float]) -> tuple[Step, ..
 
 
 def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
-    """round(T, T - T / n, T - 2 T / n, ...) - 1 (Lin et al. 2024, Table 2)."""
+    """List round(T, T - T / n, T - 2 T / n, ...) - 1 (Lin et al. 2024, Table 2)."""
     left = np.arange(num_inference_steps, 0, -1, dtype=np.int64) * num_train_timesteps
     rounded = (2 * left + num_inference_steps) // (2 * num_inference_steps)  # exact, halves up
     return [int(timestep) - 1 for timestep in rounded]
 
 
 def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int, detail: float = 1.0) -> list[int]:
-    """T - 1, then timesteps evenly spaced in log-SNR (Lu et al. 2022, section 4) over `sigma_range`."""
+    """List T - 1, then timesteps evenly spaced in log-SNR (Lu et al. 2022, section 4) over `sigma_range`."""
     known = np.array(alpha_bar)
     log_sigma = 0.5 * np.log((1 - known) / known)  # rises with the timestep
     highest, lowest = sigma_range(num_inference_steps)
@@ -159,7 +159,7 @@ def log_snr_timesteps(alpha_bar: Sequence[float], num_inference_steps: int, deta
 
 
 def sigma_range(num_inference_steps: int) -> tuple[float, float]:
-    """The largest and smallest noise_scale / signal_scale after T - 1: 4.8 and 0.05 for 6 steps."""
+    """Choose the largest and smallest noise_scale / signal_scale after T - 1: 4.8 and 0.05 for 6 steps."""
     # What lies beyond is crossed in one step and costs variance; what lies between needs short steps. Up to
     # 10 steps the largest level grows with their number, for LPIPS on held-out photos (recipes/ABLATIONS.md).
     # The smallest, of an x4 residual less than a grey level, stays. From 10 to 100 only the smallest falls: a
@@ -170,12 +170,12 @@ def sigma_range(num_inference_steps: int) -> tuple[float, float]:
 
 
 def _levels(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[tuple[float, float]]:
-    """signal_scale and noise_scale at each timestep, and 1 and 0 after the last."""
+    """List signal_scale and noise_scale at each timestep, and 1 and 0 after the last."""
     return [(math.sqrt(alpha_bar[t]), math.sqrt(1 - alpha_bar[t])) for t in timesteps] + [(1.0, 0.0)]
 
 
 def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float) -> list[Step]:
-    """DDIM on any falling list of timesteps (Song et al. 2021a, Eq. 12 and 16); eta = 1 is DDPM."""
+    """Plan DDIM on any falling list of timesteps (Song et al. 2021a, Eq. 12 and 16); eta = 1 is DDPM."""
     steps = []
     for timestep, (signal, noise) in zip(timesteps, _levels(alpha_bar, timesteps)[1:], strict=True):
         before = alpha_bar[timestep]
@@ -186,7 +186,7 @@ def _ddim_steps(alpha_bar: Sequence[float], timesteps: Sequence[int], eta: float
 
 
 def _multistep(alpha_bar: Sequence[float], timesteps: Sequence[int], *, corrected: bool) -> list[Step]:
-    """DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2); corrected, UniPC of order 2, B2 (Zhao et al. 2023).
+    """Plan DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2); corrected, UniPC of order 2 (Zhao et al. 2023).
 
     UniPC's predictor is the same; it corrects once the next clean estimate is known: here, in the next step.
     """
@@ -224,7 +224,7 @@ def _corrector(h: float, phi: float, ratio: float) -> tuple[float, float]:
 
 
 def _heun_steps(alpha_bar: Sequence[float], timesteps: Sequence[int]) -> list[Step]:
-    """Heun's method (Karras et al. 2022, algorithm 1), behind one DDIM step (Euler's) from T - 1."""
+    """Plan Heun's method (Karras et al. 2022, algorithm 1), behind one DDIM step (Euler's) from T - 1."""
     # The trapezoidal rule weighs both ends of a step in sigma alike, but the cosine schedule begins at sigma
     # 20000: a step from there to 10 would magnify the second slope's error by 1000.
     euler, levels = _ddim_steps(alpha_bar, timesteps, 0.0), _levels(alpha_bar, timesteps)
@@ -244,7 +244,7 @@ def noise_stream(seed: int, number: int) -> torch.Generator:
 
 
 def draw_noise(streams: Sequence[torch.Generator], channels: int, height: int, width: int) -> Tensor:
-    """Standard normal (B, C, H, W) on the CPU, each image's from its own stream."""
+    """(B, C, H, W) standard normal on the CPU, each image's from its own stream."""
     # NOISE_ROWS at a time: whoever holds only some rows of an image draws the same numbers.
     heights = [min(NOISE_ROWS, height - top) for top in range(0, height, NOISE_ROWS)]
     bands = [[torch.randn(channels, rows, width, generator=one) for one in streams] for rows in heights]

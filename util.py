@@ -137,7 +137,7 @@ Augmentation = Literal["none", "flip", "dihedral"]
 
 
 class Sample(NamedTuple):
-    """Images in [-1, 1]."""
+    """An image or a batch in [-1, 1], as the network and the loss take it."""
 
     low_res: Tensor  # (..., 3, h, w)
     upscaled: Tensor  # (..., 3, H, W), clipped to [-1, 1]
@@ -146,7 +146,7 @@ class Sample(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """A crop or a batch of crops, uint8, and tokens of their images."""
+    """A crop or a batch of crops in uint8, and the tokens of their images."""
 
     high_res: Tensor  # (..., 3, H, W)
     low_res: Tensor | None = None  # (..., 3, h, w); None where bicubic makes it of a whole batch, in `sample`
@@ -185,7 +185,7 @@ def check_crop_size(img_size: int, downscale_factor: float) -> None:
 
 
 class ImageDataset(Dataset[Sample]):
-    """A folder of photos as samples: `dataset[index]` of epoch 0, `dataset[epoch, index]` of any.
+    """Photos as samples: `dataset[index]` is of epoch 0, `dataset[epoch, index]` of any epoch.
 
     A sample depends on (seed, epoch, index) alone. `left_out` has the images that cannot be used and why;
     `failed`, which workers share, marks those that turn unreadable later: the next takes their place.
@@ -248,7 +248,7 @@ class ImageDataset(Dataset[Sample]):
         return self.crop(index).sample(self.degradation, self.upscale_function)
 
     def crop(self, index: int | tuple[int, int]) -> Crops:
-        """Cut (3, img_size, img_size); the low resolution is there where the degradation draws it."""
+        """Cut (3, img_size, img_size); a degradation that draws makes the low resolution, too."""
         epoch, position = index if isinstance(index, tuple) else (0, index)
         if not 0 <= position < len(self.paths):
             raise IndexError(f"index {position} of {len(self.paths)} images")
@@ -267,7 +267,7 @@ class ImageDataset(Dataset[Sample]):
         )
 
     def _window(self, pixels: npt.NDArray[np.uint8], random: np.random.Generator) -> Tensor:
-        """(3, H, W) at a drawn place, augmented: a crop with the margin that its degradation needs."""
+        """(3, H, W): a crop at a drawn place, augmented, with the margin that its degradation needs."""
         multiple = exact_scale(self.downscale_factor).numerator
         margin, sides = self.degradation.margin * self.downscale_factor, pixels.shape[:2]
         sizes = [self.img_size + int(min(margin, n - self.img_size)) // multiple * multiple for n in sides]
