@@ -83,36 +83,12 @@ def test_upscaling_reproduces_a_parabola_inside(scale):
     )
 
 
-@pytest.mark.parametrize("factor", [2, 3, 4])
-def test_downscaling_reproduces_a_ramp_inside(factor):
-    ramp = torch.arange(96, dtype=torch.float64)[None].expand(12, -1)
-    resized = resize(ramp, scale=1 / factor)
-    u = (torch.arange(resized.shape[-1], dtype=torch.float64) + 0.5) * factor - 0.5
-    torch.testing.assert_close(resized[0, 2:-2], u[2:-2], rtol=0, atol=1e-11)
-
-
 @pytest.mark.parametrize("border", ["mirror", "replicate"])
 def test_scale_one_changes_nothing(border):
     floats, pixels = random_image(3, 37, 53), random_image(3, 37, 53, dtype=torch.uint8)
     assert torch.equal(resize(floats, scale=1, border=border), floats)
     assert torch.equal(resize(pixels, scale=1, border=border, rounding="uint8"), pixels)
     assert resize(floats, scale=1).data_ptr() != floats.data_ptr()
-
-
-@pytest.mark.parametrize("border", ["mirror", "replicate"])
-@pytest.mark.parametrize("scale", [0.3, 0.5, 2.5])
-def test_transposed_and_flipped_images_give_transposed_and_flipped_results(scale, border):
-    image = random_image(40, 60)  # both are whole numbers of pixels at each scale
-    resized = resize(image, scale=scale, border=border)
-    torch.testing.assert_close(resize(image.T, scale=scale, border=border), resized.T)
-    flipped = resize(image.flip(0, 1), scale=scale, border=border)
-    torch.testing.assert_close(flipped, resized.flip(0, 1))
-
-
-def test_the_directions_are_separable():
-    image = random_image(24, 36)
-    both = resize(image, size=(31, 90))
-    torch.testing.assert_close(both, resize(resize(image, size=(31, 36)), size=(31, 90)))
 
 
 # Another implementation
@@ -130,29 +106,7 @@ def test_equals_torch_antialiased_bicubic_away_from_the_border(size):
     torch.testing.assert_close(ours[inside], theirs[inside], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("scale", [0.25, 0.5, 2, 4])
-def test_equals_torch_on_an_image_extended_by_mirroring(scale):
-    image = random_image(1, 3, 40, 56)
-    pad = 16
-    rows = [*range(pad - 1, -1, -1), *range(40), *range(39, 39 - pad, -1)]
-    columns = [*range(pad - 1, -1, -1), *range(56), *range(55, 55 - pad, -1)]
-    extended = image[..., rows, :][..., columns]
-    theirs = F.interpolate(extended, scale_factor=scale, mode="bicubic", antialias=True)
-    cut = int(pad * scale)
-    torch.testing.assert_close(
-        resize(image, scale=scale), theirs[..., cut:-cut, cut:-cut], rtol=0, atol=1e-13
-    )
-
-
 # Sizes, rounding, dtypes
-
-
-@pytest.mark.parametrize(
-    ("scale", "expected"),
-    [(0.25, (6, 9)), (2.5, (53, 83)), (1 / 3, (7, 11)), (1e-3, (1, 1)), (4, (84, 132)), (1.1, (24, 37))],
-)
-def test_the_output_has_ceil_of_scale_times_size_pixels(scale, expected):
-    assert resize(torch.zeros(21, 33), scale=scale).shape == expected
 
 
 def test_rounding_errors_of_the_scale_add_no_pixel():
@@ -252,28 +206,14 @@ def test_the_memory_of_the_weights_grows_with_the_length_of_a_line():
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(16, 20), (16, 20, 1), (16, 20, 3), (16, 20, 4)])
 def test_arrays_come_back_as_they_went_in(shape, dtype):
-    values = np.random.default_rng(0).random(shape)
     largest = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
-    array = (values * largest).astype(dtype)
-    for function, size in ((upscale_image, (40, 50)), (downscale_image, (7, 8))):
-        resized = function(array, 2.5)
-        assert isinstance(resized, np.ndarray)
-        assert resized.dtype == dtype
-        assert resized.shape == (*size, *shape[2:])
-        planes = np.atleast_3d(array).astype(np.float64).transpose(2, 0, 1)
-        exact = resize(torch.from_numpy(planes.copy()), size=size).numpy().transpose(1, 2, 0)
-        if function is downscale_image:  # 16 / 2.5 is not whole: the scale is 0.4 and not 7 / 16
-            exact = resize(torch.from_numpy(planes.copy()), scale=0.4).numpy().transpose(1, 2, 0)
-        if largest > 1:
-            exact = np.floor(np.clip(exact, 0, largest) + 0.5)
+    array = (np.random.default_rng(0).random(shape) * largest).astype(dtype)
+    planes = torch.from_numpy(np.atleast_3d(array).astype(np.float64).transpose(2, 0, 1).copy())
+    for resized, scale in ((upscale_image(array, 2.5), 2.5), (downscale_image(array, 2.5), 0.4)):
+        exact = resize(planes, scale=scale).numpy().transpose(1, 2, 0)
+        exact = np.floor(np.clip(exact, 0, largest) + 0.5) if largest > 1 else exact
+        assert (resized.dtype, resized.shape[2:]) == (dtype, shape[2:])
         assert np.array_equal(np.atleast_3d(resized), exact.astype(dtype))
-
-
-def test_floats_overshoot_unclamped():
-    edge = np.repeat([[0.0] * 8 + [1.0] * 8], 4, axis=0)
-    assert upscale_image(edge, 4).min() < -0.01
-    assert upscale_image(edge, 4).max() > 1.01
-    assert upscale_image(torch.from_numpy(edge), 4).max() > 1.01
 
 
 def test_awkward_arrays():
@@ -313,17 +253,6 @@ def test_tensors_come_back_as_tensors_and_size_replaces_the_factor():
 # Errors
 
 
-@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
-def test_impossible_scales_are_refused(scale):
-    for call in (
-        lambda: resize(torch.zeros(4, 4), scale=scale),
-        lambda: upscale_image(np.zeros((4, 4)), scale),
-        lambda: downscale_image(np.zeros((4, 4)), scale),
-    ):
-        with pytest.raises(ValueError, match=str(scale)):
-            call()
-
-
 @pytest.mark.parametrize(
     ("options", "value"),
     [
@@ -336,6 +265,7 @@ def test_impossible_scales_are_refused(scale):
         ({"scale": 2, "border": "zero"}, "zero"),
         ({"scale": 2, "rounding": "half"}, "half"),
         ({"scale": 2, "rounding": "uint8"}, "float32"),
+        *(({"scale": scale}, str(scale)) for scale in (0, -1, float("nan"), float("inf"))),
     ],
 )
 def test_wrong_options_are_refused(options, value):
@@ -349,25 +279,18 @@ def test_wrong_options_are_refused(options, value):
         (torch.zeros(0, 4), r"\(0, 4\)"),
         (torch.zeros(4), r"\(4,\)"),
         (torch.zeros(4, 4, dtype=torch.int64), "int64"),
-        (torch.zeros(4, 4, dtype=torch.bool), "bool"),
         (np.zeros((4, 0, 3)), "4, 0"),
         (np.zeros((4, 4, 2)), r"\(4, 4, 2\)"),
         (np.zeros((1, 3, 4, 4)), r"\(1, 3, 4, 4\)"),
-        (np.zeros((4, 4), np.int32), "int32"),
         (np.zeros((4, 4), bool), "bool"),
+        ([[0.0, 1.0]], "list"),
     ],
 )
 def test_wrong_images_are_refused(image, value):
-    with pytest.raises(ValueError, match=value):
+    with pytest.raises((ValueError, TypeError), match=value):
         upscale_image(image, 2)
 
 
-def test_rounding_each_direction_to_uint8_is_refused_for_other_ranges():
-    for image in (np.zeros((4, 4), np.uint16), np.zeros((4, 4)), torch.zeros(4, 4)):
-        with pytest.raises(ValueError, match=str(image.dtype)):
-            upscale_image(image, 2, rounding="uint8")
-
-
-def test_what_is_no_image_is_refused():
-    with pytest.raises(TypeError, match="list"):
-        upscale_image([[0.0, 1.0]], 2)
+def test_an_impossible_factor_to_shrink_by_is_refused():
+    with pytest.raises(ValueError, match="0"):
+        downscale_image(np.zeros((4, 4)), 0)

@@ -269,13 +269,6 @@ def test_the_schedules_are_those_of_diffusers(schedule):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_ddim_visits_exactly_its_own_list_at_every_step_count():
-    for count in [*range(1, 40), 333, 999, T]:
-        timesteps = [step.timestep for step in sampler_steps("ddim", COSINE, count)]
-        assert timesteps == trailing_timesteps(T, count)
-        assert len(set(timesteps)) == count
-
-
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 10, 50, 125, pytest.param(T, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("schedule", DIFFUSERS_SCHEDULES)

@@ -1,6 +1,5 @@
 """Tests of util.py: the blocks against their definitions, the dataset against hand-made folders."""
 
-import io
 import math
 
 import numpy as np
@@ -286,27 +285,6 @@ def test_a_folder_of_small_images_says_so(tmp_path):
 def test_an_impossible_crop_is_refused(photo_folder, img_size, factor):
     with pytest.raises(ValueError, match=str(factor)):
         ImageDataset(photo_folder, img_size, factor)
-
-
-def test_every_kind_of_file_becomes_a_sample(tmp_path):
-    rng = np.random.default_rng(0)
-    colour = Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8))
-    colour.convert("L").save(tmp_path / "grey.png")
-    colour.convert("P").save(tmp_path / "palette.png")
-    colour.convert("RGBA").save(tmp_path / "alpha.webp")
-    colour.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    colour.save(tmp_path / "plain.bmp")
-    deep = rng.integers(0, 65535, (40, 48), dtype=np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.tiff")
-    rotated = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    colour.save(rotated, "JPEG", exif=exif)
-    (tmp_path / "rotated.jpeg").write_bytes(rotated.getvalue())
-    dataset = ImageDataset(tmp_path, 40, 4, train=False)
-    assert len(dataset) == 7
-    for index in range(7):
-        assert dataset[index].original.shape == (3, 40, 40)
 
 
 def test_a_file_that_breaks_later_is_replaced_and_marked(tmp_path, caplog):
