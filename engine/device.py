@@ -51,8 +51,10 @@ def _has_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are faster than in float32, and safe."""
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
-        # Virtual machines that announce AMX without having it end with SIGILL.
-        return bool(has.get("avx512_bf16")) and not has.get("amx_tile")
+        # Virtual machines that announce AMX without having it end with SIGILL. ATEN_CPU_CAPABILITY may hold
+        # torch to older instructions than the CPU has, and bfloat16 is a hundred times slower with those.
+        used = torch.backends.cpu.get_cpu_capability()
+        return used.startswith("AVX512") and bool(has.get("avx512_bf16")) and not has.get("amx_tile")
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

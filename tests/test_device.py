@@ -51,16 +51,18 @@ def test_precisions():
 
 
 @pytest.mark.parametrize(
-    ("has", "expected"),
+    ("has", "used", "expected"),
     [
-        ({}, None),
-        ({"avx512_f": True, "avx512_bf16": False, "amx_tile": False}, None),
-        ({"avx512_bf16": True, "amx_tile": False}, torch.bfloat16),
-        ({"avx512_bf16": True, "amx_tile": True}, None),  # maybe announced only
+        ({}, "DEFAULT", None),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_tile": False}, "AVX512", None),
+        ({"avx512_bf16": True, "amx_tile": False}, "AVX512", torch.bfloat16),
+        ({"avx512_bf16": True, "amx_tile": False}, "AVX2", None),  # held to older instructions by a variable
+        ({"avx512_bf16": True, "amx_tile": True}, "AVX512", None),  # maybe announced only
     ],
 )
-def test_auto_on_a_cpu_is_bfloat16_where_it_is_fast_and_safe(monkeypatch, has, expected):
+def test_auto_on_a_cpu_is_bfloat16_where_it_is_fast_and_safe(monkeypatch, has, used, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
     assert autocast_dtype(torch.device("cpu"), "auto") == expected
 
 
