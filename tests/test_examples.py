@@ -1,11 +1,20 @@
-"""Tests of examples/: they run as their pages say."""
+"""Tests of examples/: they run as their pages say, and the notebook from its first cell to its last."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
+from skimage.data import astronaut
 
 from diffusion import DiffusionModel
-from examples import demo
+from examples import change_the_process, demo
 from examples.change_the_process import circle_scales, train_and_restore
+from imaging.files import read_rgb
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_a_schedule_of_one_s_own_is_known_and_keeps_the_variance():
@@ -21,27 +30,47 @@ def test_a_network_trained_with_it_for_seconds_beats_bicubic(tmp_path):
     assert (restored - original).square().mean() < 0.95 * (bicubic - original).square().mean()
 
 
-def test_help_does_not_start_the_demo(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("example", [demo, change_the_process])
+def test_help_starts_nothing(tmp_path, monkeypatch, capsys, example):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        demo.main(["--help"])
+        example.main(["--help"])
     assert "usage" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_the_demo_goes_from_drawn_images_to_a_table(tmp_path, monkeypatch, capsys):
+def test_the_demo_goes_from_a_photo_to_a_table(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "demo.args"
     recipe.write_text(
         "--img_size 32 --unet_base_dim 8 --unet_dim_mults 1 2 --predictor_blocks 1 --max_steps 3"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "RECIPE", recipe)
-    monkeypatch.setattr(demo, "TRAINING_IMAGES", 6)
-    monkeypatch.setattr(demo, "HELD_OUT_IMAGES", 1)
-    monkeypatch.setattr(demo, "IMAGE_SIZE", 64)
+    for name, value in {
+        "RECIPE": recipe,
+        "TRAINING_IMAGES": 6,
+        "HELD_OUT_IMAGES": 1,
+        "IMAGE_SIZE": 64,
+    }.items():
+        monkeypatch.setattr(demo, name, value)
     assert demo.main([]) == 0
+    compared = read_rgb(demo.OUTPUT / "astronaut_compared.png")
+    np.testing.assert_array_equal(compared[-demo.SIDE :, -demo.SIDE :], astronaut()[demo.FACE])
     printed = capsys.readouterr().out
-    assert "$ python train_diffusion.py" in printed
-    assert "bicubic" in printed
-    assert len(list((tmp_path / "demo_output" / "restored").glob("*.png"))) >= 1
+    assert printed.count("| detail") == 1
+    assert len(list((demo.OUTPUT / "restored").glob("*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch):
+    # In this process, as a kernel would import all once more. Its last cell asserts that it learnt something.
+    monkeypatch.chdir(EXAMPLES)
+    cells = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells), "commit it without outputs"
+    pyplot.switch_backend("agg")
+    names: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert len(pyplot.get_fignums()) == 2
+    pyplot.close("all")
