@@ -18,11 +18,11 @@ from typing import Any
 
 from PIL import Image
 
-from engine.checkpoint import RELEASED
 from imaging.files import Pixels, as_rgb8, decode_image
 from models import load_model
 from restoration import PRESETS, RestoreConfig, restore
-from restoration.batch import FILE_ERRORS, describe_failure
+from restoration.files import FILE_ERRORS, describe_failure
+from restoration.weights import RELEASED
 
 SIDE = 2048  # pixels of the longer side of what the slider shows; the download has them all
 KEPT = 3600  # seconds until a picture is removed, where the page stays open

@@ -28,7 +28,7 @@ from evaluation.report import Json, Report
 from imaging.atomic import check_outputs, write_atomically
 from models import load_model
 from restoration import PRESETS, RestoreConfig
-from restoration.rescaled import find_weights
+from restoration.weights import find_weights
 
 ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
 OUTPUTS: dict[str, tuple[str, Callable[[Report], str | bytes]]] = {

@@ -27,7 +27,7 @@ LEAST_ALPHA_BAR = 1e-9
 NOISE_ROWS = 64  # rows of an image whose noise is drawn together
 
 Scales = tuple[Tensor, Tensor]  # signal_scale and noise_scale, each (T,) float64
-State = TypeVar("State")  # an image being denoised: a Tensor, or a restoration.tiling.Field
+State = TypeVar("State")  # an image being denoised
 
 
 class Step(NamedTuple):

@@ -21,7 +21,7 @@ from evaluation.metrics import BY_NAME
 from imaging.atomic import write_text_atomically
 from models import load_model
 from restoration import PRESETS, RestoreConfig
-from restoration.rescaled import find_weights
+from restoration.weights import find_weights
 
 RESULTS = Path("weights/RESULTS.md")
 ABOUT = (

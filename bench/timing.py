@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation.measure import synchronize
+from engine.device import synchronize
 
 
 class Timing(NamedTuple):

@@ -29,8 +29,6 @@ FORMAT = 2
 READABLE = (1, FORMAT)  # what models can be read from; format 1 cannot be resumed
 StateDict = Mapping[str, Tensor]
 NOT_A_CHECKPOINT = "is not a checkpoint of this project"
-RELEASED = Path(__file__).parent.parent / "weights"
-KINDS = {"clean": "x", "photo": "photo_x"}  # released weights, and how their names begin
 
 
 class CheckpointError(ValueError):
@@ -138,26 +136,6 @@ def read_model(path: str | Path) -> ModelFile:
         return ModelFile(content, content["ema"], int(content["step"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
-
-
-def released_scales(kind: str = "clean") -> list[float]:
-    """Of the project's own weights."""
-    beginning = KINDS[kind]
-    return sorted(
-        float(path.stem.removeprefix(beginning)) for path in RELEASED.glob(f"{beginning}*.safetensors")
-    )
-
-
-def released_model(scale: float = 4, kind: str = "clean") -> Path:
-    """CheckpointError if there is none for the enlargement."""
-    path = RELEASED / f"{KINDS[kind]}{scale:g}.safetensors"
-    if not path.is_file():
-        there = ", ".join(f"x{known:g}" for known in released_scales(kind)) or "none"
-        raise CheckpointError(
-            f"no {kind} weights for x{scale:g} come with the project (there are: {there}); train your own "
-            "with train_diffusion.py and give their --weights_path"
-        )
-    return path
 
 
 def export_model(path: str | Path, model: ModelFile) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from engine.device import is_out_of_memory
 from engine.options import OptionError, Options, flag_of, specs
 from engine.signals import Stopped, stopping_at_signals
@@ -97,6 +99,8 @@ def run_script(
         status, message = 2, with_flag(error, options) if isinstance(error, OptionError) else one_line(error)
     except failures as error:
         status, message = 1, one_line(error)
+    except torch.AcceleratorError as error:
+        status, message = 1, f"{str(error).splitlines()[0]}; --device cpu works without it"
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -74,6 +74,12 @@ def default_workers(device: torch.device, world_size: int) -> int:
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished what it was asked to compute."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM  # of mapping a file

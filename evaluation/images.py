@@ -15,8 +15,8 @@ from bicubic import Border
 from degradation import KINDS, Degradation
 from engine.options import Options, option
 from evaluation.metrics import SSIM_WINDOW, Channel, Comparison, to_uint8
-from evaluation.pairs import find_low_resolution
 from imaging.files import decode_image, list_images, pixels_to_unit
+from imaging.pairs import find_low_resolution
 
 SMALLEST_SIDE = 32  # that LPIPS and the spectrum need
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bicubic import resize
+from engine.device import synchronize
 from engine.processes import Processes
 from evaluation.images import EvaluationConfig, ImageSet, Pair, printable
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
@@ -20,8 +21,9 @@ from evaluation.report import Json, Report, Row
 from imaging.files import pixels_to_unit, unit_to_pixels
 from models import LoadedModel
 from restoration import RestoreConfig
-from restoration.batch import FILE_ERRORS, describe_failure
-from restoration.rescaled import build_restorer
+from restoration.files import FILE_ERRORS, describe_failure
+from restoration.restorer import Restorer
+from restoration.scales import chain_to, restore_to
 
 CPU = torch.device("cpu")
 
@@ -66,13 +68,13 @@ def model_method(
 
     ValueError for what the networks cannot do.
     """
-    restorer = build_restorer(models, how, scale, device, precision)
+    chain = chain_to(scale, [Restorer(model, how, device, precision) for model in models])
     name = how.mode or ("model" if how.detail is None else f"detail {how.detail:g}")
 
     def restore(low_res: Tensor) -> Tensor:
-        return pixels_to_unit(restorer.restore(unit_to_pixels(low_res)).pixels)
+        return pixels_to_unit(restore_to(chain, unit_to_pixels(low_res)).pixels)
 
-    return Method(name, restore, how.scheduler, restorer.step_count, how.num_images, device)
+    return Method(name, restore, how.scheduler, chain.restorers[0].step_count, how.num_images, device)
 
 
 def describe_model(path: Path, model: LoadedModel, precision: torch.dtype | None = None) -> Row:
@@ -169,11 +171,6 @@ def _measure(method: Method, pair: Pair, comparison: Comparison) -> Row:
             score = metric.score(restored, truth, low_res, comparison).item()
             row[metric.name] = None if math.isnan(score) else score
     return row
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _unit(pixels: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ VALIDATION_BATCH = 8
 GRID_IMAGES, GRID_GAP = 4, 4
 LOSS_BARS = 20
 PERFECT_PSNR = 100.0  # dB; what an image counts that is restored exactly
-FAITHFUL = RestoreConfig(mode="fidelity", seed=VALIDATION_SEED, batch_size=VALIDATION_BATCH)
+FAITHFUL = RestoreConfig(mode="fidelity", seed=VALIDATION_SEED)
 SCORES = {metric.name: metric.score for metric in METRICS if metric.in_training and metric.score}
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Validator:
 
 def restore(restorer: Restorer, batch: Sample, tokens: Tensor | None) -> Tensor:
     """(B, C, H, W) in [0, 1] on the CPU; NonFiniteError."""
-    restored = restorer(to_unit_range(batch.low_res), tokens if restorer.steps else None)
+    restored = restorer(to_unit_range(batch.low_res), tokens if restorer.step_count else None)
     if not torch.isfinite(restored).all():
         raise NonFiniteError("the averaged weights are no longer finite: lower learning_rate")
     return restored

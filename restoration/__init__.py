@@ -1,8 +1,16 @@
 """Restore images of any size and kind: `restore("photo.png").save("photo_x4.png")`."""
 
-from models import LoadedModel, load_model
-from restoration.rescaled import restore
-from restoration.restorer import PRESETS, Restoration, RestoreConfig, Restorer, blend
+from pathlib import Path
+
+from torch import Tensor
+
+from engine.device import autocast_dtype, select_device
+from models import LoadedModel
+from restoration.pictures import Restorable
+from restoration.restorer import PRESETS, Restoration, RestoreConfig, Restorer
+from restoration.scales import chain_to, restore_to
+from restoration.weights import blend, find_weights, load_model
+from restoration.windows import Progress, no_progress
 
 __all__ = [
     "PRESETS",
@@ -14,3 +22,31 @@ __all__ = [
     "load_model",
     "restore",
 ]
+
+
+def restore(
+    image: Restorable,
+    model: str | Path | LoadedModel | None = None,
+    config: RestoreConfig | None = None,
+    *,
+    scale: float | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Progress = no_progress,
+    tokens: Tensor | None = None,
+) -> Restoration:
+    """Restore one picture, see Restorer.restore.
+
+    Args:
+        model: what load_model gives, or "photo", "clean" or the path of a file; None chooses by the scale.
+        scale: the enlargement, above 1 and at most 16; None is that of the model, or 4.
+        device, precision: see engine.device.
+
+    ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
+    """
+    chosen = select_device(device)
+    names = [] if isinstance(model, LoadedModel) else find_weights(model, scale)
+    models: list[LoadedModel] = [model] if isinstance(model, LoadedModel) else [*map(load_model, names)]
+    dtype, how = autocast_dtype(chosen, precision), config or RestoreConfig()
+    chain = chain_to(scale, [Restorer(one, how, chosen, dtype) for one in models])
+    return restore_to(chain, image, progress=progress, tokens=tokens)

@@ -1,4 +1,4 @@
-"""What callers hand over, (h, w), as what the network takes, and results (H, W) back."""
+"""Converts whatever holds a picture (h, w) to network input, and results (H, W) back."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 from imaging.files import DecodedImage, Pixels, decode_image, pixels_to_unit, to_model_range, unit_to_pixels
 from imaging.metadata import Metadata
 from imaging.pictures import spread_colours
-from restoration.tiling import Field
+from restoration.fields import row_bands
 
 Restorable: TypeAlias = str | Path | Pixels | Tensor | Image.Image | DecodedImage
 
@@ -24,46 +24,43 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Picture:
+    """A picture as the network takes it, and what its result has to be."""
+
     low_res: Tensor  # (3, h, w) in [-1, 1]; grey is repeated
     alpha: Pixels | None  # (h, w)
     shape: tuple[int, ...]  # (h, w), (h, w, 1) or (h, w, 3), of the pixels without alpha
     dtype: npt.DTypeLike  # of the result
     metadata: Metadata
 
-    def to_pixels(self, restored: Field) -> Pixels:
-        """(1, 3, H, W) in [0, 1]; grey is the mean of the channels."""
+    def to_pixels(self, restored: Tensor) -> Pixels:
+        """Round (1, 3, H, W) in [0, 1] to what the input had; grey is the mean of the channels."""
         colour = self.shape[2:] == (3,)
         height, width = restored.shape[-2:]
         pixels = np.empty((height, width, 3) if colour else (height, width), self.dtype)
-        for band in restored.bands():
-            values = restored.read(band)[0]  # (3, rows, W)
+        for band in row_bands(height, width):
+            values = band.cut(restored)[0]  # (3, rows, W)
             values = values if colour else values.mean(dim=0, keepdim=True)
             pixels[band.top : band.bottom] = unit_to_pixels(values, self.dtype)
         return pixels[..., None] if self.shape[2:] == (1,) else pixels
 
 
 def to_picture(image: Restorable) -> Picture:
-    """ValueError for anything else than ACCEPTED, or an unreadable file."""
+    """Convert what ACCEPTED lists; ValueError for anything else, or an unreadable file."""
     decoded = _decoded(image)
     pixels, alpha = decoded.pixels, decoded.alpha
     if alpha is not None:
         pixels = spread_colours(pixels, alpha)
     floats = isinstance(image, Tensor) and image.is_floating_point()
     dtype = np.uint8 if floats else pixels.dtype
-    return Picture(to_input(pixels_to_unit(pixels)), alpha, pixels.shape, dtype, decoded.metadata)
+    low_res = to_model_range(pixels_to_unit(pixels)).expand(3, -1, -1)
+    return Picture(low_res, alpha, pixels.shape, dtype, decoded.metadata)
 
 
-def to_input(unit: Tensor) -> Tensor:
-    """(..., 1 or 3, h, w) in [0, 1] to (..., 3, h, w) in [-1, 1]."""
-    grey = unit.shape[-3] == 1
-    return to_model_range(unit.expand(*unit.shape[:-3], 3, -1, -1) if grey else unit)
-
-
-def to_deviation(variance: Field) -> npt.NDArray[np.float32]:
-    """Variances (1, 3, H, W) to (H, W), root mean square over the channels."""
+def to_deviation(variance: Tensor) -> npt.NDArray[np.float32]:
+    """(H, W) of variances (1, 3, H, W): the root of their mean over the channels."""
     deviation = np.empty(variance.shape[-2:], np.float32)
-    for band in variance.bands():
-        deviation[band.top : band.bottom] = variance.read(band)[0].mean(dim=0).sqrt().cpu().numpy()
+    for band in row_bands(*variance.shape[-2:]):
+        deviation[band.top : band.bottom] = band.cut(variance)[0].mean(dim=0).sqrt().cpu().numpy()
     return deviation
 
 

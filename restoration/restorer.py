@@ -1,43 +1,38 @@
-"""The one way to restore: options, results, and the network at work on whole images.
+"""The one way to restore: options, results, and the network at work on whole images in windows.
 
-B images of C channels, H x W high and h x w low resolution; [-1, 1] inside, [0, 1] once restored.
+Estimates of overlapping windows are blended at every step, MultiDiffusion (Bar-Tal et al. 2023, Eq. 5) of
+clean estimates. B images of C channels, H x W high and h x w low resolution; b windows go through the network
+together. [-1, 1] inside, [0, 1] once restored.
 """
 
-import copy
+import itertools
 import logging
-import shutil
-import tempfile
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bicubic import Border
 from degradation import Degradation
-from diffusion import ResidualGenerator
-from engine.checkpoint import load_weights
+from diffusion import Contexts, ResidualGenerator
 from engine.options import OptionError, Options, option
-from imaging.files import Pixels, to_unit_range, write_image
+from imaging.files import Pixels, to_model_range, to_unit_range, write_image
 from imaging.metadata import Metadata
 from models import LoadedModel
-from restoration.denoiser import (
-    ALL_VIEWS,
-    UPRIGHT,
-    Base,
-    Progress,
-    TiledDenoiser,
-    Windows,
-    no_progress,
-)
-from restoration.pictures import Restorable, to_deviation, to_input, to_picture
-from restoration.tiling import Field, Scale, Shape, Window, bytes_on_disk, row_bands
+from restoration.fields import check_room, row_bands, zeros
+from restoration.pictures import Restorable, to_deviation, to_picture
+from restoration.tiling import Scale, Window
+from restoration.windows import WHOLE_PIXELS, Progress, Windows, no_progress
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
+from unet import Condition
 
 Preset = Literal["fidelity", "balanced", "detail"]
 logger = logging.getLogger(__name__)
@@ -56,34 +51,38 @@ class RestoreConfig(Options):
 
     mode: Preset | None = option(
         None,
-        "fidelity: the most faithful, no sampling; balanced: a sample of little invented texture; detail: a "
-        "sharp sample; without it, detail where steps or num_images ask for samples, else fidelity",
+        "preset: fidelity is the most faithful, without sampling; balanced a sample of little invented "
+        "texture; detail a sharp sample (default: detail where steps or num_images ask for samples, else "
+        "fidelity)",
     )
     detail: float | None = option(
-        None, "0 to 1: how much texture to invent, instead of the mode's", low=0, high=1
+        None, "amount of texture to invent, 0 to 1, instead of the mode's", low=0, high=1
     )
-    steps: int | None = option(None, "denoising steps, instead of the mode's; 0: the predicted mean", low=0)
-    num_images: int = option(1, "samples to average", low=1)
-    scheduler: SchedulerName = option(DEFAULT_SCHEDULER, "how to step from noise to image")
+    steps: int | None = option(
+        None, "number of denoising steps, instead of the mode's; 0 is the predicted mean", low=0
+    )
+    num_images: int = option(1, "number of samples to average", low=1)
+    scheduler: SchedulerName = option(DEFAULT_SCHEDULER, "sampler: how to step from noise to image")
     eta: float = option(0.0, "fresh noise at each step of ddim, 0 to 1")
-    seed: int = option(0, "of the noise: the same seed gives the same bytes", low=0, high=2**63 - 1)
+    seed: int = option(0, "seed of the noise: the same one gives the same bytes", low=0, high=2**63 - 1)
     tile: int | None = option(
         None,
-        "side of the windows a large image is restored in; 0: in one piece; auto: by its size",
+        "side of the windows a large image is restored in; 0 is one piece, auto goes by its size",
         low=0,
     )
     overlap: int = option(64, "pixels that neighbouring windows share", low=2)
-    batch_size: int = option(1, "windows or samples that go through the network together", low=1)
     consistency: bool = option(
-        False, "make the bicubic downscale of the result equal the input; for inputs that bicubic shrank"
+        False, "correction that makes the result shrink to the input, for inputs that bicubic shrank"
     )
-    self_ensemble: bool = option(False, "average over 8 flips and rotations, 8 times the work")
+    self_ensemble: bool = option(
+        False, "average of the predicted mean over 8 flips and rotations, 8 times its work"
+    )
     guidance: float = option(
-        1.0, "how much tokens steer: 1 as trained, 2 doubles what they change, at twice the work", low=0
+        1.0, "weight of tokens: 1 as trained, 2 doubles what they change, at twice the work", low=0
     )
 
     def steps_and_detail(self) -> tuple[int, float]:
-        """The mode's unless they were given."""
+        """Steps and detail: the mode's, where they were not given."""
         sampled = self.num_images > 1 or self.steps
         detail = PRESETS[self.mode or ("detail" if sampled else "fidelity")]
         if self.detail is not None:
@@ -105,32 +104,27 @@ class Restoration:
         write_image(path, pixels, self.alpha, metadata=self.metadata)
 
 
-def blend(clean: LoadedModel, photo: LoadedModel, strength: float) -> LoadedModel:
-    """Weights clean + strength (photo - clean) (Wang et al. 2019).
+class Sampling(NamedTuple):
+    """How a sample is made: `gain` times what the steps make of noise of this scale; 0 without steps."""
 
-    ValueError for a strength outside [0, 1], or where their networks, processes or enlargements differ.
-    """
-    if not 0 <= strength <= 1:
-        raise OptionError("strength", strength, "give a number from 0, clean, to 1, photo")
-    described = [
-        (model.network.config, model.process, model.network.scale.tolist()) for model in (clean, photo)
-    ]
-    if described[0] != described[1]:
-        raise ValueError(f"models that differ cannot be blended: {described[0]} and {described[1]}")
-    if strength == 0:
-        return clean
-    first, last = (model.network.state_dict() for model in (clean, photo))
-    weights = {name: first[name].lerp(last[name], strength) for name in first}
-    blended = copy.deepcopy(photo.network)
-    load_weights(cast(nn.Module, blended), weights, "the blend")
-    return photo._replace(network=blended)
+    steps: tuple[Step, ...]
+    initial_scale: float = 1.0
+    gain: float = 1.0
+
+
+class Inputs(NamedTuple):
+    """What all samples of an image have in common."""
+
+    low_res: Tensor  # (B, C, h, w)
+    tokens: Tensor | None  # (B, N, E), of the whole images
+    base: Tensor  # (B, C, H, W), upscaled plus the predicted mean
 
 
 class Restorer:
     """Restores images with one network, which moves to the device, and one configuration.
 
-    `precision`: dtype to autocast to, None for float32. `steps` are none where the mean is the result.
-    ValueError: an untrained network or one not for RGB, or options it cannot follow.
+    `precision` is the dtype to autocast to, None for float32. Once memory ran out, windows stay smaller.
+    ValueError: an untrained network, one not for RGB, or options that it cannot follow.
     """
 
     def __init__(
@@ -149,26 +143,44 @@ class Restorer:
             scheduler=config.scheduler,
             guidance=config.guidance,
         )
-        self.step_count, detail = config.steps_and_detail()
-        if not self.step_count and not self.network.mean_reach:
-            if config.steps == 0:
-                raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
-            self.step_count = 1
-        self.steps = self.generator.plan(self.step_count, config.eta, detail)
-        self.border = _border(model.degradation) if config.consistency else None
-        factor = float(self.network.scale)
-        self.residual_std = float(self.network.residual_std)
+        factor, self.residual_std = float(self.network.scale), float(self.network.residual_std)
         if self.residual_std <= 0 or factor <= 0:
             raise ValueError("this network was never trained: it knows no scale; give a trained checkpoint")
         if self.network.image_channels != 3:
             raise ValueError(f"this network is for {self.network.image_channels} channels: RGB needs 3")
+        if config.self_ensemble and not self.network.mean_reach:
+            raise OptionError("self_ensemble", True, "this network predicts no mean; leave it out")
         self.scale = Scale(factor)
+        self.border = _border(model.degradation) if config.consistency else None
+        self.step_count, self.sampling = self._sampling()
         multiple = self.network.window_multiple
-        self.windows = Windows(config.tile, config.overlap, config.batch_size, multiple)
+        self.windows = Windows(config.tile, config.overlap, multiple, device)
         if config.tile and (side := self.windows.rounded(config.tile)) != config.tile:
-            logger.warning(
-                "tile %d: this network needs a multiple of %d pixels, going on with %d",
-                *(config.tile, multiple, side),
+            needed = f"a multiple of {multiple} pixels, at least {2 * multiple}"
+            logger.warning("tile %d: this network needs %s; going on with %d", config.tile, needed, side)
+
+    def _sampling(self) -> tuple[int, Sampling]:
+        """The number of steps, and the steps; OptionError for what network or sampler cannot do."""
+        count, detail = self.config.steps_and_detail()
+        if not count and not self.network.mean_reach:
+            if self.config.steps == 0:
+                raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
+            count = 1
+        steps = self.generator.plan(count, self.config.eta, detail)
+        return count, Sampling(steps, self.generator.initial_scale)
+
+    def check(self, *, deviation: bool = False, tokens: bool = False) -> None:
+        """Raise OptionError for what cannot be done to any picture."""
+        config, steps = self.config, self.sampling.steps
+        if deviation and not steps:
+            raise OptionError("mode", config.mode or "fidelity", "the predicted mean has no uncertainty")
+        if deviation and config.num_images < 2:
+            raise OptionError("num_images", config.num_images, "an uncertainty map needs at least 2")
+        if tokens and not steps:
+            raise OptionError("steps", 0, "the predicted mean takes no tokens: give 1 or more, or no tokens")
+        if not tokens and config.guidance != 1:
+            raise OptionError(
+                "guidance", config.guidance, "it strengthens tokens: give some, or leave it out"
             )
 
     def restore(
@@ -186,14 +198,12 @@ class Restorer:
             deviation: measure the standard deviation over the samples.
             tokens: (N, E), of the encoder that the network was trained with.
 
-        ValueError: another image, the deviation of one sample, tokens that the network does not take.
-        OSError: no room for temporary files.
+        ValueError: another image, or what `check` refuses. OSError: no room for temporary files.
         """
-        if deviation and self.config.num_images < 2:
-            raise ValueError("an uncertainty map needs num_images of at least 2")
+        self.check(deviation=deviation, tokens=tokens is not None)
         picture = to_picture(image)
         described = None if tokens is None else tokens[None]
-        mean, variance = self._restore(picture.low_res[None], deviation, progress, described)
+        mean, variance = self._restore(picture.low_res[None], described, deviation, progress)
         return Restoration(
             picture.to_pixels(mean),
             None if picture.alpha is None else self._restore_alpha(picture.alpha),
@@ -202,147 +212,170 @@ class Restorer:
         )
 
     def __call__(self, low_res: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) or (C, h, w), C 1 or 3, and tokens (B, N, E), to H x W, float32 on the CPU.
+        """Restore (B, 3, h, w) in [0, 1], with tokens (B, N, E), to (B, 3, H, W), float32 on the CPU.
 
         Unlike `restore`, it rounds nothing; all images have the same noise.
         """
-        if low_res.ndim not in (3, 4) or low_res.shape[-3] not in (1, 3) or not low_res.numel():
-            raise ValueError(
-                f"low_res is {tuple(low_res.shape)}: expected (C, h, w) or (B, C, h, w), C 1 or 3"
-            )
-        batch = to_input(low_res if low_res.ndim == 4 else low_res[None]).float()
-        mean, _ = self._restore(batch, False, no_progress, tokens)
-        restored = mean.read(Window(0, mean.shape[2], 0, mean.shape[3])).cpu()  # (B, 3, H, W)
-        if low_res.shape[-3] == 1:
-            restored = restored.mean(dim=1, keepdim=True)
-        return restored if low_res.ndim == 4 else restored[0]
+        self.check(tokens=tokens is not None)
+        return self._restore(to_model_range(low_res), tokens)[0].cpu().clone()  # no inference tensor
 
+    @torch.inference_mode()
+    def _restore(
+        self,
+        low_res: Tensor,
+        tokens: Tensor | None = None,
+        deviation: bool = False,
+        progress: Progress = no_progress,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean and variance of the samples, (B, C, H, W) in [0, 1], of (B, C, h, w) in [-1, 1]."""
+        count, steps = self.config.num_images, self.sampling.steps
+        remembered = max((len(step.clean_weights) + 1 for step in steps), default=0)
+        size = self.scale.high_size(*low_res.shape[-2:])
+        check_room((*low_res.shape[:2], *size), 1 + remembered + (count > 1) + deviation)
+        # Without steps, the mean is all that is computed.
+        inputs = self._inputs(low_res, tokens, no_progress if steps else progress)
+
+        def make(number: int) -> Tensor:
+            return self._sample(inputs, self.sampling, number, lambda done: progress((number + done) / count))
+
+        samples = map(make, range(count if steps else 1))
+        mean, variance = mean_and_variance(samples, count, deviation, self.device)
+        if self.border is not None:
+            project(mean, to_unit_range(inputs.low_res), self.scale, self.border)
+        progress(1.0)
+        return mean, variance
+
+    @torch.inference_mode()
     def _restore_alpha(self, alpha: Pixels) -> Pixels:
         if alpha.min() == alpha.max():
             return np.full(self.scale.high_size(*alpha.shape), alpha.flat[0], alpha.dtype)
         mask = to_picture(alpha)
+        inputs = self._inputs(mask.low_res[None], None, no_progress)
         # The posterior mean: a mask has edges and no texture to invent.
         steps = self.generator.plan(0 if self.network.mean_reach else 1)
-        with torch.inference_mode():
-            mean, _ = self._average(mask.low_res[None].to(self.device), steps, 1, False, no_progress)
-        return mask.to_pixels(mean)
+        return mask.to_pixels(self._sample(inputs, self.sampling._replace(steps=steps), 0))
 
-    @torch.inference_mode()
-    def _restore(
-        self, low_res: Tensor, deviation: bool, progress: Progress, tokens: Tensor | None
-    ) -> tuple[Field, Field | None]:
-        """Mean and variance of the samples in [0, 1], of (B, C, h, w) in [-1, 1]."""
-        if tokens is None and self.config.guidance != 1:
-            raise OptionError(
-                "guidance", self.config.guidance, "it strengthens tokens: give some, or leave it out"
-            )
-        if tokens is not None and not self.steps:
-            raise OptionError("steps", 0, "the predicted mean takes no tokens: give 1 or more, or no tokens")
-        low_res, tokens = low_res.to(self.device), None if tokens is None else tokens.to(self.device)
-        count = self.config.num_images
-        mean, variance = self._average(
-            low_res, self.steps, count, deviation, lambda samples: progress(samples / count), tokens
-        )
-        if self.border is not None:
-            project(mean, to_unit_range(low_res), self.scale, self.border)
-        progress(1.0)
-        return mean, variance
+    def _inputs(self, low_res: Tensor, tokens: Tensor | None, progress: Progress) -> Inputs:
+        """Upscale images, and add the mean where the network predicts one."""
+        low_res = low_res.to(self.device)
+        with self.generator.autocast():
+            tokens = self.network.encode_tokens(low_res) if tokens is None else tokens.to(self.device)
 
-    def _average(
-        self,
-        low_res: Tensor,
-        steps: Sequence[Step],
-        count: int,
-        deviation: bool,
-        progress: Progress,
-        tokens: Tensor | None = None,
-    ) -> tuple[Field, Field | None]:
-        """Welford 1962."""
+        def predict(upscaled: Tensor) -> Tensor:
+            _, mean = self.generator.encode(self.network, Condition(upscaled, tokens=tokens))
+            return cast(Tensor, mean).float()
+
+        def work(window: Window) -> Tensor:
+            upscaled = self.scale.upscale(low_res, window).clamp(-1, 1)
+            if not self.network.mean_reach:
+                return upscaled
+            mean = self_ensembled(predict, upscaled) if self.config.self_ensemble else predict(upscaled)
+            return upscaled + self.residual_std * mean
+
+        # The predictor sees all that it reaches, from where the whole image would be padded and folded alike.
+        multiple = self.network.window_multiple
+        halo = math.ceil(self.network.mean_reach / multiple) * multiple
         shape = (*low_res.shape[:2], *self.scale.high_size(*low_res.shape[-2:]))
-        remembered = max((len(step.clean_weights) + 1 for step in steps), default=0)
-        check_room(shape, fields=remembered + 1 + deviation + (self.network.mean_reach > 0))
-        views = ALL_VIEWS if self.config.self_ensemble else UPRIGHT
-        predicted = no_progress if steps else progress  # the mean is then all that is computed
-        base = Base(self.generator, self.network, low_res, self.windows, views, tokens, predicted)
-        mean = Field(shape, self.device)
-        variance = Field(shape, self.device) if deviation else None
-        for number, (residuals, first) in enumerate(self._samples(base, steps, count, progress)):
-            for band in mean.bands():
-                restored = base.read(band)  # (B, C, rows, W)
-                if residuals is not None:
-                    own = residuals.read(band)[first : first + len(restored)]
-                    restored = restored + self.residual_std * own
-                restored = to_unit_range(restored.clamp(-1, 1))
-                before = mean.read(band)
-                after = before + (restored - before) / (number + 1)
-                mean.write(band, after)
-                if variance is not None:
-                    variance.add(band, (restored - before) * (restored - after) / (count - 1))
-        return mean, variance
+        return Inputs(low_res, tokens, self.windows.blend(shape, work, progress, halo))
 
-    def _samples(
-        self, base: Base, steps: Sequence[Step], count: int, progress: Progress
-    ) -> Iterator[tuple[Field | None, int]]:
-        """Residuals, and where the images of each sample begin; (None, 0) without steps."""
-        if not steps:
-            yield None, 0
-            return
-        images, done = len(base.low_res), 0
-        while done < count:
-            whole = len(self.windows.plan(*base.size)) == 1
-            together = min(count - done, max(1, self.windows.batch_size // images)) if whole else 1
-            residuals = self._sample(base, steps, range(done, done + together), progress)
-            yield from ((residuals, place * images) for place in range(together))
-            done += together
+    def _sample(
+        self, inputs: Inputs, sampling: Sampling, number: int, progress: Progress = no_progress
+    ) -> Tensor:
+        """Make the sample of this number, (B, C, H, W) in [0, 1]; without steps, base is overwritten."""
+        streams = [noise_stream(self.config.seed, number) for _ in inputs.base]
+        _, channels, height, width = inputs.base.shape
 
-    def _sample(self, base: Base, steps: Sequence[Step], numbers: range, progress: Progress) -> Field:
-        """Unit-variance residuals (n B, C, H, W) of the samples of those numbers."""
-        images, channels = base.low_res.shape[:2]
-        streams = [noise_stream(self.config.seed, number) for number in numbers for _ in range(images)]
-        noisy = Field((len(streams), channels, *base.size), self.device)
-
-        def reached(evaluations: float) -> None:
-            progress(numbers.start + len(numbers) * evaluations / len(steps))
-
-        def noise(band: Window) -> Tensor:  # (n B, C, rows, W); bands must be asked for from the top
+        def noise(band: Window) -> Tensor:  # (B, C, rows, W); bands must be asked for from the top
             return draw_noise(streams, channels, *band.shape).to(self.device)
 
-        def advance(step: Step, noisy: Field, cleans: Sequence[Field]) -> Field:
-            for band in noisy.bands():
+        def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
+            for band in row_bands(height, width):
                 fresh = noise(band) if step.noise_weight else None
-                estimates = [clean.read(band) for clean in cleans]
-                noisy.write(band, step.advance(noisy.read(band), estimates, fresh))
+                now, *estimates = (band.cut(one).to(self.device) for one in (noisy, *cleans))
+                band.cut(noisy).copy_(step.advance(now, estimates, fresh))
             return noisy
 
-        for band in noisy.bands():
-            noisy.write(band, self.generator.initial_scale * noise(band))
-        return deque(sample(steps, noisy, TiledDenoiser(base, reached), advance), maxlen=1).pop()
+        restored, steps = inputs.base, sampling.steps
+        if steps:
+            restored = zeros(inputs.base.shape, self.device)
+            for band in row_bands(height, width):
+                band.cut(restored).copy_(sampling.initial_scale * noise(band))
+            denoise = self._denoiser(inputs, lambda evaluations: progress(evaluations / len(steps)))
+            restored = deque(sample(steps, restored, denoise, advance), maxlen=1).pop()
+        for band in row_bands(height, width):
+            image = band.cut(inputs.base)
+            if steps:
+                image = image + self.residual_std * sampling.gain * band.cut(restored)
+            band.cut(restored).copy_(to_unit_range(image.clamp(-1, 1)))
+        return restored
+
+    def _denoiser(self, inputs: Inputs, progress: Progress) -> Callable[[Tensor, int], Tensor]:
+        """Make the function that estimates clean residuals (B, C, H, W) of noisy ones at a timestep.
+
+        `progress` is called with the number of finished evaluations.
+        """
+        finished = itertools.count()
+
+        # Encoding costs little next to the network; kept for a large image, it would fill the memory.
+        @lru_cache(maxsize=None if inputs.base.numel() <= 3 * WHOLE_PIXELS else 0)
+        def encode(window: Window) -> Contexts:
+            upscaled = self.scale.upscale(inputs.low_res, window).clamp(-1, 1)
+            return self.generator.encode(self.network, Condition(upscaled, tokens=inputs.tokens))[0]
+
+        def denoise(noisy: Tensor, timestep: int) -> Tensor:
+            def work(window: Window) -> Tensor:
+                now, base = (window.cut(one).to(self.device) for one in (noisy, inputs.base))
+                return self.generator.estimate(self.network, now, timestep, encode(window), base)
+
+            number = next(finished)
+            return self.windows.blend(noisy.shape, work, lambda part: progress(number + part))
+
+        return denoise
 
 
-def project(restored: Field, target: Tensor, scale: Scale, border: Border) -> None:
-    """Make images shrink to their inputs: back-projection (Irani & Peleg 1991)."""
+def self_ensembled(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """Average what `predict` makes of 8 flips and rotations of (..., H, W), each turned back."""
+    total = torch.zeros_like(image)
+    for mirrored, turns in itertools.product((False, True), range(4)):
+        turned = image.rot90(turns, (-2, -1))
+        made = predict(turned.flip(-1) if mirrored else turned)
+        total += (made.flip(-1) if mirrored else made).rot90(-turns, (-2, -1))
+    return total / 8
+
+
+def mean_and_variance(
+    samples: Iterator[Tensor], count: int, deviation: bool, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Average `count` samples (B, C, H, W), the first of which becomes the mean (Welford 1962)."""
+    mean = next(samples)
+    variance = zeros(mean.shape, device) if deviation else None
+    for number, one in enumerate(samples, start=2):
+        for band in row_bands(*mean.shape[-2:]):
+            before, new = (band.cut(image).to(device) for image in (mean, one))
+            after = before + (new - before) / number
+            if variance is not None:
+                added = (new - before) * (new - after) / (count - 1)
+                band.cut(variance).add_(added.to(variance.device))
+            band.cut(mean).copy_(after)
+        del one  # its memory is free before the next is made
+    return mean, variance
+
+
+def project(restored: Tensor, target: Tensor, scale: Scale, border: Border) -> None:
+    """Make images (B, C, H, W) shrink to their inputs (B, C, h, w): back-projection (Irani & Peleg 1991)."""
     for _ in range(CONSISTENCY_ROUNDS):
         error = target.clone()
         for low in row_bands(*target.shape[-2:]):
             high = scale.high_window(low, *restored.shape[-2:])
-            low.cut(error).sub_(scale.downscale(restored.read(high), high, low, border))
-        for band in restored.bands():
-            corrected = restored.read(band) + scale.upscale(error, band)
-            restored.write(band, corrected.clamp(0, 1))
-
-
-def check_room(shape: Shape, fields: int) -> None:
-    """OSError where so many fields have no room."""
-    needed, folder = fields * bytes_on_disk(shape), tempfile.gettempdir()
-    if needed and needed > (free := shutil.disk_usage(folder).free):
-        raise OSError(
-            f"{shape[3]} x {shape[2]} pixels need {needed / 1e6:.0f} MB in {folder} while they are restored, "
-            f"and {free / 1e6:.0f} MB are free: set TMPDIR to a folder with more room"
-        )
+            shrunk = scale.downscale(high.cut(restored).to(target.device), high, low, border)
+            low.cut(error).sub_(shrunk)
+        for band in row_bands(*restored.shape[-2:]):
+            corrected = band.cut(restored).to(target.device) + scale.upscale(error, band)
+            band.cut(restored).copy_(corrected.clamp(0, 1))
 
 
 def _border(degradation: Degradation) -> Border:
-    """OptionError for another degradation than bicubic."""
+    """The border that bicubic had in training; OptionError for another degradation."""
     if degradation.random:
         raise OptionError(
             "consistency",

@@ -29,9 +29,9 @@ from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.lpips import MetricUnavailableError
 from evaluation.measure import Method, evaluate, model_method
 from evaluation.metrics import METRICS, Comparison
-from evaluation.pairs import find_original
 from examples.dead_leaves import dead_leaves
 from imaging.files import read_rgb, write_image
+from imaging.pairs import find_original
 from models import load_model
 from restoration import RestoreConfig
 from tests.networks import tiny_unet
@@ -145,7 +145,7 @@ def test_bicubic_row_of_set5_and_of_its_published_low_resolution(sr_data):
     ("scale", "flags"),
     [
         (2, "--steps 3 --scheduler ddim --eta 0.5 --seed 5"),
-        (2, "--steps 2 --num_images 2 --batch_size 2"),
+        (2, "--steps 2 --num_images 2"),
         (2, "--mode fidelity --tile 32 --overlap 8 --consistency --self_ensemble"),
         (4, "--mode fidelity"),
         (8, "--weights clean --mode fidelity"),

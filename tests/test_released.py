@@ -8,7 +8,7 @@ import pytest
 
 import infer
 from bicubic import downscale_image, upscale_image
-from engine.checkpoint import CheckpointError, released_model
+from engine.checkpoint import CheckpointError
 from evaluation import metrics
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import evaluate, model_method
@@ -16,7 +16,7 @@ from examples.dead_leaves import dead_leaves
 from imaging.files import decode_image, pixels_to_unit, write_image
 from models import load_model
 from restoration import RestoreConfig, restore
-from restoration.rescaled import find_weights
+from restoration.weights import find_weights, released_model
 from unet import UNet
 
 RELEASED = [(4, "clean"), (2, "clean"), (4, "photo")]

@@ -14,7 +14,7 @@ from examples.dead_leaves import dead_leaves
 from imaging.files import DecodedImage, decode_image, write_image
 from infer import main
 from restoration import RestoreConfig, Restorer, restore
-from restoration.rescaled import AnyScale, plan_chain, restorer_to
+from restoration.scales import chain_to, check, plan_chain, restore_to
 from tests.networks import random_model
 
 CPU = torch.device("cpu")
@@ -31,9 +31,7 @@ def restorer(scale=2.0, **options):
         (4, [2, 4], (4,)),
         (1.5, [2, 4], (2,)),
         (6, [2, 4], (4, 2)),
-        (8, [2, 4], (4, 2)),
         (16, [2, 4], (4, 4)),
-        (8, [4], (4, 4)),
         (5, [3], (3, 3)),
     ],
 )
@@ -48,38 +46,36 @@ def test_a_chain_reaches_the_scale_and_no_shorter_one_of_its_models_does(scale, 
     assert all(math.prod(chain) / factor < scale for factor in set(chain))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5, 17.0, float("nan")])
-def test_a_scale_out_of_range_is_refused(scale):
-    with pytest.raises(OptionError, match=f"{scale}"):
-        plan_chain(scale, [2.0])
-
-
-def test_the_scale_of_the_model_is_the_model_itself():
-    own = restorer()
-    assert restorer_to(2.0, [own]) is own
-    assert restorer_to(None, [own]) is own
+def test_the_scale_of_the_model_is_the_model_itself_and_one_beside_it_is_not():
+    own = restorer(2.4)  # kept in single precision
+    for scale in (2.4, None):
+        assert chain_to(scale, [own]).restorers == (own,)
+        assert chain_to(scale, [own]).excess.fraction == 1
+    near = chain_to(2.4001, [own])
+    assert float(near.scale) == pytest.approx(2.4001, abs=3e-6)
+    assert len(near.restorers) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scale", "passes"), [(1.5, 1), (3.0, 2), (3.7, 2), (4.0, 2)])
 def test_a_result_is_the_repeated_models_shrunk_as_a_whole(scale, passes):
     """70 rows become more than one band."""
-    own, low_res = restorer(), torch.rand(3, 70, 9, generator=torch.Generator().manual_seed(0))
-    found = restorer_to(scale, [own])(low_res)
-    expected = low_res
+    own, low_res = restorer(), np.random.default_rng(0).integers(256, size=(70, 9, 3), dtype=np.uint8)
+    found, expected = restore_to(chain_to(scale, [own]), low_res).pixels, low_res
     for _ in range(passes):
-        expected = own(expected)
-    shrunk = resize(expected, scale=scale / 2**passes).clamp(0, 1)
-    height, width = math.ceil(round(scale * 70, 9)), math.ceil(round(scale * 9, 9))
-    assert found.shape == (3, height, width)
-    torch.testing.assert_close(found, shrunk[:, :height, :width])
+        expected = own.restore(expected).pixels
+    whole = torch.from_numpy(expected).permute(2, 0, 1)
+    shrunk = resize(whole, scale=scale / 2**passes)[:, : found.shape[0], : found.shape[1]]
+    assert found.shape == (math.ceil(round(scale * 70, 9)), math.ceil(round(scale * 9, 9)), 3)
+    assert np.array_equal(found, shrunk.permute(1, 2, 0))
 
 
 def test_pictures_keep_depth_alpha_and_grey():
-    chain, seen = restorer_to(3.0, [restorer()]), []
+    seen = []
     pixels = (dead_leaves((10, 12), np.random.default_rng(0)).astype(np.uint16) * 257)[..., 0]
     alpha = np.linspace(0, 65535, 120).reshape(10, 12).astype(np.uint16)
-    found = chain.restore(DecodedImage("x.png", pixels, alpha), progress=seen.append)
+    image = DecodedImage("x.png", pixels, alpha)
+    found = restore_to(chain_to(3.0, [restorer()]), image, progress=seen.append)
     assert found.pixels.shape == found.alpha.shape == (30, 36)
     assert found.pixels.dtype == found.alpha.dtype == np.uint16
     assert abs(found.pixels.mean() / pixels.mean() - 1) < 0.3
@@ -87,20 +83,24 @@ def test_pictures_keep_depth_alpha_and_grey():
     assert seen[-1] == pytest.approx(1)
 
 
-def test_the_deviation_is_shrunk_too_and_refused_of_two_passes():
-    sampled = restorer(steps=2, num_images=2)
-    found = restorer_to(1.5, [sampled]).restore(np.zeros((8, 8, 3), np.uint8), deviation=True)
+def test_the_deviation_is_shrunk_too():
+    chain = chain_to(1.5, [restorer(steps=2, num_images=2)])
+    found = restore_to(chain, np.zeros((8, 8, 3), np.uint8), deviation=True)
     assert found.deviation.shape == (12, 12)
     assert found.deviation.min() >= 0
-    with pytest.raises(ValueError, match="3"):
-        restorer_to(3.0, [sampled]).restore(np.zeros((8, 8, 3), np.uint8), deviation=True)
 
 
-def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="5"):
-        AnyScale([restorer(), restorer()], 5.0)
+@pytest.mark.parametrize("scale", [1.0, 0.5, 17.0, float("nan")])
+def test_a_scale_out_of_range_is_refused(scale):
+    with pytest.raises(OptionError, match=f"{scale}"):
+        plan_chain(scale, [2.0])
+
+
+def test_what_several_passes_cannot_do_is_refused_without_a_picture():
     with pytest.raises(OptionError, match="consistency"):
-        restorer_to(3.0, [restorer(consistency=True)])
+        chain_to(3.0, [restorer(consistency=True)])
+    with pytest.raises(OptionError, match=r"3\.0.*x2 and x2"):
+        check(chain_to(3.0, [restorer(steps=2, num_images=2)]), deviation=True)
 
 
 @pytest.mark.slow
@@ -110,11 +110,12 @@ def test_the_script_and_python_enlarge_by_the_released_models(tmp_path):
     write_image(tmp_path / "a.png", photo)
     flags = [str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), "--device", "cpu"]
     flags += ["--precision", "fp32"]
-    assert main([*flags, "--scale", "8"]) == 0
-    assert main([*flags, "--scale", "2.5"]) == 0
+    for scale in ("8", "2.5", "4.0001"):
+        assert main([*flags, "--scale", scale]) == 0
     largest = decode_image(tmp_path / "out" / "a_x8.png").pixels
     here = {"device": "cpu", "precision": "fp32"}
     twice = restore(restore(photo, scale=4, **here).pixels, "clean", scale=2, **here).pixels
     np.testing.assert_array_equal(largest, twice)
     assert decode_image(tmp_path / "out" / "a_x2.5.png").pixels.shape == (23, 18, 3)
+    assert decode_image(tmp_path / "out" / "a_x4.0001.png").pixels.shape == (37, 29, 3)
     assert main([*flags, "--scale", "8", "--export", str(tmp_path / "x.safetensors")]) == 2

@@ -8,6 +8,7 @@ import copy
 import errno
 import io
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,9 +31,10 @@ from imaging.files import decode_image, pixels_to_unit, to_model_range, write_im
 from imaging.metadata import Metadata
 from models import LoadedModel, export_safetensors
 from restoration import PRESETS, RestoreConfig, Restorer, blend, restore
-from restoration.denoiser import ALL_VIEWS, Base, TiledDenoiser, Windows
-from restoration.tiling import Field, Scale, Window, bytes_on_disk, plan_tiles, row_bands
-from samplers import SCHEDULERS, draw_noise, noise_stream
+from restoration.fields import bytes_on_disk, release_pages, row_bands, zeros
+from restoration.tiling import Scale, Window, plan_tiles
+from restoration.windows import Windows
+from samplers import SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, random_model
 from unet import Condition, UNet
 
@@ -128,19 +130,44 @@ def test_single_precision_does_not_change_a_scale(numerator, denominator):
 
 
 @pytest.mark.parametrize("height", [8, 50_000])
-def test_a_field_holds_what_is_written_in_memory_and_in_a_file(height):
-    field = Field((2, 3, height, 64), CPU)
+def test_large_zeros_are_a_tensor_like_any_other_in_a_file_that_leaves_nothing(height, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    field = zeros((2, 3, height, 64), CPU)
     assert (bytes_on_disk(field.shape) == 0) == (height == 8)
-    window = Window(height - 5, height - 1, 7, 60)
-    values = torch.rand(2, 3, 4, 53, generator=torch.Generator().manual_seed(0))
-    field.write(window, values)
-    field.add(window, values[1:], 1)
-    assert torch.equal(field.read(window, 0), values[:1])
-    torch.testing.assert_close(field.read(window, 1), 2 * values[1:])
-    assert not field.read(Window(0, 3, 0, 64)).any()
-    taken = field.read(window)
-    field.write(window, torch.zeros_like(values))
-    assert taken.any()
+    assert not field.any()
+    values = torch.rand(3, 4, 53, generator=torch.Generator().manual_seed(0))
+    place = Window(height - 5, height - 1, 7, 60).cut(field[1])
+    place += values
+    release_pages()
+    assert torch.equal(place, values)
+    assert field.count_nonzero() == values.count_nonzero()
+    assert not list(tmp_path.iterdir())
+
+
+def refuse(number):
+    """posix_fallocate of a file system that answers with this error."""
+
+    def fallocate(file, start, size):
+        raise OSError(number, os.strerror(number))
+
+    return fallocate
+
+
+def test_missing_room_for_a_field_is_said_before_it_is_written(monkeypatch):
+    monkeypatch.setattr("os.posix_fallocate", refuse(errno.ENOSPC))
+    monkeypatch.setattr("restoration.fields.IN_MEMORY_BYTES", 10**6)
+    with pytest.raises(OSError, match="12 MB") as caught:
+        zeros((1, 3, 1000, 1000), CPU)
+    assert caught.value.errno is None  # not the disk of the results
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_file_system_without_fallocate_gets_its_zeros_written(number, monkeypatch):
+    monkeypatch.setattr("os.posix_fallocate", refuse(number))
+    monkeypatch.setattr("restoration.fields.IN_MEMORY_BYTES", 10**6)
+    field = zeros((1, 3, 1000, 1000), CPU)
+    field += 1
+    assert field.mean() == 1
 
 
 CONFIGURATIONS = {
@@ -185,29 +212,21 @@ def test_windows_work_with_every_scheduler(scheduler, model, picture):
     assert psnr(whole, tiled) >= 45
 
 
-@pytest.mark.slow
 @given(side=st.integers(1, 300), overlap=st.integers(2, 300), multiple=st.sampled_from([4, 16, 64]))
 def test_windows_begin_at_multiples_and_are_as_large_as_was_asked(side, overlap, multiple):
-    windows = Windows(side, overlap, 1, multiple)
-    for tile in windows.plan(200, 350):
+    for tile in Windows(side, overlap, multiple, CPU).plan(200, 350):
         assert tile.window.top % multiple == tile.window.left % multiple == 0
         assert max(tile.window.shape) <= max(2 * multiple, side + multiple - 1)
 
 
-def test_a_network_says_where_windows_begin(model):
+def test_a_network_says_where_windows_begin_and_a_tile_that_none_can_have_is_said(model, caplog):
     config = model.network.config
     multiple = config.size_multiple * config.attention_window
-    assert Restorer(model, RestoreConfig(), CPU).windows.multiple == multiple
-
-
-def test_a_tile_that_no_window_can_have_is_said(model, caplog):
-    Restorer(model, RestoreConfig(tile=64), CPU)
-    assert "64" in caplog.text
-    assert "128" in caplog.text
-    caplog.clear()
     for tile in (None, 0, 128, 192):
-        Restorer(model, RestoreConfig(tile=tile), CPU)
+        assert Restorer(model, RestoreConfig(tile=tile), CPU).windows.multiple == multiple
     assert not caplog.text
+    Restorer(model, RestoreConfig(tile=64), CPU)
+    assert "at least 128; going on with 128" in caplog.text
 
 
 def test_a_large_image_is_cut_by_itself_and_a_small_one_is_not(model):
@@ -225,55 +244,33 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def in_one_piece(model, picture):
-    return run(picture, model, tile=0, steps=3, num_images=2).pixels
-
-
+@pytest.mark.parametrize("halo", [None, 16])
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:16])
-@pytest.mark.slow
-def test_the_work_goes_on_in_smaller_windows_when_memory_runs_out(
-    error, model, picture, in_one_piece, caplog, monkeypatch
-):
-    restorer = Restorer(model, RestoreConfig(tile=0, steps=3, batch_size=2, num_images=2), CPU)
-    largest, shapes = 200, []
-    estimate = restorer.generator.estimate
+def test_windows_get_smaller_where_memory_runs_out_and_stay_so(error, halo, caplog):
+    image, seen = torch.rand(2, 3, 384, 320), []
+    windows, limit = Windows(0, 64, 16, CPU), 230
 
-    def limited(network, noisy, timestep, context, upscaled):
-        if timestep != 999 and max(noisy.shape[-2:]) > largest:  # at first all is well
+    def work(window):
+        seen.append(max(window.shape))
+        if seen[-1] > limit:
             raise error
-        shapes.append((timestep, len(noisy), max(noisy.shape[-2:])))
-        return estimate(network, noisy, timestep, context, upscaled)
+        return window.cut(image)
 
-    monkeypatch.setattr(restorer.generator, "estimate", limited)
-    pixels = restorer.restore(picture).pixels
-    assert shapes[0] == (999, 2, 384)
-    assert all(batch == 1 and side <= largest for timestep, batch, side in shapes if timestep != 999)
-    assert restorer.windows.side == 192
+    torch.testing.assert_close(windows.blend(image.shape, work, halo=halo), image)
+    assert seen[:2] == [384, 192 + (halo or 0)]
+    assert windows.side == 192
     assert "192" in caplog.text
-    assert psnr(pixels, in_one_piece) > 45
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError, match="32"):
+        windows.blend(image.shape, work)
 
 
-def test_no_memory_even_for_the_smallest_windows_is_an_error(model, picture, monkeypatch):
-    restorer = Restorer(model, RestoreConfig(), CPU)
-
-    def fail(*_):
-        raise OUT_OF_MEMORY[0]
-
-    monkeypatch.setattr(restorer.generator, "estimate", fail)
-    with pytest.raises(torch.OutOfMemoryError, match="128"):
-        restorer.restore(picture)
-
-
-def test_another_error_of_the_network_is_not_taken_for_missing_memory(model, picture, monkeypatch):
-    restorer = Restorer(model, RestoreConfig(), CPU)
-
-    def fail(*_):
+def test_another_error_is_not_taken_for_missing_memory():
+    def fail(window):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(restorer.generator, "estimate", fail)
     with pytest.raises(RuntimeError, match="mismatch"):
-        restorer.restore(picture)
+        Windows(None, 64, 16, CPU).blend((1, 3, 64, 64), fail)
 
 
 MEASURE = """
@@ -324,14 +321,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, patch):
 
 
 @pytest.mark.slow
-def test_a_batch_does_not_change_the_result(model, patch):
-    for several in ({"num_images": 4}, {"tile": 128}):
-        alone = run(patch, model, steps=3, **several).pixels
-        together = run(patch, model, steps=3, batch_size=3, **several).pixels
-        assert psnr(alone, together) > 60
-
-
-@pytest.mark.slow
 def test_mean_and_deviation_are_those_of_the_samples(model, patch):
     restorer = Restorer(model, RestoreConfig(steps=2, num_images=3), CPU)
     result = restorer.restore(patch, deviation=True)
@@ -345,27 +334,23 @@ def test_mean_and_deviation_are_those_of_the_samples(model, patch):
         Restorer(model, RestoreConfig(), CPU).restore(patch, deviation=True)
 
 
-@pytest.mark.slow
-def test_self_ensemble_turns_with_the_image(model, patch):
-    """Estimates of a turned image and turned noise are the turned estimates."""
-    restorer = Restorer(model, RestoreConfig(), CPU)
-    low_res = to_model_range(pixels_to_unit(patch))[None]
-    noise = draw_noise([noise_stream(0, 0)], 3, 160, 160)
-    whole = Window(0, 160, 0, 160)
-
-    def estimate(low_res, noise):
-        noisy = Field((1, 3, 160, 160), CPU)
-        noisy.write(whole, noise)
-        base = Base(restorer.generator, restorer.network, low_res, restorer.windows, ALL_VIEWS)
-        return TiledDenoiser(base, lambda _: None)(noisy, 600).read(whole)
+def test_self_ensemble_turns_with_the_image(predicting, patch):
+    """The mean of a turned image is the turned mean."""
+    low_res = pixels_to_unit(patch)[None]
 
     def turn(image):
         return image.rot90(1, (2, 3)).flip(3)
 
-    with torch.inference_mode():
-        upright, turned = estimate(low_res, noise), estimate(turn(low_res), turn(noise))
-    torch.testing.assert_close(turned, turn(upright), rtol=0, atol=1e-4)
-    assert (upright - turn(upright)).abs().max() > 0.1
+    def upright_and_turned(**how):
+        restorer = Restorer(predicting, RestoreConfig(mode="fidelity", **how), CPU)
+        return restorer(low_res), turn(restorer(turn(low_res)))
+
+    upright, turned = upright_and_turned(self_ensemble=True)
+    torch.testing.assert_close(upright, turned, rtol=0, atol=1e-5)
+    alone, other = upright_and_turned()
+    assert (alone - other).abs().max() > 1e-3
+    with pytest.raises(OptionError, match="self_ensemble"):
+        Restorer(random_model(), RestoreConfig(self_ensemble=True), CPU)
 
 
 @pytest.mark.slow
@@ -408,7 +393,7 @@ def test_consistency_makes_the_downscaled_result_equal_the_input(factor, picture
 @pytest.mark.parametrize(("recorded", "other"), [("mirror", "replicate"), ("replicate", "mirror")])
 def test_consistency_shrinks_with_the_recorded_border(recorded, other, model, picture):
     loaded = model._replace(degradation=Degradation(border=recorded))
-    low_res = pixels_to_unit(picture)
+    low_res = pixels_to_unit(picture)[None]
     restored = Restorer(loaded, RestoreConfig(steps=1, consistency=True), CPU)(low_res)
     errors = [
         (resize(restored, scale=1 / 4, border=border) - low_res).abs().max() for border in (recorded, other)
@@ -443,7 +428,6 @@ def test_presets_are_overridden_by_what_is_given():
     [
         ("mode", "fast"),
         ("num_images", -1),
-        ("batch_size", 0),
         ("scheduler", "lcm"),
         ("seed", -1),
         ("tile", -5),
@@ -533,10 +517,9 @@ def test_fidelity_is_the_predicted_mean_whatever_the_noise(predicting, picture):
     _, mean = unet.encode_context(Condition(upscaled, low_res))
     expected = ((upscaled + unet.residual_std * mean).clamp(-1, 1) + 1) / 2
     found = [
-        Restorer(predicting, RestoreConfig(mode="fidelity", seed=n), CPU)(low_res[0] / 2 + 0.5)
-        for n in (0, 1)
+        Restorer(predicting, RestoreConfig(mode="fidelity", seed=n), CPU)(low_res / 2 + 0.5) for n in (0, 1)
     ]
-    torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
     assert torch.equal(*found)
     generated = ResidualGenerator().generate_images(unet, low_res, 1, 0)
     torch.testing.assert_close(generated, expected, atol=1e-6, rtol=0)
@@ -545,7 +528,7 @@ def test_fidelity_is_the_predicted_mean_whatever_the_noise(predicting, picture):
 @pytest.mark.slow
 @pytest.mark.parametrize("tile", [64, 128])
 def test_the_predicted_mean_is_exact_in_tiles(predicting, picture, tile):
-    low_res = pixels_to_unit(picture)
+    low_res = pixels_to_unit(picture)[None]
     whole = Restorer(predicting, RestoreConfig(tile=0), CPU)(low_res)
     tiled = Restorer(predicting, RestoreConfig(tile=tile), CPU)(low_res)
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
@@ -559,7 +542,7 @@ def test_samples_are_added_to_the_mean(predicting, patch, settings):
     for parameter in silent.network.out.parameters():
         parameter.zero_()
     model = silent._replace(process=replace(PROCESS, mode="clean"))
-    low_res = pixels_to_unit(patch)
+    low_res = pixels_to_unit(patch)[None]
     views = {name: value for name, value in settings.items() if name == "self_ensemble"}
     mean = Restorer(model, RestoreConfig(mode="fidelity", **views), CPU)(low_res)
     sampled = Restorer(model, RestoreConfig(steps=3, **settings), CPU)(low_res)
@@ -570,7 +553,7 @@ def test_steps_of_zero_need_a_predictor(model, predicting):
     with pytest.raises(OptionError) as caught:
         Restorer(model, RestoreConfig(steps=0), CPU)
     assert caught.value.field == "steps"
-    assert Restorer(predicting, RestoreConfig(steps=0), CPU).steps == ()
+    assert Restorer(predicting, RestoreConfig(steps=0), CPU).step_count == 0
 
 
 # ------------------------------------------------------------------------------------------- kinds of images
@@ -668,17 +651,6 @@ def test_hidden_colours_do_not_show_at_the_edge_of_what_is_seen(dtype):
     assert over_white.min() / largest > 0.98
 
 
-def test_missing_room_for_a_field_is_said_before_it_is_written(monkeypatch):
-    def full(file, start, size):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    monkeypatch.setattr("restoration.tiling.IN_MEMORY_BYTES", 10**6)
-    with pytest.raises(OSError, match="12 MB") as caught:
-        Field((1, 3, 1000, 1000), CPU)
-    assert caught.value.errno is None  # not the disk of the results
-
-
 # ------------------------------------------------------------------------------------------------- blending
 
 
@@ -686,7 +658,7 @@ def test_missing_room_for_a_field_is_said_before_it_is_written(monkeypatch):
 def test_a_blend_is_clean_at_0_photo_at_1_and_between_in_between():
     clean = random_model()
     photo = random_model(gain=2.0)._replace(degradation=Degradation("photo"))
-    low_res = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    low_res = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def restored(model):
         return Restorer(model, RestoreConfig(steps=1), torch.device("cpu"))(low_res)

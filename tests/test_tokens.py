@@ -17,7 +17,7 @@ from imaging.files import write_image
 from imaging.tokens import read_tokens
 from models import LoadedModel
 from restoration import RestoreConfig, Restorer, restore
-from restoration.rescaled import restorer_to
+from restoration.scales import chain_to, restore_to
 from samplers import SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, tiny_unet
 from training import TrainingConfig
@@ -130,10 +130,9 @@ def test_a_predicted_mean_takes_no_tokens():
 
 @pytest.mark.parametrize("scale", [1.5, 3.0])
 def test_tokens_steer_at_any_scale(scale):
-    steered = restorer_to(scale, [Restorer(described_model(), RestoreConfig(steps=1), CPU)])
+    chain = chain_to(scale, [Restorer(described_model(), RestoreConfig(steps=1), CPU)])
     pixels = (255 * LOW_RES[0]).byte()
-    assert not torch.equal(steered(LOW_RES, TOKENS), steered(LOW_RES))
-    found = [steered.restore(pixels, tokens=tokens).pixels for tokens in (TOKENS[0], None)]
+    found = [restore_to(chain, pixels, tokens=tokens).pixels for tokens in (TOKENS[0], None)]
     assert not np.array_equal(*found)
 
 

@@ -7,15 +7,16 @@ from typing import cast
 import numpy as np
 
 from bicubic import upscale_image
+from engine.cli import one_line
 from engine.device import is_out_of_memory
 from imaging.atomic import write_atomically
 from imaging.files import DecodedImage, Pixels, check_format, decode_image, read_rgb, write_image
 from imaging.metadata import Metadata
 from imaging.pictures import comparison_picture
 from imaging.tokens import read_tokens
-from restoration.denoiser import Progress
-from restoration.rescaled import AnyScale
-from restoration.restorer import Restoration, Restorer
+from restoration.restorer import Restoration
+from restoration.scales import Chain, restore_to
+from restoration.windows import Progress
 
 FILE_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # what one picture may fail with
 
@@ -44,7 +45,7 @@ class Task:
 
 def restore_file(
     task: Task,
-    restorer: Restorer | AnyScale,
+    chain: Chain,
     progress: Progress,
     *,
     strip: bool = False,
@@ -60,15 +61,24 @@ def restore_file(
         source = replace(source, metadata=Metadata())
     if background is not None and source.alpha is not None:
         source = on_background(source, background)
-    height, width = restorer.scale.high_size(*source.pixels.shape[:2])
+    height, width = chain.scale.high_size(*source.pixels.shape[:2])
     has_alpha, dtype = source.alpha is not None, source.pixels.dtype
     check_format(task.target, height, width, dtype, has_alpha=has_alpha, metadata=source.metadata)
-    truth = None if task.truth is None else read_rgb(task.truth)
+    truth = None if task.truth is None else read_original(task.truth, height, width, float(chain.scale))
     tokens = None if task.tokens is None else read_tokens(task.tokens, task.source)
     deviation = task.uncertainty is not None
-    restoration = restorer.restore(source, deviation=deviation, progress=progress, tokens=tokens)
-    write_results(task, source, restoration, float(restorer.scale), truth)
+    restoration = restore_to(chain, source, deviation=deviation, progress=progress, tokens=tokens)
+    write_results(task, source, restoration, float(chain.scale), truth)
     return f"first of {source.frames} frames" if source.frames > 1 else ""
+
+
+def read_original(path: Path, height: int, width: int, scale: float) -> Pixels:
+    """Read what a result of height x width is compared with; ValueError unless it is about as large."""
+    original = read_rgb(path)
+    if any(abs(there - here) >= scale for there, here in zip(original.shape, (height, width), strict=False)):
+        there = f"{original.shape[1]}x{original.shape[0]}"
+        raise ValueError(f"{path} is {there}, but the result {width}x{height}: give originals of that size")
+    return original
 
 
 def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
@@ -111,7 +121,3 @@ def describe_failure(error: BaseException, source: Path, target: Path) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{target}: {error.strerror}"
     return line if str(source) in line or str(target) in line else f"{source}: {line}"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,87 @@
+"""Tensors too large for memory, kept in files: zeros like any others, worked on in bands of rows."""
+
+import errno
+import math
+import mmap
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from restoration.tiling import Window
+from samplers import NOISE_ROWS
+
+IN_MEMORY_BYTES = 32 * 2**20  # a larger tensor is kept in a file
+# What fallocate answers on file systems without it, such as ZFS, NFS before 4.2 and FUSE.
+UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
+_mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+def row_bands(height: int, width: int, rows: int = NOISE_ROWS) -> Iterator[Window]:
+    """Cut an image into bands of rows, from the top; the last may have fewer.
+
+    Behind each, the memory is free again that files took.
+    """
+    for top in range(0, height, rows):
+        yield Window(top, min(top + rows, height), 0, width)
+        release_pages()
+
+
+def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Make float32 zeros on the device or, where they are large, on the CPU in a file without a name.
+
+    OSError: the folder of temporary files has no room.
+    """
+    size = bytes_on_disk(shape)
+    if not size:
+        return torch.zeros(shape, device=device)
+    with tempfile.TemporaryFile(prefix="field-") as file:
+        try:
+            _reserve(file.fileno(), size)
+        except OSError as error:
+            reason = f"{tempfile.gettempdir()} has no room for {size / 1e6:.0f} MB ({error.strerror})"
+            raise OSError(f"{reason}: set TMPDIR to a folder with more room") from error
+        mapped = mmap.mmap(file.fileno(), size)
+    _mapped.add(mapped)
+    return torch.frombuffer(mapped, dtype=torch.float32).view(shape)
+
+
+def release_pages() -> None:
+    """Let go of the memory that tensors in files take; what they hold stays in the files."""
+    for mapped in list(_mapped):
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def bytes_on_disk(shape: tuple[int, ...]) -> int:
+    """Bytes in a file that `zeros` of this shape take; 0 where they fit in memory."""
+    size = 4 * math.prod(shape)
+    return size if size > IN_MEMORY_BYTES else 0
+
+
+def check_room(shape: tuple[int, ...], count: int) -> None:
+    """OSError where the folder of temporary files has no room for so many tensors of this shape."""
+    needed, folder = count * bytes_on_disk(shape), tempfile.gettempdir()
+    if needed and needed > (free := shutil.disk_usage(folder).free):
+        raise OSError(
+            f"{shape[-1]} x {shape[-2]} pixels need {needed / 1e6:.0f} MB in {folder} while they are "
+            f"restored, and {free / 1e6:.0f} MB are free: set TMPDIR to a folder with more room"
+        )
+
+
+def _reserve(file: int, size: int) -> None:
+    # Without the room, the first write through the mapping would end the process with SIGBUS.
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        try:
+            os.posix_fallocate(file, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+    zeros = bytes(2**20)
+    for start in range(0, size, len(zeros)):
+        os.pwrite(file, zeros[: size - start], start)

@@ -1,0 +1,79 @@
+"""The project's own weights, and any other: found by name or path, loaded, blended."""
+
+import copy
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from engine.checkpoint import CheckpointError, load_weights
+from engine.options import OptionError
+from models import LoadedModel
+from models import load_model as load_file
+from restoration.scales import plan_chain
+
+RELEASED = Path(__file__).parent.parent / "weights"
+KINDS = {"clean": "x", "photo": "photo_x"}  # released weights, and how their names begin
+
+
+def released_scales(kind: str = "clean") -> list[float]:
+    """List the enlargements that the project's own weights of this kind are for."""
+    beginning = KINDS[kind]
+    return sorted(
+        float(path.stem.removeprefix(beginning)) for path in RELEASED.glob(f"{beginning}*.safetensors")
+    )
+
+
+def released_model(scale: float = 4, kind: str = "clean") -> Path:
+    """Return the file of the project's own weights; CheckpointError if there is none for the enlargement."""
+    path = RELEASED / f"{KINDS[kind]}{scale:g}.safetensors"
+    if not path.is_file():
+        there = ", ".join(f"x{known:g}" for known in released_scales(kind)) or "none"
+        raise CheckpointError(
+            f"no {kind} weights for x{scale:g} come with the project (there are: {there}); train your own "
+            "with train_diffusion.py and give their --weights_path"
+        )
+    return path
+
+
+def find_weights(name: str | Path | None = None, scale: float | None = None) -> list[Path]:
+    """List the files to enlarge by `scale` with: of "photo" or "clean", the project's own, or of a path.
+
+    Without a name they are photo, as far as its largest enlargement reaches; beyond that clean follows.
+    """
+    if name is not None and name not in KINDS:
+        return [Path(name)]
+    wanted, photo = 4.0 if scale is None else scale, released_scales("photo")
+    kind = str(name or ("photo" if wanted <= max(photo, default=0) else "clean"))
+    factors = released_scales(kind) or [4.0]  # without any, released_model says so
+    chain = list(dict.fromkeys(plan_chain(wanted, factors)))
+    kinds = [kind] * len(chain)
+    if name is None and chain[0] in photo:
+        kinds[0] = "photo"
+    return [released_model(*each) for each in zip(chain, kinds, strict=True)]
+
+
+def load_model(name: str | Path = "photo", scale: float | None = None) -> LoadedModel:
+    """Load "photo", "clean" or a file, as find_weights chooses it; CheckpointError."""
+    return load_file(find_weights(name, scale)[0])
+
+
+def blend(clean: LoadedModel, photo: LoadedModel, strength: float) -> LoadedModel:
+    """Blend weights, clean + strength (photo - clean) (Wang et al. 2019).
+
+    ValueError for a strength outside [0, 1], or where their networks, processes or enlargements differ.
+    """
+    if not 0 <= strength <= 1:
+        raise OptionError("strength", strength, "give a number from 0, clean, to 1, photo")
+    described = [
+        (model.network.config, model.process, model.network.scale.tolist()) for model in (clean, photo)
+    ]
+    if described[0] != described[1]:
+        raise ValueError(f"models that differ cannot be blended: {described[0]} and {described[1]}")
+    if strength == 0:
+        return clean
+    first, last = (model.network.state_dict() for model in (clean, photo))
+    weights = {name: first[name].lerp(last[name], strength) for name in first}
+    blended = copy.deepcopy(photo.network)
+    load_weights(cast(nn.Module, blended), weights, "the blend")
+    return photo._replace(network=blended)
