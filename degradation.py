@@ -18,7 +18,7 @@ from scipy.special import j1
 from torch import Tensor
 
 from bicubic import Border, resize
-from engine.options import OptionError, Options, option, specs
+from engine.options import OptionError, Options, option, rare_option, specs
 
 Image: TypeAlias = npt.NDArray[np.floating[Any]]  # (H, W) or (H, W, 3), blue first as in OpenCV, in [0, 1]
 Range: TypeAlias = tuple[float, ...]
@@ -34,8 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
 MARGIN = 8  # low-resolution pixels more than a crop, so that it has any place in JPEG's grid
 
 
-def share(default: float, of: str) -> Any:  # noqa: ANN401  # as option
-    return option(default, f"share of {of}", low=0, high=1)
+def share(default: float, of: str, rare: bool = True) -> Any:  # noqa: ANN401  # as option
+    return option(default, f"share of {of}", low=0, high=1, rare=rare)
 
 
 @dataclass(frozen=True)
@@ -54,31 +54,31 @@ class Degradation(Options):
     strength: float | None = option(
         None, "factor of every amount; by default light 0.25, photo 0.5, heavy 1", low=0, high=1
     )
-    clean_share: float = share(0.1, "samples that bicubic alone shrinks")
-    kernel_shares: Range = option(
+    clean_share: float = share(0.1, "samples that bicubic alone shrinks", rare=False)
+    kernel_shares: Range = rare_option(
         (0.63, 0.135, 0.135, 0.1), "shares of Gaussian, generalised Gaussian, plateau and sinc kernels", low=0
     )
     isotropic_share: float = share(0.65, "kernels that are round")
     blur_sigma: Range = option((0.2, 3.0), "deviation of the first blur", above=0)
-    second_blur_sigma: Range = option((0.2, 1.5), "deviation of the second blur", above=0)
+    second_blur_sigma: Range = rare_option((0.2, 1.5), "deviation of the second blur", above=0)
     second_blur_share: float = share(0.8, "samples that are blurred twice")
-    gaussian_shape: Range = option((0.5, 4.0), "exponents of generalised Gaussians", above=0)
-    plateau_shape: Range = option((1.0, 2.0), "exponents of plateaus", above=0)
-    sinc_size: tuple[int, ...] = option((7, 21), "sides of sinc kernels; odd ones are drawn", low=3)
-    sinc_cutoff: Range = option((0.33, 1.0), "cutoffs of sinc kernels, 1 is Nyquist", above=0, high=1)
+    gaussian_shape: Range = rare_option((0.5, 4.0), "exponents of generalised Gaussians", above=0)
+    plateau_shape: Range = rare_option((1.0, 2.0), "exponents of plateaus", above=0)
+    sinc_size: tuple[int, ...] = rare_option((7, 21), "sides of sinc kernels; odd ones are drawn", low=3)
+    sinc_cutoff: Range = rare_option((0.33, 1.0), "cutoffs of sinc kernels, 1 is Nyquist", above=0, high=1)
     final_sinc_share: float = share(0.8, "samples that end with a sinc filter")
-    first_resize: Range = option((0.15, 1.5), "factors of the first resize", above=0)
-    second_resize: Range = option((0.3, 1.2), "factors of the second, from the low resolution", above=0)
-    resize_shares: Range = option((0.2, 0.7, 0.1), "shares of first resizes up, down and by 1", low=0)
-    second_resize_shares: Range = option((0.3, 0.4, 0.3), "shares of second resizes, likewise", low=0)
+    first_resize: Range = rare_option((0.15, 1.5), "factors of the first resize", above=0)
+    second_resize: Range = rare_option((0.3, 1.2), "factors of the second, from the low resolution", above=0)
+    resize_shares: Range = rare_option((0.2, 0.7, 0.1), "shares of first resizes up, down and by 1", low=0)
+    second_resize_shares: Range = rare_option((0.3, 0.4, 0.3), "shares of second resizes, likewise", low=0)
     noise_sigma: Range = option((1.0, 30.0), "deviation of the first Gaussian noise", low=0)
     second_noise_sigma: Range = option((1.0, 25.0), "deviation of the second Gaussian noise", low=0)
-    poisson_scale: Range = option((0.05, 3.0), "factor of the first noise of 256 photons", low=0)
-    second_poisson_scale: Range = option((0.05, 2.5), "factor of the second noise of 256 photons", low=0)
+    poisson_scale: Range = rare_option((0.05, 3.0), "factor of the first noise of 256 photons", low=0)
+    second_poisson_scale: Range = rare_option((0.05, 2.5), "factor of the second noise of 256 photons", low=0)
     gaussian_share: float = share(0.5, "noise that is Gaussian, not Poisson's")
     grey_share: float = share(0.4, "noise that is the same in all channels")
     jpeg_quality: Range = option((30.0, 95.0), "quality of JPEG, both times", low=1, high=100)
-    jpeg_share: float = share(1.0, "these JPEGs that are made; without them noise stays white in colour")
+    jpeg_share: float = share(1.0, "these JPEGs that are made; without them noise stays white", rare=False)
 
     @classmethod
     def of(cls, **given: Any) -> Self:  # noqa: ANN401  # any option
@@ -125,11 +125,6 @@ class Degradation(Options):
 
     def __call__(self, high_res: Tensor, random: Random | None = None) -> Tensor:
         """(1 or 3, H, W) uint8 -> (1 or 3, h, w) uint8, h = ceil(H / scale); bicubic takes (..., C, H, W)."""
-        alone = high_res.ndim == 3 and len(high_res) in (1, 3)
-        if high_res.dtype != torch.uint8 or (self.random and not alone):
-            raise ValueError(
-                f"{tuple(high_res.shape)} of {high_res.dtype}: expected (1 or 3, H, W) of torch.uint8"
-            )
         if not self.random:
             return resize(high_res, scale=1 / self.scale, border=self.border, rounding="uint8")
         if random is None:

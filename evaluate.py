@@ -18,9 +18,9 @@ from typing import get_args
 
 import torch
 
-from engine.cli import Parser, path, run_script, say, warn
+from engine.cli import Parser, run_script, say, warn
 from engine.device import Precision, autocast_dtype
-from engine.options import add_flags, from_args
+from engine.options import add_flags, from_args, path
 from engine.processes import Processes, started_processes
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import Method, describe_model, evaluate, model_method

@@ -24,9 +24,9 @@ import torch
 from PIL import ImageColor
 from torch import nn
 
-from engine.cli import Parser, expand, path, run_script, say, warn
+from engine.cli import Parser, expand, run_script, say, warn
 from engine.device import Precision, autocast_dtype, compile_network
-from engine.options import OptionError, add_flags, from_args
+from engine.options import OptionError, add_flags, from_args, path
 from engine.processes import Processes, started_processes
 from engine.progress import progress
 from imaging.atomic import check_outputs, is_disk_error

@@ -7,6 +7,7 @@ python train_diffusion.py --weights_path checkpoints/<run>/diffusion_model_v_pre
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -16,17 +17,17 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
 
 from degradation import Degradation
 from diffusion import DiffusionModel, LossConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, load_weights, read_for_resume
-from engine.cli import Parser, run_script, say
-from engine.cost import Cost, count_cost, training_memory
-from engine.device import Precision, autocast_dtype, compile_network, tune_for_training
-from engine.options import OptionError, Options, add_flags, flag_of, option, specs
+from engine.cli import Parser, check_folder, run_script, say
+from engine.device import Precision, autocast_dtype, tune_for_training
+from engine.options import OptionError, Options, add_flags, flag_of, option, path, specs
+from engine.packages import import_optional
 from engine.processes import LostProcessError, Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
@@ -34,7 +35,8 @@ from evaluation.validation import Validator
 from imaging.cache import CachedReader
 from imaging.files import list_images
 from imaging.sizes import default_cache_dir
-from models import LoadedModel, load_model
+from models import LoadedModel
+from restoration.weights import load_model
 from training import (
     BatchPlan,
     NonFiniteError,
@@ -44,27 +46,29 @@ from training import (
     learning_rate_at,
     optimizer_for,
 )
-from unet import Condition, UNet, UNetConfig, parameter_count
+from unet import Condition, UNet, UNetConfig
 from util import Augmentation, ImageDataset
 
 logger = logging.getLogger(__name__)
-MOST_VALIDATION_IMAGES = 64
-FEWEST_STEPS = 1000  # a run of fewer learns next to nothing of photos
+MOST_HELD_OUT = 64  # images of the folder, where there is no --val_folder
+FEW_STEPS = 4000  # a run of fewer learns little of photos
+RECIPE = Path(__file__).parent / "recipes" / "x4.args"  # for folders that the defaults make so short
+LENGTHS = {"cpu": 6000}  # optimiser steps of it; as long as it is, elsewhere
 
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    image_folder: str = option("./data", "high-resolution images, searched recursively", fixed=False)
+    image_folder: str = option("./data", "folder of photos, with its subfolders", fixed=False, path=True)
     val_folder: str | None = option(
-        None, "validation images; by default part of the image folder", fixed=False
+        None, "folder to validate on, never trained on; else a part is held out", fixed=False, path=True
     )
-    val_fraction: float = option(0.05, "share to validate on, at most 64 images", above=0, high=0.9)
-    img_size: int = option(256, "side of the high-resolution training crops", low=8)
+    val_fraction: float = option(0.05, "part of the folder to hold out, at most 64 images", above=0, high=0.9)
+    img_size: int = option(256, "side of the crops, in pixels of the high resolution", low=8)
     tokens: str | None = option(
         None,
-        "folder of tokens (N, E) that describe the images, NAME.safetensors or NAME.npy; needs "
-        "--conditioning tokens and --context_dim E",
+        "folder of tokens (N, E) of the images, NAME.safetensors or NAME.npy, with --conditioning tokens",
         fixed=False,
+        path=True,
     )
     augment: Augmentation = option("flip", "flip: left-right; dihedral: all 8 flips and rotations")
     cache_gb: float = option(4.0, "disk for decoded images; 0 decodes each time", low=0, fixed=False)
@@ -74,16 +78,18 @@ class DataOptions(Options):
 class RunOptions(Options):
     retired: ClassVar = {"profile": False, "perceptual_features": None}
 
-    residual_std: float | None = option(None, "what residuals are divided by; by default measured", above=0)
-    device: str = option("auto", "auto, cuda, mps or cpu", fixed=False)
+    residual_std: float | None = option(None, "divisor of the residuals; by default measured", above=0)
+    device: str = option("auto", "device: auto, cpu, mps, cuda or one such as cuda:1", fixed=False)
     precision: Precision = option(
-        "auto", "auto is bf16 where the device has it; fp16 scales the loss, for GPUs without", fixed=False
+        "auto", "number format; auto: bf16 where the device has it; fp16: with a scaled loss", fixed=False
     )
     checkpoint_activations: bool = option(False, "less memory, a third more time", fixed=False)
-    compile: bool = option(False, "torch.compile the network: a slow start", fixed=False)
-    log_dir: str = option("./logs", "TensorBoard", fixed=False)
-    checkpoint_dir: str = option("./checkpoints", "receives a folder for each run", fixed=False)
-    init_weights: str | None = option(None, "a model whose weights a new run starts from", fixed=False)
+    compile: bool = option(False, "torch.compile of the network: a slow start", fixed=False)
+    log_dir: str = option("./logs", "folder of TensorBoard's logs", fixed=False, path=True)
+    checkpoint_dir: str = option("./checkpoints", "folder for a folder of each run", fixed=False, path=True)
+    init_weights: str | None = option(
+        None, "model to start from: clean or photo, as they come with the project, or a file", fixed=False
+    )
 
 
 class Settings(NamedTuple):
@@ -99,65 +105,63 @@ class Settings(NamedTuple):
 
 
 SECTIONS: dict[str, type[Options]] = get_type_hints(Settings)
-# What the script does otherwise than the classes, and options that have no flag of their own.
-DEFAULTS: dict[str, object] = {"accumulation_steps": 64, "predictor_blocks": 12}
-WITHOUT_FLAG = ("in_channels", "out_channels")
-PATHS = set("image_folder val_folder tokens log_dir checkpoint_dir init_weights".split())
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Recipes (@file) are expanded before: engine.recipes."""
+def build_parser(given_only: bool = True, show_rare: bool = False) -> argparse.ArgumentParser:
+    """Recipes (@file) are expanded before; `given_only`: what is not given has no value."""
     parser = Parser(
         description=(__doc__ or "").split("\n", maxsplit=1)[0],
         epilog="@FILE stands for the flags in it; flags after it win.",
+        usage="%(prog)s [@FILE ...] [--FLAG VALUE ...]",
+        argument_default=argparse.SUPPRESS if given_only else None,
     )
-    parser.add_argument("--weights_path", help="a checkpoint to resume from; needs no other flag")
+    parser.add_argument("--help-all", action="help", help="all flags, those that are rarely set, too")
+    parser.add_argument("--weights_path", type=path, help="checkpoint to resume from; needs no other flag")
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section)
-        add_flags(group, kind, skip=WITHOUT_FLAG, defaults=DEFAULTS)
+        add_flags(group, kind, given_only=given_only, show_rare=show_rare)
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[Settings, Checkpoint | None]:
+def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags that are given, also in recipes."""
+    words = expand_recipes(argv)
+    return vars(build_parser(show_rare="--help-all" in words).parse_args(words))
+
+
+def parse(argv: Sequence[str]) -> tuple[Settings, Checkpoint | None]:
+    return read_settings(parse_flags(argv))
+
+
+def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None]:
     """The options of the run, from the checkpoint it resumes where not given, and that checkpoint.
 
     ValueError names the flag of a wrong value, or of one that contradicts the checkpoint.
     """
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # only what is given has a value
-    given = vars(parser.parse_args(expand_recipes(sys.argv[1:] if argv is None else argv)))
-    for flag, value in given.items():
-        if value == "":
-            raise ValueError(f"--{flag} is empty: give a path or leave the flag out")
     checkpoint = read_for_resume(given["weights_path"]) if "weights_path" in given else None
     if checkpoint is not None and not set(SECTIONS) <= set(checkpoint.content):
         raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
-    values: dict[str, dict[str, object]] = {}
+    sections: dict[str, Options] = {}
     for section, kind in SECTIONS.items():
         own = {name: given[flag_of(kind, name)] for name in specs(kind) if flag_of(kind, name) in given}
         if checkpoint is None:
-            defaults = {name: DEFAULTS[name] for name in DEFAULTS.keys() & specs(kind).keys()}
-            former = kind.of(**{**defaults, **own}).to_dict()
+            defaults = {name: spec.of_flag() for name, spec in specs(kind).items() if spec.differs()}
+            sections[section] = kind.of(**{**defaults, **own})
         else:
-            former = checkpoint.content[section]
-            _check_fixed(kind, former, own, checkpoint.path)
-        values[section] = {**former, **own}
-        for path in PATHS & values[section].keys():
-            if (value := values[section][path]) is not None:
-                values[section][path] = os.path.abspath(str(value))  # to resume from another folder
-    if checkpoint is not None:
-        values["run"]["init_weights"] = None
-        if "epochs" in given and "max_steps" not in given:
-            values["training"]["max_steps"] = None
-    sections = {section: kind.from_dict(values[section]) for section, kind in SECTIONS.items()}
+            former = dict(checkpoint.content[section])
+            check_fixed(kind, former, own, checkpoint.path)
+            if "epochs" in own:
+                former["max_steps"] = None
+            if section == "run":
+                former["init_weights"] = None
+            sections[section] = kind.from_dict({**former, **own})
     return Settings(**sections), checkpoint  # type: ignore[arg-type]  # each of its own class
 
 
-def _check_fixed(
+def check_fixed(
     kind: type[Options], recorded: Mapping[str, object], given: Mapping[str, object], path: Path
 ) -> None:
-    """Of a resumed run, fixed options may only be repeated."""
+    """ValueError for an option that a resumed run must keep and that is given otherwise."""
     former = {**kind().to_dict(), **recorded}
     for name, value in given.items():
         if specs(kind)[name].fixed and value not in (former[name], "auto"):
@@ -167,63 +171,109 @@ def _check_fixed(
             )
 
 
+def flags_for_few_images(given: Mapping[str, Any], settings: Settings, processes: Processes) -> list[str]:
+    """The recipe, where the defaults make a run too short to learn and nobody has chosen its length."""
+    if given.keys() & {"weights_path", "epochs", "max_steps", "accumulation_steps"}:
+        return []
+    images = len(list_images(settings.data.image_folder))
+    steps = settings.training.resolved(max(1, images), processes.world_size).max_steps
+    if steps >= FEW_STEPS:
+        return []
+    flags = expand_recipes([f"@{RECIPE}"])
+    length = LENGTHS.get(processes.device.type)
+    flags += [] if length is None else ["--max_steps", str(length)]
+    if processes.is_main:
+        say(
+            f"{images} images would be {steps} steps, too few to learn from; so, unless you say otherwise: "
+            f"{' '.join(flags)} (--epochs, --max_steps or --accumulation_steps leave all to you)"
+        )
+    return flags
+
+
+def keep_global_batch(settings: Settings, checkpoint: Checkpoint, processes: Processes) -> Settings:
+    """Accumulate more or less where a run goes on in another number of processes; ValueError: it cannot."""
+    former, now = checkpoint.content.get("world_size", processes.world_size), processes.world_size
+    if former == now:
+        return settings
+    training = settings.training
+    passes = former * training.accumulation_steps
+    if passes % now:
+        raise ValueError(
+            f"{checkpoint.path} was trained by {former} processes of {training.accumulation_steps} forward "
+            f"passes a step: {now} processes cannot share {passes}; start a number that divides it"
+        )
+    if processes.is_main:
+        say(f"{now} processes instead of {former}: {passes // now} forward passes each, the same step")
+    return settings._replace(training=replace(training, accumulation_steps=passes // now))
+
+
 def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple[ImageDataset, ImageDataset]:
     """For training and validation, without a common file.
 
     `held_out` names, below the image folder, what a resumed run validates on; None chooses.
     """
-    data, seed = settings.data, settings.training.seed
+    data = settings.data
     if data.tokens is not None and (kind := settings.network.conditioning) != "tokens":
         raise OptionError("conditioning", kind, "choose tokens where there are --tokens")
-    reader = CachedReader(round(data.cache_gb * 2**30))
-
-    def dataset(paths: Sequence[Path], train: bool) -> ImageDataset:
-        return ImageDataset(
-            paths,
-            data.img_size,
-            train=train,
-            augment=data.augment,
-            seed=seed,
-            reader=reader,
-            cache_dir=default_cache_dir(),
-            degradation=settings.degradation,
-            tokens=data.tokens,
-        )
-
-    root = Path(data.image_folder)
+    dataset = functools.partial(
+        ImageDataset,
+        img_size=data.img_size,
+        augment=data.augment,
+        seed=settings.training.seed,
+        reader=CachedReader(round(data.cache_gb * 2**30)),
+        cache_dir=default_cache_dir(),
+        degradation=settings.degradation,
+        tokens=data.tokens,
+    )
+    everything = dataset(list_images(data.image_folder))
     if data.val_folder is not None:
-        validation = dataset(list_images(data.val_folder)[:MOST_VALIDATION_IMAGES], False)
-        return dataset(_without(list_images(root), validation.paths), True), validation
-    everything = dataset(list_images(root), True)
-    if len(everything) == 1:
+        chosen = list_images(data.val_folder)
+    elif len(everything) == 1:
         logger.warning("only one image: it is validated on, too; give more images or --val_folder")
-        return everything, dataset(everything.paths, False)
-    names = {path: path.relative_to(root).as_posix() for path in everything.paths}
-    if held_out is None:
-        held_out = choose_held_out(list(names.values()), data.val_fraction, seed)
-    training = dataset([path for path in everything.paths if names[path] not in held_out], True)
+        return everything, dataset(everything.paths, train=False)
+    else:
+        chosen = choose_held_out(everything.paths, settings, held_out)
+    apart = {path.resolve() for path in chosen}
+    rest = [path for path in everything.paths if path.resolve() not in apart]
+    if not rest:
+        raise ValueError(
+            f"--val_folder {data.val_folder} has all of --image_folder: nothing is left to train on"
+        )
+    training = dataset(rest)
     training.left_out = everything.left_out
-    return training, dataset([path for path in everything.paths if names[path] in held_out], False)
+    return training, dataset(chosen, train=False)
 
 
 def names_below(folder: str, paths: Sequence[Path]) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths if path.is_relative_to(folder)]
 
 
-def _without(paths: Sequence[Path], others: Sequence[Path]) -> list[Path]:
-    apart = {path.resolve() for path in others}
-    kept = [path for path in paths if path.resolve() not in apart]
-    if len(kept) < len(paths):
-        logger.warning("%d images of --val_folder are not trained on", len(paths) - len(kept))
-    return kept
+def choose_held_out(paths: Sequence[Path], settings: Settings, former: Collection[str] | None) -> list[Path]:
+    """Those of `former` that are there, or at least one, whose names have the lowest hashes."""
+    root, seed = Path(settings.data.image_folder), settings.training.seed
+    names = {path.relative_to(root).as_posix(): path for path in paths}
+    if former is None:
+        count = min(MOST_HELD_OUT, max(1, round(settings.data.val_fraction * len(names))))
+        former = sorted(names, key=lambda name: digest_of(f"{seed}/{name}"))[:count]
+    gone = sorted(set(former) - names.keys())
+    if len(gone) == len(former):
+        raise ValueError(
+            f"none of the {len(gone)} images that this run validates on, such as {gone[0]}, is in {root}: "
+            "give the folder that has them as --image_folder, or others as --val_folder"
+        )
+    if gone:
+        logger.warning(
+            "%d of %d validation images are gone, such as %s: from now on scores are of the others, and what "
+            "has another name is trained on",
+            len(gone),
+            len(former),
+            gone[0],
+        )
+    return [path for name, path in names.items() if name in former]
 
 
-def choose_held_out(names: Sequence[str], fraction: float, seed: int) -> list[str]:
-    """At least one, those whose names have the lowest hashes."""
-    count = min(MOST_VALIDATION_IMAGES, max(1, round(fraction * len(names))))
-    return sorted(
-        names, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
-    )[:count]
+def digest_of(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape")).digest()
 
 
 def make_model(settings: Settings, device: torch.device) -> UNet:
@@ -231,7 +281,7 @@ def make_model(settings: Settings, device: torch.device) -> UNet:
     torch.manual_seed(settings.training.seed)
     model, run = UNet.from_config(settings.network), settings.run
     if run.init_weights is not None:
-        loaded = load_model(run.init_weights)
+        loaded = load_model(path(run.init_weights), settings.degradation.scale)
         _check_start(loaded, settings, run.init_weights)
         load_weights(model, loaded.network.state_dict(), run.init_weights)
     if run.residual_std is not None:
@@ -255,40 +305,26 @@ def blank_crop(settings: Settings, device: torch.device) -> tuple[torch.Tensor, 
     size = settings.data.img_size
     sides = (size, round(size / settings.degradation.scale))
     image, low_res = (torch.zeros(1, 3, side, side, device=device) for side in sides)
-    condition = Condition(image, low_res)
-    return image, torch.zeros(1, dtype=torch.long, device=device), condition
+    return image, torch.zeros(1, dtype=torch.long, device=device), Condition(image, low_res)
 
 
 def describe_model(model: UNet, settings: Settings, device: torch.device) -> str:
-    from torchinfo import summary
-
+    """A table of the layers; "" without torchinfo."""
+    torchinfo = import_optional("torchinfo", "no table of the layers")
+    if torchinfo is None:
+        return ""
     image, t, condition = blank_crop(settings, device)
-    return str(
-        summary(
-            model,
-            input_data=(image, t),
-            context=condition,
-            depth=2,
-            row_settings=("var_names",),
-            col_names=("output_size", "num_params", "mult_adds"),
-            col_width=17,
-            verbose=0,
-        )
+    table = torchinfo.summary(
+        model,
+        input_data=(image, t),
+        context=condition,
+        depth=2,
+        row_settings=("var_names",),
+        col_names=("output_size", "num_params", "mult_adds"),
+        col_width=17,
+        verbose=0,
     )
-
-
-def count_crop(settings: Settings) -> tuple[int, Cost]:
-    with torch.device("meta"):
-        model = UNet.from_config(settings.network)
-    model.checkpoint_activations = settings.run.checkpoint_activations
-    image, t, condition = blank_crop(settings, torch.device("meta"))
-
-    def forward() -> torch.Tensor:
-        context, mean = model.encode_context(condition)
-        output: torch.Tensor = model(image, t, context)
-        return output.sum() if mean is None else output.sum() + mean.sum()
-
-    return parameter_count(model), count_cost(model, forward)
+    return str(table).translate(str.maketrans("\u251c\u2514\u2502\u2500", "||| "))
 
 
 def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path, Path]:
@@ -296,47 +332,41 @@ def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path
     if checkpoint is not None:
         folder = checkpoint.path.resolve().parent
     else:
+        check_folder(settings.run.checkpoint_dir, "checkpoint_dir")
         name = f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}"
         folder = new_folder(Path(settings.run.checkpoint_dir), name)
     return folder, Path(settings.run.log_dir) / folder.name
 
 
 def describe_run(
-    settings: Settings,
-    plan: BatchPlan,
-    config: ResolvedConfig,
-    training: ImageDataset,
-    images: int,
-    device: torch.device,
+    settings: Settings, config: ResolvedConfig, training: ImageDataset, images: int, processes: Processes
 ) -> Iterator[str]:
-    precision = autocast_dtype(device, settings.run.precision)
-    yield f"device {device}, {precision or torch.float32}, {plan.world_size} process(es)"
+    plan = BatchPlan.of(config, len(training), processes.world_size)
+    precision = autocast_dtype(processes.device, settings.run.precision)
+    yield f"device {processes.device}, {precision or torch.float32}, {plan.world_size} process(es)"
     yield f"{len(training)} training and {images} validation images, {len(training.left_out)} left out"
     steps, crops = config.max_steps, min(plan.group_size, len(training))
     epochs = steps / plan.steps_per_epoch
     yield f"{steps} steps of up to {crops} crops, {plan.steps_per_epoch} steps per epoch, {epochs:.3g} epochs"
-    parameters, cost = count_crop(settings)
-    batch = min(config.batch_size, len(training))
-    memory = training_memory(parameters, cost, batch, config.optimizer, precision is not None)
-    yield (
-        f"{parameters / 1e6:.2f} M parameters, {crops * cost.flops / 1e12:.3g} TFLOP per step, "
-        f"about {memory / 1e9:.2g} GB for each process"
-    )
-    if steps < FEWEST_STEPS:
-        yield (
-            f"warning: {steps} steps teach a network little. For so few images take a recipe, "
-            "such as @recipes/x4.args, or --accumulation_steps 1 and --max_steps 4000 or more"
-        )
+    if steps < FEW_STEPS:
+        yield f"warning: {steps} steps teach a network little; @recipes/x4.args has what works for few images"
     yield f"watch it: tensorboard --logdir {shlex.quote(settings.run.log_dir)}"
 
 
-def describe_resume(checkpoint: Checkpoint, config: ResolvedConfig) -> Iterator[str]:
-    step, former = checkpoint.content["step"], checkpoint.content["training"]["max_steps"]
+def describe_resume(
+    checkpoint: Checkpoint, settings: Settings, config: ResolvedConfig, images: int
+) -> Iterator[str]:
+    content = checkpoint.content
+    step, former = content["step"], content["training"]["max_steps"]
     yield f"resuming {checkpoint.path} at step {step} of {config.max_steps}"
+    if content.get("images", images) != images:
+        yield f"{images} training images instead of {content['images']}: the order of the data is another"
+    if content["data"]["val_folder"] != settings.data.val_folder:
+        yield "validated on other images than before: the best score so far is not of these"
     if step >= config.max_steps:
         yield "this run is finished: raise --max_steps to go on with it"
     elif config.max_steps != former:
-        before = ResolvedConfig.from_dict(checkpoint.content["training"])
+        before = ResolvedConfig.from_dict(content["training"])
         yield (
             f"the run is {config.max_steps} steps long instead of {former}, so the learning rate goes on at "
             f"{learning_rate_at(step, config):.2g}, after {learning_rate_at(max(0, step - 1), before):.2g}"
@@ -344,25 +374,26 @@ def describe_resume(checkpoint: Checkpoint, config: ResolvedConfig) -> Iterator[
 
 
 def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processes) -> int:
-    device, options = processes.device, settings.run
-    precision = autocast_dtype(device, options.precision)
+    device, is_main = processes.device, processes.is_main
+    precision = autocast_dtype(device, settings.run.precision)
     tune_for_training(device)
-    held_out = None if checkpoint is None else checkpoint.content.get("held_out")
-    training, validation = make_datasets(settings, held_out)
+    logging.disable(logging.NOTSET if is_main else logging.WARNING)  # of the images: all find the same
+    training, validation = make_datasets(settings, checkpoint and checkpoint.content.get("held_out"))
+    logging.disable(logging.NOTSET)
     config = settings.training.resolved(len(training), processes.world_size)
     config = replace(config, optimizer=optimizer_for(config, device))
-    plan = BatchPlan.of(config, len(training), processes.world_size)
     diffusion = DiffusionModel(device=device, process=settings.process, objective=settings.objective)
     model = make_model(settings, device)
-    checkpoint_dir, log_dir = Path(), Path()
-    if processes.is_main:  # the others write and say nothing
+    checkpoint_dir, log_dir = run_folders(settings, checkpoint) if is_main else (Path(), Path())
+    if is_main:  # the others write and say nothing
         say(describe_model(model, settings, device))
-        say(*describe_run(settings, plan, config, training, len(validation), device))
-        say(*(() if checkpoint is None else describe_resume(checkpoint, config)))
-        checkpoint_dir, log_dir = run_folders(settings, checkpoint)
-    if options.compile:
-        compile_network(model, device)
-    with locked(checkpoint_dir) if processes.is_main else contextlib.nullcontext():
+        say(*describe_run(settings, config, training, len(validation), processes))
+        say(*(describe_resume(checkpoint, settings, config, len(training)) if checkpoint else ()))
+    if settings.run.compile:
+        model.compile(dynamic=False)
+    record = {"data": settings.data.to_dict(), "run": settings.run.to_dict()}
+    facts = {"images": len(training), "world_size": processes.world_size}
+    with locked(checkpoint_dir) if is_main else contextlib.nullcontext():
         run, received = diffusion.train(
             model,
             training,
@@ -373,37 +404,41 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
             resume=checkpoint,
             processes=processes,
             precision=precision,
-            record={
-                "data": settings.data.to_dict(),
-                "run": options.to_dict(),
-                "held_out": names_below(settings.data.image_folder, validation.paths),
-            },
+            record={**record, **facts, "held_out": names_below(settings.data.image_folder, validation.paths)},
         )
-    if processes.is_main:
-        say(*describe_end(run, received))
+    if is_main:
+        say(*describe_end(run, received, processes.world_size))
     return 0 if received is None else 128 + received
 
 
-def describe_end(run: RunFiles, received: int | None) -> Iterator[str]:
+def describe_end(run: RunFiles, received: int | None, world_size: int) -> Iterator[str]:
     if run.best.exists():
         yield f"best:   {run.best}"
     yield f"newest: {run.last}"
-    if received is not None:
-        yield f"resume: python train_diffusion.py --weights_path {shlex.quote(str(run.last))}"
-    else:
+    if received is None:
         yield f"restore: python infer.py --weights_path {shlex.quote(str(run.best))} --input photo.png"
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    nodes = f"--nnodes {world_size // here} ... " if world_size > here else ""
+    start = "python" if world_size == 1 else f"torchrun {nodes}--nproc_per_node {here}"
+    yield f"resume: {start} train_diffusion.py --weights_path {shlex.quote(str(run.last))}"
 
 
-def run(argv: Sequence[str] | None) -> int:
-    settings, checkpoint = parse(argv)
+def run(argv: Sequence[str]) -> int:
+    given = parse_flags(argv)
+    settings, checkpoint = read_settings(given)
     with started_processes(settings.run.device) as processes:
+        if checkpoint is not None:
+            settings = keep_global_batch(settings, checkpoint, processes)
+        elif flags := flags_for_few_images(given, settings, processes):
+            settings, _ = read_settings({**parse_flags(flags), **given})
         return train(settings, checkpoint, processes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_script(
         "train_diffusion.py",
-        lambda: run(argv),
+        lambda: run(sys.argv[1:] if argv is None else argv),
         options=list(SECTIONS.values()),
         failures=(NonFiniteError, WorkerError, LostProcessError),
         out_of_memory="lower --batch_size and raise --accumulation_steps as much, or add "

@@ -29,10 +29,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from engine.checkpoint import Checkpoint, CheckpointError, load_weights
 from engine.device import default_workers
 from engine.muon import Muon
-from engine.options import Options, narrowed, option
+from engine.options import Options, narrowed, option, rare_option
+from engine.packages import IMPORT_ERRORS
 from engine.processes import LostProcessError, Processes
 from engine.progress import progress
-from engine.run import RunFiles, RunLogger, profiled
+from engine.run import RunFiles
+from engine.run_log import RunLogger, profiled
 from engine.seeds import noise_seed
 from engine.signals import StopSignals, leave_stopping_to_the_parent
 
@@ -67,12 +69,14 @@ class TrainingConfig(Options):
     epochs: int = option(40, "passes over the images, one crop of each", low=1, fixed=False)
     max_steps: int | None = option(None, "optimiser steps, instead of epochs", low=1, fixed=False)
     batch_size: int = option(32, "crops per forward pass of one process", low=1)
-    accumulation_steps: int = option(1, "forward passes of one process per optimiser step", low=1)
+    accumulation_steps: int = option(1, "forward passes of one process per optimiser step", low=1, script=64)
     learning_rate: float = option(2e-5, "peak, after a linear warm-up and before half a cosine", above=0)
     warmup_steps: int | None = option(None, "steps of it; auto: 5%, at most 500", low=0, fixed=False)
-    final_learning_rate: float = option(0.01, "end of the cosine, as part of the peak", low=0, high=1)
-    weight_decay: float = option(0.01, "weight decay (Loshchilov & Hutter 2019)", low=0)
-    beta2: float = option(0.99, "decay of AdamW's second moment", low=0, high=1)
+    final_learning_rate: float = option(
+        0.01, "end of the cosine, as part of the peak", low=0, high=1, rare=True
+    )
+    weight_decay: float = rare_option(0.01, "weight decay (Loshchilov & Hutter 2019)", low=0)
+    beta2: float = rare_option(0.99, "decay of AdamW's second moment", low=0, high=1)
     max_grad_norm: float = option(1.0, "global norm that gradients are clipped to", above=0)
     ema_decay: float = option(0.999, "decay of the averaged weights, after a ramp", low=0, high=1)
     optimizer: OptimizerName = option("auto", "optimiser; auto: 8-bit AdamW on CUDA, else AdamW")
@@ -80,7 +84,9 @@ class TrainingConfig(Options):
     validate_every: int | None = option(None, "steps between; auto: 20 in a run", low=1, fixed=False)
     save_every: int | None = option(None, "steps between; auto: as validations", low=1, fixed=False)
     log_every: int = option(10, "steps between points of the curves", low=1, fixed=False)
-    keep_checkpoints: int = option(2, "newest checkpoints to keep, besides the best", low=1, fixed=False)
+    keep_checkpoints: int = option(
+        2, "newest checkpoints to keep, besides the best", low=1, fixed=False, rare=True
+    )
     num_workers: int | None = option(
         None, "processes that read images; auto: 0 on a CPU, else by the cores", low=0, fixed=False
     )
@@ -228,7 +234,7 @@ def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
     """Import bitsandbytes' AdamW (Dettmers et al. 2022); ValueError where that fails."""
     try:
         from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this optimiser alone
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+    except IMPORT_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"optimizer is 'adamw8bit', but bitsandbytes fails ({reason}): use adamw") from error
     return cast(Callable[..., torch.optim.Optimizer], AdamW8bit)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.options import OptionError, Options, Plain, option
+from engine.options import OptionError, Options, Plain, option, rare_option
 from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation, zero_
 
 Conditioning = Literal["none", "concat", "cross_attention", "both", "tokens"]
@@ -25,30 +25,32 @@ KeysValues = tuple[Tensor, Tensor]
 class UNetConfig(Options):
     retired: ClassVar[Mapping[str, Plain]] = {"scales": [], "context_blocks": 0}
 
-    in_channels: int = option(3, "image channels of the noisy input", low=1)
-    out_channels: int = option(3, "image channels of the prediction", low=1)
+    in_channels: int = option(3, "image channels of the noisy input", flag="", low=1)
+    out_channels: int = option(3, "image channels of the prediction", flag="", low=1)
     base_dim: int = option(32, "width of the first level, a multiple of 4", flag="unet_base_dim", low=4)
     dim_mults: tuple[int, ...] = option(
         (1, 2, 4), "width of each level over the first; each halves the size", flag="unet_dim_mults", low=1
     )
-    context_dim: int = option(512, "width of the cross-attention tokens", low=1)
+    context_dim: int = rare_option(512, "width of the cross-attention tokens", low=1)
     patch_size: Literal[1, 2, 4] = option(2, "the stem folds patches of this side into channels")
     blocks_per_level: int = option(2, "residual blocks in each level of encoder and decoder", low=1)
     predictor_blocks: int = option(
-        0, "residual blocks of the predictor of the mean, once per image; 0: no predictor", low=0
+        0, "residual blocks of the predictor of the mean, once per image; 0: none", low=0, script=12
     )
-    predictor_dim: int | None = option(None, "width of the predictor; by default base_dim", low=4)
+    predictor_dim: int | None = rare_option(None, "width of the predictor; by default base_dim", low=4)
     conditioning: Conditioning = option(
         "both",
         "concat: the upscaled image at the stem; cross_attention: tokens of the low resolution; tokens: the "
         "upscaled image, and tokens of another encoder",
     )
-    norm: Norm = option("pixel", "pixel: over the channels of each pixel, which makes tiles exact; or group")
+    norm: Norm = option(
+        "pixel", "pixel: over the channels of each pixel, which makes tiles exact; or group", rare=True
+    )
     attention_window: int = option(8, "side in tokens of the windows of self-attention; 0: everything", low=0)
     attention_levels: tuple[int, ...] = option(
         (-1,), "levels with transformer blocks; -1 is the deepest, none is allowed", may_be_empty=True
     )
-    head_dim: int = option(32, "width of one attention head", low=1)
+    head_dim: int = rare_option(32, "width of one attention head", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_diffusion
 from bench.tables import table
@@ -25,6 +26,7 @@ from evaluation.measure import evaluate, model_method
 from imaging.atomic import write_text_atomically
 from models import load_model
 from restoration import RestoreConfig
+from unet import UNet, parameter_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,8 +55,13 @@ CHANGES = (
 def counted(*flags: str) -> tuple[int, float]:
     """Parameters, and TFLOP per step, of the recipe with these flags."""
     settings, _ = train_diffusion.parse([f"@{RECIPE}", *flags])
-    parameters, cost = train_diffusion.count_crop(settings)
-    return parameters, settings.training.batch_size * cost.flops / 1e12
+    with torch.device("meta"):
+        model = UNet.from_config(settings.network)
+    image, t, condition = train_diffusion.blank_crop(settings, torch.device("meta"))
+    with FlopCounterMode(display=False) as counter:
+        context, mean = model.encode_context(condition)
+        (model(image, t, context) + (0 if mean is None else mean)).sum().backward()
+    return parameter_count(model), settings.training.batch_size * counter.get_total_flops() / 1e12
 
 
 class Trial(NamedTuple):

@@ -87,6 +87,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """CheckpointError where training cannot go on from it."""
+    if _is_safetensors(Path(path)):
+        raise CheckpointError(f"{path} is a model without its training: start from it, as init_weights")
     content = load_checkpoint(path, device)
     if content["format"] != FORMAT:
         raise CheckpointError(
@@ -133,8 +135,6 @@ def read_model(path: str | Path) -> ModelFile:
     if content["format"] == 1 and "unet" in content:
         content["network"] = content.pop("unet")
     try:
-        if not all(isinstance(content[name], dict) for name in ("network", "process")):
-            raise TypeError("its options are no dict")
         return ModelFile(content, content["ema"], int(content["step"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error

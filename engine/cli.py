@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 
 from engine.device import is_out_of_memory
-from engine.options import OptionError, Options, flag_of, specs
+from engine.options import OptionError, Options, flag_of, path, specs
 from engine.signals import Stopped, stopping_at_signals
 
 logger = logging.getLogger(__name__)
@@ -26,13 +26,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
-
-
-def path(text: str) -> str:
-    """Expand ~ as a shell would; ValueError for an empty name. Argparse's `type` of a path."""
-    if not text:
-        raise ValueError("a path is empty: give one, or leave the flag out")
-    return os.path.expanduser(text)
 
 
 def expand(names: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import math
 import operator
+import os
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,17 +29,29 @@ class OptionError(ValueError):
 
 
 class Spec(NamedTuple):
-    """See `option`."""
+    """What is known of an option beside its name and type."""
 
-    default: Any
+    default: Any  # dataclasses.MISSING if it must be given
     help: str
-    flag: str | None
-    low: float | None
-    above: float | None
-    high: float | None
-    choices: Collection[str] | None
-    may_be_empty: bool
-    fixed: bool
+    flag: str | None = None  # if not the field's name; "": it has none
+    low: float | None = None  # the smallest value
+    above: float | None = None  # what the value must exceed
+    high: float | None = None  # the largest value
+    choices: Collection[str] | None = None  # if the type is no Literal
+    may_be_empty: bool = False  # a tuple
+    fixed: bool = True  # a resumed run must keep it
+    path: bool = False  # made absolute, so that a run can be resumed from another folder
+    rare: bool = False  # shown by --help-all alone
+    script: Any = None  # the default of the flag, if it differs
+
+    def differs(self) -> bool:
+        """Whether a flag that is not given means something else than the default of the class."""
+        return self.script is not None or self.path
+
+    def of_flag(self) -> Any:  # noqa: ANN401
+        """The value of a flag that is not given."""
+        default = self.default if self.script is None else self.script
+        return os.path.abspath(default) if self.path and default else default
 
     def limits(self) -> list[tuple[float, Callable[[float, float], bool], str]]:
         every = (
@@ -49,29 +62,14 @@ class Spec(NamedTuple):
         return [(limit, holds, words) for limit, holds, words in every if limit is not None]
 
 
-def option(
-    default: Any,  # noqa: ANN401
-    help: str,  # argparse's word for it
-    *,
-    flag: str | None = None,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    choices: Collection[str] | None = None,
-    may_be_empty: bool = False,
-    fixed: bool = True,
-) -> Any:  # noqa: ANN401
-    """A dataclass field that is an option.
+def option(default: Any, help: str, **rules: Any) -> Any:  # noqa: ANN401
+    """A dataclass field that is an option; `rules` are fields of Spec."""
+    return field(default=default, metadata={"spec": Spec(default, help, **rules)})
 
-    Args:
-        default: dataclasses.MISSING if it must be given.
-        flag: if not the field's name.
-        low, above, high: the smallest value, one to exceed, the largest.
-        choices: if the type is no Literal.
-        fixed: a resumed run must keep it.
-    """
-    spec = Spec(default, help, flag, low, above, high, choices, may_be_empty, fixed)
-    return field(default=default, metadata={"spec": spec})
+
+def rare_option(default: Any, help: str, **rules: Any) -> Any:  # noqa: ANN401
+    """An option that --help leaves out, and --help-all shows."""
+    return option(default, help, rare=True, **rules)
 
 
 def narrowed(kind: type["Options"], name: str) -> Any:  # noqa: ANN401
@@ -124,8 +122,9 @@ def specs(kind: type[Options]) -> dict[str, Spec]:
 
 
 def flag_of(kind: type[Options], name: str) -> str:
-    """Without dashes."""
-    return specs(kind)[name].flag or name
+    """The flag of an option, without dashes; "" if it has none."""
+    flag = specs(kind)[name].flag
+    return name if flag is None else flag
 
 
 def add_flags(
@@ -133,26 +132,37 @@ def add_flags(
     kind: type[Options],
     *,
     skip: Sequence[str] = (),
-    defaults: Mapping[str, object] = types.MappingProxyType({}),
+    given_only: bool = False,
+    show_rare: bool = True,
 ) -> None:
-    """For every option but `skip`; `defaults` win."""
+    """Add a flag for every option but `skip`; `given_only`: those that are not given have no value."""
     for name, spec in specs(kind).items():
-        if name in skip:
+        if name in skip or not (flag := flag_of(kind, name)):
             continue
-        form = _kinds(kind)[name]
-        default = defaults.get(name, spec.default)
-        keywords: dict[str, Any] = {"default": default, "help": spec.help}
+        form, default = _kinds(kind)[name], spec.of_flag()
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS if given_only else default}
+        shown = spec.help
         if form.of is bool:
             keywords["action"] = argparse.BooleanOptionalAction if default else "store_true"
         else:
             of = _or_auto(form.of) if form.optional and form.of in (int, float) else form.of
-            keywords |= {"type": of, "choices": form.choices or None}
+            keywords |= {"type": _absolute if spec.path else of, "choices": form.choices or None}
             keywords["nargs"] = ("*" if spec.may_be_empty else "+") if form.many else None
             if default not in (None, dataclasses.MISSING):
-                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-                keywords["help"] += f" (default: {shown})"
-        keywords["help"] = keywords["help"].replace("%", "%%")
-        group.add_argument(f"--{flag_of(kind, name)}", **keywords)
+                shown += f" (default: {' '.join(map(str, default)) if form.many else default})"
+        keywords["help"] = argparse.SUPPRESS if spec.rare and not show_rare else shown.replace("%", "%%")
+        group.add_argument(f"--{flag}", **keywords)
+
+
+def path(text: str) -> str:
+    """Expand ~ as a shell would; ValueError for an empty name. Argparse's `type` of a path."""
+    if not text:
+        raise ValueError("a path is empty: give one, or leave the flag out")
+    return os.path.expanduser(text)
+
+
+def _absolute(text: str) -> str:
+    return os.path.abspath(path(text))
 
 
 def _or_auto(of: type) -> Callable[[str], object]:

@@ -1,6 +1,7 @@
 """One run in many processes, one per device, as torchrun starts them."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.device import select_device
+from engine.signals import handled_by
 
 T = TypeVar("T")
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed, from torchrun
@@ -19,6 +21,15 @@ NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distri
 
 class LostProcessError(RuntimeError):
     """Another process of the run has ended."""
+
+
+@contextmanager
+def _losses() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise LostProcessError(f"another process of the run has ended ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -36,11 +47,8 @@ class Processes:
     def sum(self, values: Tensor) -> Tensor:
         """Add up in place; every process must call it. LostProcessError: one of them has ended."""
         if self.world_size > 1:
-            try:
+            with _losses():
                 dist.all_reduce(values)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise LostProcessError(f"another process of the run has ended ({reason})") from error
         return values
 
     def any(self, here: bool) -> bool:
@@ -64,15 +72,17 @@ class Processes:
     def share(self, network: nn.Module) -> None:
         """Give every process the weights and buffers of the main one."""
         if self.world_size > 1:
-            for value in network.state_dict().values():
-                dist.broadcast(value, 0)
+            with _losses():
+                for value in network.state_dict().values():
+                    dist.broadcast(value, 0)
 
     def gather(self, value: T) -> list[T]:
-        """By rank; every process must call it."""
+        """Values by rank; every process must call it."""
         if self.world_size == 1:
             return [value]
         values: list[T | None] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with _losses():
+            dist.all_gather_object(values, value)
         return cast(list[T], values)
 
 
@@ -102,9 +112,10 @@ def started_processes(device_name: str, patience: timedelta | None = None) -> It
     if device.type == "mps":
         raise ValueError("several processes cannot share mps: use --device cpu")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    with handled_by(signal.SIG_DFL):  # the wait for the others is not in Python, which could heed a signal
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield Processes(device, dist.get_rank(), world_size)
     finally:

@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def handled_by(handler: Handler) -> Iterator[None]:
+def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
     """Let the handler have the signals that ask to stop; outside the main thread nothing can have them."""
     if threading.current_thread() is not threading.main_thread():
         yield

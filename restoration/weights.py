@@ -42,6 +42,10 @@ def find_weights(name: str | Path | None = None, scale: float | None = None) -> 
     Without a name they are photo, as far as its largest enlargement reaches; beyond that clean follows.
     """
     if name is not None and name not in KINDS:
+        if not Path(name).is_file():
+            raise CheckpointError(
+                f"{name} is no file: give {', '.join(KINDS)} or a .pth or .safetensors file"
+            )
         return [Path(name)]
     wanted, photo = 4.0 if scale is None else scale, released_scales("photo")
     kind = str(name or ("photo" if wanted <= max(photo, default=0) else "clean"))

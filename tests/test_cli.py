@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from engine.cli import Parser, check_folder, expand, path, run_script, say
-from engine.options import OptionError, Options, option
+from engine.cli import Parser, check_folder, expand, run_script, say
+from engine.options import OptionError, Options, option, path
 from engine.signals import StopSignals
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,40 +16,49 @@ from engine.options import OptionError, Options, add_flags, from_args, option
 class Example(Options):
     retired: ClassVar = {"sizes": []}
 
-    count: int = option(3, "how many", low=1)
-    kind: Literal["x", "y"] = option("x", "which kind", flag="the_kind")
+    count: int = option(3, "number of things", low=1)
+    kind: Literal["x", "y"] = option("x", "kind of thing", flag="the_kind")
     widths: tuple[int, ...] = option((1, 2), "widths", low=1)
-    share: float | None = option(None, "a share, at most 5% of it", above=0, high=1)
-    loud: bool = option(False, "say more")
+    share: float | None = option(None, "share, at most 5% of it", above=0, high=1)
+    loud: bool = option(False, "more words")
+    size: int = option(0, "size of things", script=8, rare=True)
+    place: str = option("./here", "folder", path=True)
+    inner: int = option(1, "number within", flag="")
 
 
-def parse(*flags, **defaults):
+def parse(*flags, **how):
     parser = argparse.ArgumentParser()
-    add_flags(parser, Example, defaults=defaults)
-    return from_args(Example, parser.parse_args(flags))
+    add_flags(parser, Example, **how)
+    return parser.parse_args(flags)
 
 
-def test_flags_give_the_values():
+def test_flags_give_the_values(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     flags = ["--count", "5", "--the_kind", "y", "--widths", "3", "4", "--share", "0.5", "--loud"]
-    assert parse(*flags) == Example(5, "y", (3, 4), 0.5, True)
+    given = from_args(Example, parse(*flags, "--size", "9", "--place", "~/x"))
+    assert given == Example(5, "y", (3, 4), 0.5, True, 9, "/home/me/x")
 
 
 def test_no_flags_give_the_defaults_of_the_fields_or_of_the_script():
-    assert parse() == Example()
-    assert parse(count=7) == Example(count=7)
+    assert from_args(Example, parse()) == Example(size=8, place=os.path.abspath("here"))
+    assert vars(parse("--count", "2", given_only=True)) == {"count": 2}
 
 
 def test_auto_is_the_default_of_a_number_that_may_be_none():
-    assert parse("--share", "auto", share=0.5) == Example(share=None)
+    assert parse("--share", "auto").share is None
     with pytest.raises(SystemExit):
         parse("--count", "auto")
 
 
-def test_help_names_flag_default_choices_and_text(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert all(text in shown for text in ("--the_kind {x,y}", "how many (default: 3)", "at most 5% of it"))
+def test_help_names_flag_default_choices_and_text_and_keeps_what_is_rare_for_who_asks(capsys):
+    for show_rare in (True, False):
+        with pytest.raises(SystemExit):
+            parse("--help", show_rare=show_rare)
+        shown = " ".join(capsys.readouterr().out.split())
+        known = ("--the_kind {x,y}", "number of things (default: 3)", "at most 5% of it")
+        assert all(text in shown for text in known)
+        assert ("size of things (default: 8)" in shown) == show_rare
+        assert "inner" not in shown
 
 
 @pytest.mark.parametrize(
@@ -78,7 +88,8 @@ def test_a_value_out_of_range_is_refused_by_field_and_by_flag(wrong):
 
 def test_a_record_is_plain_and_comes_back():
     example = Example(count=4, widths=(5, 6), share=0.25)
-    assert example.to_dict() == {"count": 4, "kind": "x", "widths": [5, 6], "share": 0.25, "loud": False}
+    expected = {"count": 4, "kind": "x", "widths": [5, 6], "share": 0.25, "loud": False}
+    assert example.to_dict() == {**expected, "size": 0, "place": "./here", "inner": 1}
     assert Example.from_dict(example.to_dict()) == example
 
 

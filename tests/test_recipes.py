@@ -5,38 +5,44 @@ import pytest
 from engine.recipes import expand_recipes
 
 
-def write(folder, name, text, encoding="utf-8"):
+def write(folder, name, text):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding=encoding)
+    path.write_text(text, encoding="utf-8")
     return f"@{path}"
 
 
-def test_a_recipe_holds_flags_quotes_and_comments(tmp_path):
-    recipe = write(tmp_path, "one.args", "# widths\n--dims 1 2 2  # three\n\n--folder 'my photos' --size 7\n")
-    expected = ["--dims", "1", "2", "2", "--folder", "my photos", "--size", "7", "--size", "9"]
-    assert expand_recipes([recipe, "--size", "9"]) == expected
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("# widths, don't\n--dims 1 2  # two\n\n--to 'my photos'", ["--dims", "1", "2", "--to", "my photos"]),
+        ("--to data/set#2 '# no' # yes", ["--to", "data/set#2", "# no"]),
+        (r"--to C:\data\new", ["--to", r"C:\data\new"]),
+        ("--to $PLACE/x '${PLACE}'", ["--to", "/there/x", "/there"]),
+        ("\ufeff--size 1", ["--size", "1"]),  # a byte-order mark
+    ],
+)
+def test_a_recipe_is_read_as_a_shell_would(text, flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", "/there")
+    assert expand_recipes([write(tmp_path, "one.args", text), "--size", "9"]) == [*flags, "--size", "9"]
 
 
 def test_a_recipe_names_another_relative_to_itself(tmp_path, monkeypatch):
     write(tmp_path, "recipes/base.args", "--a 1")
     recipe = write(tmp_path, "recipes/more.args", "@base.args\n--b 2")
     monkeypatch.chdir("/")
-    assert expand_recipes([recipe]) == ["--a", "1", "--b", "2"]
-
-
-def test_a_byte_order_mark_is_no_part_of_a_flag(tmp_path):
-    assert expand_recipes([write(tmp_path, "bom.args", "--a 1", "utf-8-sig")]) == ["--a", "1"]
-
-
-def test_backslashes_are_kept(tmp_path):
-    recipe = write(tmp_path, "windows.args", r"--image_folder C:\data\new")
-    assert expand_recipes([recipe]) == ["--image_folder", r"C:\data\new"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_recipes([recipe]) == expand_recipes(["@~/recipes/more.args"]) == ["--a", "1", "--b", "2"]
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("--a 1\n--b 'open", "line 2"), ("@self.args", "self.args"), ("@gone.args", "gone.args")],
+    [
+        ("--a 1\n--b 'open", "--b"),
+        ("@self.args", "self.args"),
+        ("@gone.args", "gone.args"),
+        ("$NO_SUCH/x", "NO_SUCH"),
+    ],
 )
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path, text, named):
     with pytest.raises(ValueError, match=named):

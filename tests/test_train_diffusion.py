@@ -39,9 +39,9 @@ def newest(folder, kind="last"):
 
 
 def test_the_defaults_are_the_ones_the_mission_names():
-    args = build_parser().parse_args([])
+    args = build_parser(given_only=False).parse_args([])
     expected = {
-        "image_folder": "./data",
+        "image_folder": os.path.abspath("data"),
         "img_size": 256,
         "downscale_factor": 4,
         "epochs": 40,
@@ -52,8 +52,8 @@ def test_the_defaults_are_the_ones_the_mission_names():
         "diffusion_mode": "v_prediction",
         "unet_base_dim": 32,
         "unet_dim_mults": (1, 2, 4),
-        "log_dir": "./logs",
-        "checkpoint_dir": "./checkpoints",
+        "log_dir": os.path.abspath("logs"),
+        "checkpoint_dir": os.path.abspath("checkpoints"),
         "weights_path": None,
     }
     assert {name: getattr(args, name) for name in expected} == expected
