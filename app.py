@@ -18,7 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from imaging.files import Pixels, as_rgb8, decode_image
+from imaging.files import decode_image
+from imaging.pixels import Pixels, as_rgb8
 from models import load_model
 from restoration import PRESETS, RestoreConfig, restore
 from restoration.files import FILE_ERRORS, describe_failure

@@ -29,7 +29,7 @@ from engine.checkpoint import Checkpoint, CheckpointError, load_weights, read_fo
 from engine.options import Options, option
 from engine.processes import Processes
 from engine.run import RunFiles
-from imaging.files import to_unit_range
+from imaging.pixels import to_unit_range
 from samplers import (
     DEFAULT_SCHEDULER,
     Scales,

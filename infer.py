@@ -30,7 +30,7 @@ from engine.options import OptionError, add_flags, from_args, path
 from engine.processes import Processes, started_processes
 from engine.progress import progress
 from imaging.atomic import check_outputs, is_disk_error
-from imaging.files import WRITABLE_SUFFIXES, list_images
+from imaging.kinds import WRITABLE_SUFFIXES, list_images
 from imaging.pairs import find_original
 from models import LoadedModel, export_safetensors, load_model
 from restoration import RestoreConfig, Restorer, blend

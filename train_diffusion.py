@@ -33,7 +33,7 @@ from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
 from evaluation.validation import Validator
 from imaging.cache import CachedReader
-from imaging.files import list_images
+from imaging.kinds import list_images
 from imaging.sizes import default_cache_dir
 from models import LoadedModel
 from restoration.weights import load_model

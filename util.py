@@ -18,7 +18,9 @@ from torch.utils.data import Dataset
 
 from bicubic import exact_scale, upscale_image
 from degradation import Degradation
-from imaging.files import UnreadableImageError, list_images, read_rgb, to_model_range
+from imaging.files import UnreadableImageError, read_rgb
+from imaging.kinds import list_images
+from imaging.pixels import to_model_range
 from imaging.sizes import image_sizes
 from imaging.tokens import check_tokens, read_tokens
 

@@ -18,7 +18,7 @@ from engine.checkpoint import load_checkpoint, load_weights
 from engine.device import autocast_dtype
 from evaluation import metrics
 from evaluation.images import Pair
-from imaging.files import to_model_range
+from imaging.pixels import to_model_range
 from training import TrainingConfig
 from unet import Condition, UNet
 from util import Crops, ImageDataset

@@ -12,8 +12,9 @@ from skimage.data import astronaut, chelsea
 
 from bicubic import upscale_image
 from degradation import Degradation
-from imaging.files import Pixels, write_image
-from imaging.pictures import labelled_row
+from imaging.files import write_image
+from imaging.panels import labelled_row
+from imaging.pixels import Pixels
 from restoration import RestoreConfig, restore
 
 SCALE = 4

@@ -15,8 +15,10 @@ from bicubic import Border
 from degradation import KINDS, Degradation
 from engine.options import Options, option
 from evaluation.metrics import SSIM_WINDOW, Channel, Comparison, to_uint8
-from imaging.files import decode_image, list_images, pixels_to_unit
+from imaging.files import decode_image
+from imaging.kinds import list_images
 from imaging.pairs import find_low_resolution
+from imaging.pixels import pixels_to_unit
 
 SMALLEST_SIDE = 32  # that LPIPS and the spectrum need
 

@@ -18,7 +18,7 @@ from evaluation.images import EvaluationConfig, ImageSet, Pair, printable
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
 from evaluation.metrics import METRICS, Comparison, to_uint8
 from evaluation.report import Json, Report, Row
-from imaging.files import pixels_to_unit, unit_to_pixels
+from imaging.pixels import pixels_to_unit, unit_to_pixels
 from models import LoadedModel
 from restoration import RestoreConfig
 from restoration.files import FILE_ERRORS, describe_failure

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffusion import DiffusionModel, Network
 from engine.processes import Processes
 from evaluation.metrics import METRICS, Comparison
-from imaging.files import to_unit_range
+from imaging.pixels import to_unit_range
 from models import LoadedModel
 from restoration import RestoreConfig, Restorer
 from training import NonFiniteError, Validation

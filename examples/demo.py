@@ -18,8 +18,9 @@ import infer
 import train_diffusion
 from bicubic import downscale_image, upscale_image
 from examples.dead_leaves import draw_dead_leaves_folder
-from imaging.files import Pixels, read_rgb, write_image
-from imaging.pictures import labelled_row
+from imaging.files import read_rgb, write_image
+from imaging.panels import labelled_row
+from imaging.pixels import Pixels
 
 OUTPUT = Path("demo_output")
 RECIPE = Path("recipes/demo.args")

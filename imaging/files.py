@@ -1,61 +1,43 @@
-"""Image files in and out, and value ranges: files hold uint8 or uint16, metrics [0, 1], the model [-1, 1]."""
+"""Image files in and out, by libvips; Pillow decodes BMP, GIF and WebP."""
 
 import io
 import logging
-import os
-import zlib
-from collections import Counter
+import re
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyvips
-import torch
 from PIL import Image
 from PIL.ImageFile import ImageFile
-from torch import Tensor
 
 from imaging.atomic import write_atomically
-from imaging.metadata import (
-    DAMAGE_ERRORS,
-    Header,
-    Metadata,
-    png_with_metadata,
-    read_header,
-    save_options,
-    tiff_with_metadata,
-)
+from imaging.kinds import FIRST_BYTES, WRITABLE_SUFFIXES, kind_of, refusal
+from imaging.metadata import DAMAGE_ERRORS, Metadata, read_metadata
+from imaging.pixels import Pixels, as_rgb8, check_dtype, spread_colours
 
 logger = logging.getLogger(__name__)
 logging.getLogger("pyvips").setLevel(logging.ERROR)  # it repeats what its errors say
 pyvips.cache_set_max(0)  # a file that changes under the same name is read again
-pyvips.operation_block_set("VipsForeignLoadSvg", True)  # a drawing, whatever its name
 Image.init()  # all of Pillow's formats
-
-Pixels: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 MAX_PIXELS = 2**30  # 3 GB of 8-bit RGB: more is taken for a decompression bomb
 
-WRITABLE_SUFFIXES = frozenset(".bmp .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
-IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".gif", ".avif"}
-
-_DEVELOP = "camera raw is not a picture yet: develop it first, into a TIFF or JPEG"
-_RAW_SUFFIXES = (
-    ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 "
-    ".rwl .sr2 .srf .srw .x3f"
-)
-_OTHER_SUFFIXES = ".exr .hdr .heic .heif .hif .j2k .jp2 .jxl .pbm .pgm .pnm .ppm .psd .svg .tga"
-_REMEDIES = {
-    **dict.fromkeys(_RAW_SUFFIXES.split(), _DEVELOP),
-    **dict.fromkeys(_OTHER_SUFFIXES.split(), "save it as PNG, JPEG or TIFF first"),
-}
-_DECODED_BY_PILLOW = ("AVIF", "WEBP", "GIF", "BMP")
 _DTYPES: dict[str, type[np.uint8] | type[np.uint16]] = {"uchar": np.uint8, "ushort": np.uint16}
 _LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
+_SUBFILE_TYPE, _PHOTOMETRIC, _EXTRA_SAMPLES, _DNG_VERSION = 254, 262, 338, 50706  # of a TIFF
+_LAB, _ALPHA = (8, 9, 10), (1, 2)  # values of two of these
+_PNG_START, _PNG_PIXELS = b"\x89PNG\r\n\x1a\n", {b"IDAT", b"fdAT", b"IEND"}
+_PNG_WITHOUT_PIXELS = bytes.fromhex("00000000 49444154 35af061e  00000000 49454e44 ae426082")  # IDAT, IEND
+# What says sRGB: gamma 1 / 2.2, and the primaries and white of ITU-R BT.709, both x 100000.
+_SRGB_GAMMA, _SRGB_PRIMARIES = (45455,), (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+# By the numbers of ITU-T H.273; 2 is "unspecified".
+_SRGB_LIKE_PRIMARIES, _SRGB_LIKE_TRANSFERS, _HDR_TRANSFERS = {1, 2}, {1, 2, 6, 13, 14, 15}, {16, 18}
 
 
 class UnreadableImageError(ValueError):
@@ -72,241 +54,265 @@ class DecodedImage:
     metadata: Metadata = field(default_factory=Metadata)
     frames: int = 1  # in the file; this is the first
 
-
-def to_model_range(unit: Tensor) -> Tensor:
-    """[0, 1] to [-1, 1]."""
-    return unit * 2 - 1
-
-
-def to_unit_range(model: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1]."""
-    return (model + 1) / 2
+    @property
+    def visible(self) -> Pixels:
+        """The pixels with hidden colours, under full transparency, replaced by the nearest that are seen."""
+        return self.pixels if self.alpha is None else spread_colours(self.pixels, self.alpha)
 
 
-def pixels_to_unit(pixels: Pixels) -> Tensor:
-    """(H, W) or (H, W, C), uint8 or uint16, to float32 (C, H, W) in [0, 1]."""
-    _check_dtype(pixels.dtype)
-    if pixels.ndim not in {2, 3}:
-        raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, C)")
-    unit = np.atleast_3d(pixels).transpose(2, 0, 1).astype(np.float32, order="C")
-    unit /= np.iinfo(pixels.dtype).max
-    return torch.from_numpy(unit)
+@dataclass(frozen=True)
+class _Header:
+    """What a file says before its pixels are decoded."""
 
+    kind: str
+    image: pyvips.Image | ImageFile
+    described: pyvips.Image | None  # the image whose fields describe the picture; None for BMP
+    tiff: Image.Exif | None  # the directory of a TIFF
+    chunks: dict[bytes, bytes]  # the contents of a PNG's that hold no pixels, by kind
+    colour: tuple[int, int] | None  # primaries and transfer by H.273
 
-def unit_to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Pixels:
-    """(1 or 3, H, W) in [0, 1] to (H, W[, 3]), clamped and rounded; ValueError for NaN."""
-    if image.ndim != 3 or image.shape[0] not in {1, 3}:
-        raise ValueError(f"an image of shape {tuple(image.shape)}: expected (1, H, W) or (3, H, W)")
-    _check_dtype(np.dtype(dtype))
-    # float64: at 65535 a float32 has too few bits left to round half up.
-    unit = image.detach().cpu().to(torch.float64).clamp(0, 1)
-    if bool(unit.isnan().any()):
-        raise ValueError("an image that holds NaN cannot become pixels; find where the NaN was made")
-    planes = (unit * int(np.iinfo(dtype).max) + 0.5).numpy().astype(dtype)  # (C, H, W), half rounded up
-    return planes[0] if len(planes) == 1 else np.stack(list(planes), axis=-1)
-
-
-def as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
-    """(H, W) or (H, W, 3), uint8 or uint16, to (H, W, 3)."""
-    if pixels.dtype == np.uint16:
-        # 257 is odd, so no value lies half-way and adding 128 rounds exactly.
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return np.stack([pixels] * 3, axis=-1) if pixels.ndim == 2 else pixels.astype(np.uint8, copy=False)
-
-
-def _check_dtype(dtype: np.dtype[Any]) -> None:
-    if dtype not in _DTYPES.values():
-        raise ValueError(f"pixels of {dtype}: expected uint8 or uint16; unit_to_pixels converts floats")
-
-
-def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
-    """The images of a folder, sorted, but for hidden ones; ValueError where there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "not a folder" if folder.exists() else "no such folder"
-        raise ValueError(f"{folder}: {what}; give the folder that holds the images")
-    passed_over: Counter[str] = Counter()
-    found = []
-    refused: list[OSError] = []
-    for path in _files_below(folder, recursive, refused):
-        suffix = path.suffix.lower()
-        if suffix in IMAGE_SUFFIXES and path.is_file():
-            found.append(path)
-        elif suffix in IMAGE_SUFFIXES or suffix in _REMEDIES:
-            reason = _REMEDIES.get(suffix, "a link to nothing, or no ordinary file")
-            passed_over[f"{suffix} ({reason})"] += 1
-    passed_over.update(f"folder that may not be read ({error.filename})" for error in refused)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
-    if kinds:
-        logger.warning("%s: passed over: %s", folder, kinds)
-    if not found:
-        where = "or its subfolders" if recursive else "itself (subfolders were not searched)"
-        wanted = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(
-            f"{folder}: no image in this folder {where}; wanted {wanted}; passed over: {kinds or 'none'}"
+    @property
+    def orientation(self) -> int:
+        """The orientation from 1 to 8; libvips has turned an AVIF already."""
+        known = (
+            self.described is not None and self.kind != "AVIF" and self.described.get_typeof("orientation")
         )
-    return sorted(found)
+        return int(self.described.get("orientation")) if known and self.described is not None else 1
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """The upright height and width."""
+        size = self.image.height, self.image.width
+        return size[::-1] if self.orientation >= 5 else size
 
-def _files_below(folder: Path, recursive: bool, refused: list[OSError]) -> Iterator[Path]:
-    """Each folder once, as links may lead in circles."""
-    entered: set[str] = set()
-    for name, folders, files in os.walk(folder, onerror=refused.append, followlinks=True):
-        real = os.path.realpath(name)
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        visible = [inner for inner in folders if not inner.startswith(".")] if recursive else []
-        # a folder's own name before a link's
-        folders[:] = sorted(visible, key=lambda inner: (os.path.islink(os.path.join(name, inner)), inner))
-        yield from (Path(name, file) for file in files if not file.startswith("."))
+    @property
+    def frames(self) -> int:
+        animated = int.from_bytes(self.chunks.get(b"acTL", b"")[:4], "big")
+        pages = self.described is not None and self.described.get_typeof("n-pages")
+        return animated or (int(self.described.get("n-pages")) if pages and self.described is not None else 1)
+
+    def extra_bands(self, count: int) -> list[bool]:
+        """Whether each of `count` bands beyond the colours is alpha."""
+        if self.tiff is None:
+            return [True] * count
+        if _EXTRA_SAMPLES not in self.tiff:  # OpenCV writes alpha so
+            return [count == 1] * count
+        said = [int(kind) in _ALPHA for kind in np.atleast_1d(self.tiff[_EXTRA_SAMPLES])]
+        return (said + [False] * count)[:count]
+
+    def other_colour_space(self) -> list[str]:
+        """What the file says of a colour space other than sRGB, without a profile."""
+        if self.colour is not None:
+            primaries, transfer = self.colour
+            ordinary = primaries in _SRGB_LIKE_PRIMARIES and transfer in _SRGB_LIKE_TRANSFERS
+            return (
+                [] if ordinary else [f"the colour space with primaries {primaries} and transfer {transfer}"]
+            )
+        if {b"sRGB", b"iCCP"} & self.chunks.keys():
+            return []
+        usual = {b"gAMA": _SRGB_GAMMA, b"cHRM": _SRGB_PRIMARIES}
+        return [
+            f"the colour space that {kind.decode()} states"
+            for kind, values in usual.items()
+            if kind in self.chunks and not np.allclose(_numbers(self.chunks[kind]), values, rtol=0, atol=100)
+        ]
 
 
 def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImage:
-    """The first frame of a file, upright; palettes and CMYK become RGB.
+    """Decode the first frame of a file, upright; palettes and CMYK become RGB.
 
-    UnreadableImageError: damaged, no image, camera raw, beyond MAX_PIXELS or the memory, not of 8 or 16 bits.
+    UnreadableImageError: damaged, no image, camera raw, HDR, beyond MAX_PIXELS or the memory, or not of 8 or
+    16 bits. With metadata, a warning says what of a file is left out.
     """
     path = Path(path)
-    with _opened(path) as (image, header):
-        metadata = header.with_exif(path) if with_metadata else Metadata()
-        if isinstance(image, ImageFile):
-            mode = "L" if image.mode in {"1", "L", "LA"} else "RGB"
-            mode += "A" if image.has_transparency_data else ""
-            samples: Pixels = np.array(image.convert(mode)).reshape(image.height, image.width, len(mode))
-            frames = getattr(image, "n_frames", 1)
-        else:
-            if not header.is_whole:
-                raise UnreadableImageError("damaged or cut short (its end is missing)")
-            samples = _decode_with_libvips(image, header)
-            pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
-            frames = int.from_bytes(header.chunks.get(b"acTL", b"")[8:12], "big") or pages
-            if image.interpretation == "cmyk":
-                metadata = replace(metadata, icc_profile=None)
+    with _opened(path) as (header, file):
+        samples, has_alpha, lost = _decode(header, file)
+        metadata = Metadata()
+        if with_metadata:
+            metadata, damaged = _describe(header)
+            lost += damaged + header.other_colour_space()
+            if lost:
+                logger.warning("%s: left out: %s", path, ", ".join(lost))
         turned: npt.NDArray[Any] = samples.swapaxes(0, 1) if header.orientation >= 5 else samples
         down, right = ((1, 1), (1, -1), (-1, -1), (-1, 1))[(header.orientation - 1) % 4]
         upright = turned[::down, ::right]  # (H, W, 1 to 4)
-        bands = upright.shape[2]
-        pixels = np.ascontiguousarray(upright[..., :3] if bands >= 3 else upright[..., 0])
-        alpha = np.ascontiguousarray(upright[..., -1]) if bands in {2, 4} else None
-    return DecodedImage(path, pixels, alpha, metadata, frames)
+        colours = upright.shape[2] - has_alpha
+        pixels = np.ascontiguousarray(upright[..., :3] if colours == 3 else upright[..., 0])
+        alpha = np.ascontiguousarray(upright[..., -1]) if has_alpha else None
+    return DecodedImage(path, pixels, alpha, metadata, header.frames)
 
 
 def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
-    """(H, W, 3): grey repeated, 16 bits rounded, alpha dropped; errors as decode_image."""
-    return as_rgb8(decode_image(path, with_metadata=False).pixels)
+    """(H, W, 3), as restoring sees it: grey repeated, 16 bits rounded, hidden colours replaced."""
+    return as_rgb8(decode_image(path, with_metadata=False).visible)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Upright, without decoding; errors as decode_image."""
-    with _opened(Path(path)) as (image, header):
-        return (image.width, image.height) if header.orientation >= 5 else (image.height, image.width)
+    """(height, width) of the upright picture, without decoding; errors as decode_image."""
+    with _opened(Path(path)) as (header, _):
+        return header.size
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[pyvips.Image | ImageFile, Header]]:
+def _opened(path: Path) -> Iterator[tuple[_Header, BinaryIO]]:
     """Errors until the end name ``path`` and say why."""
+    kind: str | None = None
     try:
         with path.open("rb") as file:
-            yield _open(path, file)
+            start = file.read(FIRST_BYTES)
+            if not start:
+                raise UnreadableImageError("the file is empty")
+            kind = kind_of(start)
+            if reason := refusal(kind, path.suffix.lower()):
+                raise UnreadableImageError(reason)
+            yield _read_header(path, file, str(kind)), file
     except (pyvips.Error, MemoryError, *DAMAGE_ERRORS) as error:
-        text, suffix = " ".join(str(error).split()), path.suffix.lower()
-        reason = f"damaged or cut short ({text})"
+        text = " ".join(str(error).split())
+        reason = f"{kind} that is damaged or cut short ({text})"
         if isinstance(error, UnreadableImageError):
             reason = text
         elif isinstance(error, OSError) and error.errno is not None:  # the system's: a decoder's have none
             reason = f"cannot be read ({error.strerror})"
         elif isinstance(error, MemoryError) or "out of memory" in text:
             reason = "does not fit in memory; cut it into pieces or close other programs"
-        elif suffix in _REMEDIES:
-            reason = f"{suffix[1:].upper()} that this libvips cannot decode; {_REMEDIES[suffix]}"
-        elif "known format" in text:
-            reason = "not an image of a kind that can be read, or its header is damaged"
         raise UnreadableImageError(f"{path}: {reason}") from error
 
 
-def _open(path: Path, file: BinaryIO) -> tuple[pyvips.Image | ImageFile, Header]:
-    start = file.read(16)
+def _read_header(path: Path, file: BinaryIO, kind: str) -> _Header:
+    tiff, chunks = None, list[tuple[bytes, bytes]]()
     file.seek(0)
-    if not start:
-        raise UnreadableImageError("the file is empty")
-    # Pillow's plugins themselves, because Image.open has a limit of 89 megapixels for the whole process. The
-    # two names of a container are HEIC's as often as AVIF's.
-    container = start[8:12] in {b"mif1", b"msf1"}
-    plugins = (Image.OPEN[name] for name in _DECODED_BY_PILLOW if not container)
-    plugin = next((plugin for plugin, accept in plugins if accept and accept(start) is True), None)
-    # libvips by descriptor: a name need not be UTF-8, and it would read options in its brackets. A descriptor
-    # of its own, because it remembers where it is in the file.
+    if kind == "TIFF":
+        tiff = Image.Exif()
+        with suppress(*DAMAGE_ERRORS):
+            tiff.load_from_fp(file)
+        # in a camera's TIFF (reduced image, or a DNG version) the first picture is a preview
+        if tiff.get(_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in tiff:
+            raise UnreadableImageError(refusal("camera raw", ""))
+        if tiff.get(_PHOTOMETRIC) in _LAB:
+            raise UnreadableImageError("holds LAB colours; save it as RGB")
     image: pyvips.Image | ImageFile
-    if plugin:
-        image = plugin(file, "")
+    described = None
+    if kind == "BMP":
+        image = Image.OPEN[kind][0](file, "")  # Image.open has a limit of 89 megapixels for the whole process
     else:
-        with path.open("rb") as other:
-            source = pyvips.Source.new_from_descriptor(other.fileno())
-        image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error")
-    header = read_header(image, file)
-    # in a camera's TIFF (reduced image, or a DNG version) the first picture is a preview
-    is_preview = header.tiff.get(254, 0) & 1 or 50706 in header.tiff
-    if is_preview or _REMEDIES.get(path.suffix.lower()) == _DEVELOP:
-        raise UnreadableImageError(_DEVELOP)
-    if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width} x {image.height} = {image.width * image.height} pixels"
+        image = described = _open_with_libvips(path)
+    if kind == "PNG":
+        chunks = _png_chunks(file)
+        with suppress(pyvips.Error):  # what describes the picture may follow its pixels
+            whole = _PNG_START + b"".join(chunk for _, chunk in chunks) + _PNG_WITHOUT_PIXELS
+            described = pyvips.Image.new_from_buffer(whole, "")
+    contents = {name: chunk[8:-4] for name, chunk in chunks}
+    header = _Header(kind, image, described, tiff, contents, _colour(kind, file, contents))
+    height, width = header.size
+    if height * width > MAX_PIXELS:
+        size = f"{width} x {height} = {height * width} pixels"
         raise UnreadableImageError(f"{size}, more than {MAX_PIXELS}; cut it into pieces")
-    if not isinstance(image, ImageFile) and image.format not in _DTYPES:
+    if isinstance(image, pyvips.Image) and image.format not in _DTYPES:
         raise UnreadableImageError(f"holds samples of type {image.format}; save it with 8 or 16 bits")
-    return image, header
+    if header.colour is not None and header.colour[1] in _HDR_TRANSFERS:
+        raise UnreadableImageError("is HDR (PQ or HLG); save it with the ordinary range (sRGB)")
+    return header
 
 
-def _decode_with_libvips(image: pyvips.Image, header: Header) -> Pixels:
-    """(H, W, 1 to 4): grey or RGB, then alpha."""
+def _open_with_libvips(path: Path) -> pyvips.Image:
+    # By descriptor: a name need not be UTF-8, and libvips would read options in its brackets. By one of its
+    # own, because it remembers where it is in the file.
+    with path.open("rb") as other:
+        source = pyvips.Source.new_from_descriptor(other.fileno())
+    return pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error")
+
+
+def _png_chunks(file: BinaryIO) -> list[tuple[bytes, bytes]]:
+    """Kind and bytes of each chunk that holds no pixels."""
+    chunks = []
+    file.seek(len(_PNG_START))
+    while len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if kind in _PNG_PIXELS:
+            file.seek(length + 4, io.SEEK_CUR)
+        else:
+            chunks.append((kind, header + file.read(length + 4)))
+        if kind == b"IEND":
+            break
+    return chunks
+
+
+def _numbers(content: bytes) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(content[: len(content) // 4 * 4], ">u4")
+
+
+def _colour(kind: str, file: BinaryIO, chunks: dict[bytes, bytes]) -> tuple[int, int] | None:
+    """Primaries and transfer of a PNG or AVIF that states them, by the numbers of H.273."""
+    if len(cicp := chunks.get(b"cICP", b"")) == 4:
+        return cicp[0], cicp[1]
+    file.seek(0)
+    stated = re.search(rb"colrnclx\0(.)\0(.)", file.read(2**16), re.DOTALL) if kind == "AVIF" else None
+    return (stated[1][0], stated[2][0]) if stated else None
+
+
+def _describe(header: _Header) -> tuple[Metadata, list[str]]:
+    if header.described is None:
+        return Metadata(dpi=header.image.info.get("dpi")), []
+    metadata, damaged = read_metadata(header.described, header.size, header.tiff)
+    if header.described.interpretation == "cmyk":
+        metadata = replace(metadata, icc_profile=None)  # the colours were converted through it
+    return metadata, damaged
+
+
+def _decode(header: _Header, file: BinaryIO) -> tuple[Pixels, bool, list[str]]:
+    """(H, W, 1 to 4) as stored: grey or RGB, then alpha if there is one; and what was left out."""
+    if header.kind in ("BMP", "GIF", "WEBP"):
+        # libvips has no BMP, makes every animation transparent, and decodes WebP in threads, which are gone
+        # after the fork of a data loader: it would wait for ever
+        image = Image.OPEN[header.kind][0](file, "")
+        has_alpha = image.has_transparency_data
+        mode = ("L" if image.mode in {"1", "L"} else "RGB") + ("A" if has_alpha else "")
+        samples = np.array(image.convert(mode)).reshape(image.height, image.width, len(mode))
+        return samples, has_alpha, []
+    image = header.image
+    assert isinstance(image, pyvips.Image)
+    colours = {"b-w": 1, "grey16": 1, "cmyk": 4}.get(image.interpretation, 3)
+    extras = header.extra_bands(image.bands - colours)
+    picture = image.extract_band(0, n=colours)
     if image.interpretation == "cmyk":
         depth = 16 if image.format == "ushort" else 8
-        image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
+        picture = picture.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
     elif image.interpretation not in {"b-w", "grey16", "srgb", "rgb16"}:
-        image = image.colourspace("srgb")
+        picture = picture.colourspace("srgb")
+    if any(extras):
+        picture = picture.bandjoin(image.extract_band(colours + extras.index(True)))
+    left = len(extras) - any(extras)
+    return _fetch(picture), any(extras), [f"{left} bands beyond colour and alpha"] if left else []
+
+
+def _fetch(image: pyvips.Image) -> Pixels:
     samples: Pixels = np.empty((image.height, image.width, image.bands), _DTYPES[image.format])
     # A region decodes in this thread: libvips' own threads are gone after the fork of a data loader, and a
-    # worker that asked for them would wait for ever. So do its loaders of WebP, GIF and AVIF, region or not.
+    # worker that asked for them would wait for ever.
     region = pyvips.Region.new(image)
     for top in range(0, image.height, 256):
         rows = samples[top : top + 256]
         fetched = region.fetch(0, top, image.width, len(rows))
         rows[:] = np.frombuffer(fetched, samples.dtype).reshape(rows.shape)
-    colours = 3 if image.bands >= 3 else 1
-    # the last condition: a TIFF's extra sample is not "unspecified"
-    has_alpha = image.hasalpha() and image.bands > colours and header.tiff.get(338) not in {0, (0,)}
-    return samples[..., : colours + has_alpha]
+    return samples
 
 
 def check_format(
-    path: str | Path,
-    height: int,
-    width: int,
-    dtype: npt.DTypeLike = np.uint8,
-    *,
-    has_alpha: bool = False,
-    metadata: Metadata | None = None,
+    path: str | Path, height: int, width: int, dtype: npt.DTypeLike = np.uint8, *, has_alpha: bool = False
 ) -> str:
-    """Of the suffix; ValueError where it cannot hold such a picture."""
-    path, metadata = Path(path), metadata or Metadata()
+    """The name of the suffix's format, such as "JPEG"; ValueError where it cannot hold such a picture."""
+    path = Path(path)
     if path.suffix.lower() not in WRITABLE_SUFFIXES:
         known = ", ".join(sorted(WRITABLE_SUFFIXES))
         raise ValueError(f"{path}: unknown suffix {path.suffix!r} for writing; use one of {known}")
     name = Image.registered_extensions()[path.suffix.lower()]
     size = height * width * (4 if has_alpha else 3) * np.dtype(dtype).itemsize
     side, largest = max(height, width), _LARGEST_SIDE.get(name, 2**31 - 1)
-    kinds = ", ".join(kind.decode() for kind in metadata.colour)
-    segment = max(len(metadata.exif or b""), len(metadata.xmp or b""))
     refusals = {
         f"{side} pixels a side, but {largest}": side > largest,
         f"{size} bytes, but up to 4 GB": name in {"TIFF", "BMP"} and size > 2**32 - 2**24,
         "16 bits": name not in {"PNG", "TIFF"} and np.dtype(dtype) == np.uint16,
         "alpha": name in {"JPEG", "BMP"} and has_alpha,
-        "a profile": name == "BMP" and metadata.icc_profile,
-        "EXIF": name == "BMP" and metadata.exif,
-        f"the colour space that {kinds} state": name != "PNG" and kinds,
-        "more than 65500 bytes of EXIF or XMP": name == "JPEG" and segment > 65500,
     }
     for what, refused in refusals.items():
         if refused:
@@ -322,12 +328,12 @@ def write_image(
     metadata: Metadata | None = None,
     quality: int = 95,
 ) -> None:
-    """In the format of the suffix, replacing an older file in one step or not at all.
+    """Write a picture in the format of the suffix, replacing an older file in one step or not at all.
 
     Args:
         pixels: (H, W) grey or (H, W, 3) RGB; uint8, for PNG and TIFF also uint16.
         alpha: (H, W) of the same dtype, 0 for transparent.
-        metadata: sizes in EXIF and XMP become those of the pixels.
+        metadata: what the format cannot hold, or is not true of this picture, is left out with a warning.
         quality: 1 to 100, for JPEG (4:4:4) and WebP (lossless at 100).
 
     ValueError: what the format cannot hold, or a missing folder.
@@ -337,19 +343,41 @@ def write_image(
         raise ValueError(f"quality {quality}: give a value from 1 to 100")
     samples = _joined_samples(pixels, alpha)
     height, width, _ = samples.shape
-    has_alpha = alpha is not None
-    name = check_format(path, height, width, pixels.dtype, has_alpha=has_alpha, metadata=metadata)
-    if (metadata.text and name != "PNG") or (metadata.xmp and name == "BMP"):
-        logger.warning("%s: %s cannot hold a PNG's texts, BMP no XMP either: left out", path, name)
-    encoded = _encode(path, name, samples, metadata.resized(height, width, path), quality)
+    name = check_format(path, height, width, pixels.dtype, has_alpha=alpha is not None)
+    metadata, lost = metadata.fitted(name, height, width, 1 if pixels.ndim == 2 else 3)
+    if lost:
+        logger.warning("%s: left out: %s", path, ", ".join(lost))
+    try:
+        encoded = _encode(name, samples, metadata, quality)
+    except (pyvips.Error, OSError) as error:
+        raise ValueError(f"{path}: cannot be encoded as {name} ({error})") from error
     if not path.parent.is_dir():
         raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
     write_atomically(path, lambda stream: stream.write(encoded))
 
 
+def _encode(name: str, samples: Pixels, metadata: Metadata, quality: int) -> bytes:
+    if name == "BMP":
+        buffer = io.BytesIO()
+        picture = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+        picture.save(buffer, name, **({"dpi": metadata.dpi} if metadata.dpi else {}))
+        return buffer.getvalue()
+    image = metadata.attach(pyvips.Image.new_from_array(samples, interpretation="auto"))
+    options: dict[str, dict[str, Any]] = {
+        ".png": {"filter": "all"},
+        ".jpeg": {"Q": quality, "subsample_mode": "off"},
+        ".tiff": {"compression": "deflate", "predictor": "horizontal", "resunit": "inch"},
+        # exact: colours under full transparency are kept
+        ".webp": {"Q": quality, "lossless": quality == 100, "exact": True},
+    }
+    suffix = f".{name.lower()}"
+    encoded: bytes = image.write_to_buffer(suffix, keep=metadata.keep, **options[suffix])
+    return encoded
+
+
 def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
     """(H, W, 1 to 4)."""
-    _check_dtype(pixels.dtype)
+    check_dtype(pixels.dtype)
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3), alpha in alpha=")
     samples = np.ascontiguousarray(np.atleast_3d(pixels))
@@ -360,21 +388,3 @@ def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
             f"alpha of shape {alpha.shape} and {alpha.dtype}: expected {pixels.shape[:2]} and {pixels.dtype}"
         )
     return np.concatenate([samples, alpha[..., None]], axis=-1)
-
-
-def _encode(path: Path, name: str, samples: Pixels, metadata: Metadata, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    try:
-        if name == "TIFF" or samples.dtype == np.uint16:
-            image = pyvips.Image.new_from_array(samples, interpretation="auto")
-            if name == "TIFF":
-                encoded = image.tiffsave_buffer(compression="deflate", predictor="horizontal", keep="none")
-                return tiff_with_metadata(encoded, metadata)
-            return png_with_metadata(image.pngsave_buffer(filter="all", keep="none"), metadata)
-        options = {"quality": quality, "subsampling": 0, "lossless": quality == 100}
-        options["exact"] = True  # WebP keeps colours under full transparency
-        image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
-        image.save(buffer, name, **options, **save_options(metadata))
-        return buffer.getvalue()
-    except (pyvips.Error, zlib.error, *DAMAGE_ERRORS) as error:
-        raise ValueError(f"{path}: cannot be encoded as {name} ({error})") from error

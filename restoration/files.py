@@ -10,9 +10,10 @@ from bicubic import upscale_image
 from engine.cli import one_line
 from engine.device import is_out_of_memory
 from imaging.atomic import write_atomically
-from imaging.files import DecodedImage, Pixels, check_format, decode_image, read_rgb, write_image
+from imaging.files import DecodedImage, check_format, decode_image, read_rgb, write_image
 from imaging.metadata import Metadata
-from imaging.pictures import comparison_picture
+from imaging.panels import comparison_picture
+from imaging.pixels import Pixels
 from imaging.tokens import read_tokens
 from restoration.restorer import Restoration
 from restoration.scales import Chain, restore_to
@@ -63,7 +64,7 @@ def restore_file(
         source = on_background(source, background)
     height, width = chain.scale.high_size(*source.pixels.shape[:2])
     has_alpha, dtype = source.alpha is not None, source.pixels.dtype
-    check_format(task.target, height, width, dtype, has_alpha=has_alpha, metadata=source.metadata)
+    check_format(task.target, height, width, dtype, has_alpha=has_alpha)
     truth = None if task.truth is None else read_original(task.truth, height, width, float(chain.scale))
     tokens = None if task.tokens is None else read_tokens(task.tokens, task.source)
     deviation = task.uncertainty is not None

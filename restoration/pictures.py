@@ -9,9 +9,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from imaging.files import DecodedImage, Pixels, decode_image, pixels_to_unit, to_model_range, unit_to_pixels
+from imaging.files import DecodedImage, decode_image
 from imaging.metadata import Metadata
-from imaging.pictures import spread_colours
+from imaging.pixels import Pixels, pixels_to_unit, spread_colours, to_model_range, unit_to_pixels
 from restoration.fields import row_bands
 
 Restorable: TypeAlias = str | Path | Pixels | Tensor | Image.Image | DecodedImage

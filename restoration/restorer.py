@@ -24,8 +24,9 @@ from bicubic import Border
 from degradation import Degradation
 from diffusion import Contexts, ResidualGenerator
 from engine.options import OptionError, Options, option
-from imaging.files import Pixels, to_model_range, to_unit_range, write_image
+from imaging.files import write_image
 from imaging.metadata import Metadata
+from imaging.pixels import Pixels, to_model_range, to_unit_range
 from models import LoadedModel
 from restoration.fields import check_room, row_bands, zeros
 from restoration.pictures import Restorable, to_deviation, to_picture

@@ -13,7 +13,8 @@ from evaluation import metrics
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import evaluate, model_method
 from examples.dead_leaves import dead_leaves
-from imaging.files import decode_image, pixels_to_unit, write_image
+from imaging.files import decode_image, write_image
+from imaging.pixels import pixels_to_unit
 from models import load_model
 from restoration import RestoreConfig, restore
 from restoration.weights import find_weights, released_model

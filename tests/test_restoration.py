@@ -27,8 +27,9 @@ from diffusion import ResidualGenerator
 from engine.options import OptionError
 from evaluation.metrics import low_resolution_psnr
 from examples.dead_leaves import dead_leaves
-from imaging.files import decode_image, pixels_to_unit, to_model_range, write_image
+from imaging.files import decode_image, write_image
 from imaging.metadata import Metadata
+from imaging.pixels import pixels_to_unit, to_model_range
 from models import LoadedModel, export_safetensors
 from restoration import PRESETS, RestoreConfig, Restorer, blend, restore
 from restoration.fields import bytes_on_disk, release_pages, row_bands, zeros

@@ -13,7 +13,8 @@ from diffusion import DiffusionModel, ResidualGenerator
 from evaluation import metrics
 from evaluation.metrics import METRICS
 from evaluation.validation import VALIDATION_SEED, Validator
-from imaging.files import to_unit_range, write_image
+from imaging.files import write_image
+from imaging.pixels import to_unit_range
 from tests.networks import tiny_unet
 from training import NonFiniteError
 from util import ImageDataset

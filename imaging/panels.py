@@ -1,11 +1,10 @@
-"""Labelled pictures to look at, and the hidden colours of transparent ones."""
+"""Labelled panels side by side, to look at."""
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from imaging.files import Pixels, as_rgb8
+from imaging.pixels import Pixels, as_rgb8
 
 _GAP, _LABEL = 8, 24  # pixels between panels, and above them
 
@@ -33,18 +32,3 @@ def labelled_row(panels: dict[str, Pixels], height: int, width: int) -> npt.NDAr
         panel = Image.fromarray(as_rgb8(pixels)).crop((0, 0, width, height))
         picture.paste(panel, (left, _LABEL))
     return np.asarray(picture)
-
-
-def spread_colours(pixels: Pixels, alpha: Pixels) -> Pixels:
-    """Give every pixel (H, W[, C]) with alpha 0 the colour of the nearest other one."""
-    # What lies hidden there would bleed into the edges of what is seen when the picture is resized.
-    hidden = alpha == 0
-    if hidden.all() or not hidden.any():
-        return pixels
-    _, labels = cv2.distanceTransformWithLabels(
-        hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
-    )
-    positions = np.zeros(labels.max() + 1, np.int64)  # of the visible pixel with each label
-    positions[labels[~hidden]] = np.flatnonzero(~hidden)
-    flat = pixels.reshape(alpha.size, -1)
-    return flat[positions[labels]].reshape(pixels.shape)

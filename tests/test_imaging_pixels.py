@@ -1,14 +1,16 @@
-"""Tests of imaging/pictures.py: panels in place, transparent pictures without fringes."""
+"""Tests of imaging/pixels.py and panels.py: ranges, hidden colours, panels in place."""
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import distance_transform_edt
 
 from bicubic import upscale_image
-from imaging.pictures import comparison_picture, labelled_row, spread_colours
+from imaging.panels import comparison_picture, labelled_row
+from imaging.pixels import pixels_to_unit, spread_colours, to_model_range, to_unit_range, unit_to_pixels
 
 SIZE = 24
 
@@ -77,3 +79,41 @@ def test_a_comparison_shows_the_input_enlarged_by_the_nearest_pixel():
     assert np.array_equal(panels[0], source.repeat(4, axis=0).repeat(4, axis=1))
     assert [int(panel[0, 0, 0]) for panel in panels[1:]] == [7, 8, 9]
     assert (panels[3][3:] == 0).all()  # the original is padded to the result's size
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_pixel_value_survives_the_model_range(dtype, channels):
+    count = np.iinfo(dtype).max + 1
+    pixels = (
+        np.random.default_rng(0).permutation(np.repeat(np.arange(count, dtype=np.uint32), 3)).astype(dtype)
+    )
+    pixels = pixels.reshape((256, -1, 3) if channels == 3 else (256, -1))
+    unit = pixels_to_unit(pixels)
+    assert unit.shape == (channels, *pixels.shape[:2])
+    assert unit.dtype == torch.float32
+    assert (unit.min(), unit.max()) == (0, 1)
+    assert (to_model_range(unit).min(), to_model_range(unit).max()) == (-1, 1)
+    assert np.array_equal(unit_to_pixels(to_unit_range(to_model_range(unit)), dtype), pixels)
+
+
+def test_unit_to_pixels_clamps_and_rounds_half_up():
+    values = torch.tensor([-0.7, 0.5 / 255, 0.499 / 255, 1.5 / 255, 2.5 / 255, 1.3], dtype=torch.float64)
+    assert unit_to_pixels(values[None, None]).tolist() == [[0, 1, 0, 2, 3, 255]]
+    deep = torch.tensor([0.5 / 65535, 65534.5 / 65535, 65534.49 / 65535], dtype=torch.float64)
+    assert unit_to_pixels(deep[None, None], np.uint16).tolist() == [[1, 65535, 65534]]
+
+
+@pytest.mark.parametrize(
+    ("convert", "value", "said"),
+    [
+        (unit_to_pixels, torch.zeros(2, 4, 4), r"\(2, 4, 4\)"),
+        (unit_to_pixels, torch.full((1, 4, 4), torch.nan), "NaN"),
+        (lambda image: unit_to_pixels(image, np.int32), torch.zeros(1, 4, 4), "int32"),
+        (pixels_to_unit, np.zeros((4, 4)), "float64"),
+        (pixels_to_unit, np.zeros(4, np.uint8), r"\(4,\)"),
+    ],
+)
+def test_wrong_tensors_and_pixels_are_refused(convert, value, said):
+    with pytest.raises(ValueError, match=said):
+        convert(value)

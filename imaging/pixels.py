@@ -1,0 +1,72 @@
+"""Value ranges: files hold uint8 or uint16, metrics [0, 1], the model [-1, 1]; and hidden colours."""
+
+from typing import Any, TypeAlias
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Pixels: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+
+def to_model_range(unit: Tensor) -> Tensor:
+    """[0, 1] to [-1, 1]."""
+    return unit * 2 - 1
+
+
+def to_unit_range(model: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1]."""
+    return (model + 1) / 2
+
+
+def pixels_to_unit(pixels: Pixels) -> Tensor:
+    """(H, W) or (H, W, C), uint8 or uint16, to float32 (C, H, W) in [0, 1]."""
+    check_dtype(pixels.dtype)
+    if pixels.ndim not in {2, 3}:
+        raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, C)")
+    unit = np.atleast_3d(pixels).transpose(2, 0, 1).astype(np.float32, order="C")
+    unit /= np.iinfo(pixels.dtype).max
+    return torch.from_numpy(unit)
+
+
+def unit_to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Pixels:
+    """(1 or 3, H, W) in [0, 1] to (H, W[, 3]), clamped and rounded; ValueError for NaN."""
+    if image.ndim != 3 or image.shape[0] not in {1, 3}:
+        raise ValueError(f"an image of shape {tuple(image.shape)}: expected (1, H, W) or (3, H, W)")
+    check_dtype(np.dtype(dtype))
+    # float64: at 65535 a float32 has too few bits left to round half up.
+    unit = image.detach().cpu().to(torch.float64).clamp(0, 1)
+    if bool(unit.isnan().any()):
+        raise ValueError("an image that holds NaN cannot become pixels; find where the NaN was made")
+    planes = (unit * int(np.iinfo(dtype).max) + 0.5).numpy().astype(dtype)  # (C, H, W), half rounded up
+    return planes[0] if len(planes) == 1 else np.stack(list(planes), axis=-1)
+
+
+def as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
+    """(H, W) or (H, W, 3), uint8 or uint16, to (H, W, 3)."""
+    if pixels.dtype == np.uint16:
+        # 257 is odd, so no value lies half-way and adding 128 rounds exactly.
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return np.stack([pixels] * 3, axis=-1) if pixels.ndim == 2 else pixels.astype(np.uint8, copy=False)
+
+
+def check_dtype(dtype: np.dtype[Any]) -> None:
+    if dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"pixels of {dtype}: expected uint8 or uint16; unit_to_pixels converts floats")
+
+
+def spread_colours(pixels: Pixels, alpha: Pixels) -> Pixels:
+    """Give every pixel (H, W[, C]) with alpha 0 the colour of the nearest other one."""
+    # What lies hidden there would bleed into the edges of what is seen when the picture is resized.
+    hidden = alpha == 0
+    if hidden.all() or not hidden.any():
+        return pixels
+    _, labels = cv2.distanceTransformWithLabels(
+        hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    positions = np.zeros(labels.max() + 1, np.int64)  # of the visible pixel with each label
+    positions[labels[~hidden]] = np.flatnonzero(~hidden)
+    flat = pixels.reshape(alpha.size, -1)
+    return flat[positions[labels]].reshape(pixels.shape)
