@@ -163,7 +163,7 @@ class ProcessConfig(Options):
 
 
 @dataclass(frozen=True)
-class LossConfig(Options):
+class ObjectiveConfig(Options):
     retired: ClassVar = {"min_snr_gamma": None, "timestep_density": "uniform", "perceptual_weight": 0.0}
 
     token_dropout: float = option(
@@ -219,10 +219,10 @@ class DiffusionModel:
         schedule: str = "cosine",
         *,
         process: ProcessConfig | None = None,
-        objective: LossConfig | None = None,
+        objective: ObjectiveConfig | None = None,
     ) -> None:
         self.process = process or ProcessConfig(timesteps, mode, schedule)
-        self.objective = objective or LossConfig()
+        self.objective = objective or ObjectiveConfig()
         self.timesteps, self.mode = self.process.timesteps, self.process.mode
         self.device = torch.device(device)
         signal, noise = self.process.scales()

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple, get_type_hints
 import torch
 
 from degradation import Degradation
-from diffusion import DiffusionModel, LossConfig, ProcessConfig
+from diffusion import DiffusionModel, ObjectiveConfig, ProcessConfig
 from engine.checkpoint import Checkpoint, load_weights, read_for_resume
 from engine.cli import Parser, check_folder, run_script, say
 from engine.device import Precision, autocast_dtype, tune_for_training
@@ -99,7 +99,7 @@ class Settings(NamedTuple):
     degradation: Degradation
     network: UNetConfig
     process: ProcessConfig
-    objective: LossConfig
+    objective: ObjectiveConfig
     training: TrainingConfig
     run: RunOptions
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import infer
 import train_diffusion
 from degradation import Degradation
-from diffusion import DiffusionModel, LossConfig, ResidualGenerator
+from diffusion import DiffusionModel, ObjectiveConfig, ResidualGenerator
 from engine.options import OptionError
 from imaging.files import write_image
 from imaging.tokens import read_tokens
@@ -115,7 +115,7 @@ def test_dropped_tokens_change_nothing_and_kept_ones_do():
     network, crops = tiny_unet(conditioning="tokens"), torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
 
     def loss(dropout, tokens):
-        of_batch = DiffusionModel(objective=LossConfig(dropout)).restoration_loss(Degradation(scale=2.0))
+        of_batch = DiffusionModel(objective=ObjectiveConfig(dropout)).restoration_loss(Degradation(scale=2.0))
         return of_batch(network, Crops(crops, tokens=tokens), torch.Generator().manual_seed(0))
 
     assert torch.equal(loss(1.0, TOKENS), loss(1.0, -TOKENS))
