@@ -32,9 +32,8 @@ from engine.processes import LostProcessError, Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
 from evaluation.validation import Validator
-from imaging.cache import CachedReader
+from imaging.cache import CachedReader, default_cache_dir
 from imaging.kinds import list_images
-from imaging.sizes import default_cache_dir
 from models import LoadedModel
 from restoration.weights import load_model
 from training import (
@@ -71,7 +70,10 @@ class DataOptions(Options):
         path=True,
     )
     augment: Augmentation = option("flip", "flip: left-right; dihedral: all 8 flips and rotations")
-    cache_gb: float = option(4.0, "disk for decoded images; 0 decodes each time", low=0, fixed=False)
+    cache_dir: str | None = option(
+        None, "folder for decoded images and sizes; by default in the user's cache", fixed=False, path=True
+    )
+    cache_gb: float = option(4.0, "gigabytes of decoded images in it; 0: none", low=0, fixed=False)
 
 
 @dataclass(frozen=True)
@@ -215,13 +217,14 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
     data = settings.data
     if data.tokens is not None and (kind := settings.network.conditioning) != "tokens":
         raise OptionError("conditioning", kind, "choose tokens where there are --tokens")
+    cache_dir = default_cache_dir() if data.cache_dir is None else Path(data.cache_dir)
     dataset = functools.partial(
         ImageDataset,
         img_size=data.img_size,
         augment=data.augment,
         seed=settings.training.seed,
-        reader=CachedReader(round(data.cache_gb * 2**30)),
-        cache_dir=default_cache_dir(),
+        reader=CachedReader(cache_dir, round(data.cache_gb * 2**30)),
+        cache_dir=cache_dir,
         degradation=settings.degradation,
         tokens=data.tokens,
     )

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 
 from bicubic import exact_scale, upscale_image
 from degradation import Degradation
+from imaging.cache import image_sizes
 from imaging.files import UnreadableImageError, read_rgb
 from imaging.kinds import list_images
 from imaging.pixels import to_model_range
-from imaging.sizes import image_sizes
 from imaging.tokens import check_tokens, read_tokens
 
 logger = logging.getLogger(__name__)

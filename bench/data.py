@@ -67,7 +67,7 @@ def crops_per_second(rounds: int = 5) -> dict[str, Timing]:
         for index in range(PHOTOS):
             tile = dead_leaves((226, 340), np.random.default_rng(index))
             write_image(Path(folder) / f"{index}.png", np.tile(tile, (6, 6, 1)))
-        cached = ImageDataset(folder, 256, 4, reader=CachedReader(CACHE_BYTES))
+        cached = ImageDataset(folder, 256, 4, reader=CachedReader(Path(folder) / "cache", CACHE_BYTES))
         decoding = ImageDataset(folder, 256, 4, reader=read_rgb)
         epochs = itertools.count()
 
@@ -84,7 +84,7 @@ def share_waiting_for_data(network: nn.Module, photos: Path, device: torch.devic
     """With two workers, start-up and first epoch left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    dataset = ImageDataset(photos, 64, 4, reader=CachedReader(CACHE_BYTES))
+    dataset = ImageDataset(photos, 64, 4, reader=CachedReader(photos.parent / "cache", CACHE_BYTES))
     first = -(-len(dataset) // 16)  # the steps in which images are decoded
     config = TrainingConfig(
         max_steps=first + steps,

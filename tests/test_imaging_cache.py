@@ -1,162 +1,160 @@
-"""Tests of imaging/cache.py: the same pixels, decoded once, within the limit."""
+"""Tests of imaging/cache.py: the same pixels and sizes, read once by all runs, within the limit."""
 
 import errno
-import multiprocessing
 import os
-import sys
-import tempfile
-import time
 
 import numpy as np
 import pytest
 
 from imaging import cache
-from imaging.cache import CachedReader
-from imaging.files import UnreadableImageError, read_rgb, write_image
+from imaging.cache import CachedReader, default_cache_dir, image_sizes
+from imaging.files import UnreadableImageError, image_size, read_rgb, write_image
+
+BYTES = 48 * 56 * 3  # of each image of photo_folder
 
 
 @pytest.fixture
-def counted():
-    calls = []
+def reads(monkeypatch):
+    """The names of the files that were read."""
+    names = []
+    monkeypatch.setattr(cache, "image_size", lambda path: (names.append(path.name), image_size(path))[1])
+    return names
+
+
+@pytest.fixture
+def opened(tmp_path, reads):
+    """A function that opens the cache as a run does."""
 
     def read(path):
-        calls.append(path)
+        reads.append(path.name)
         return read_rgb(path)
 
-    return read, calls
+    return lambda limit=10**6: CachedReader(tmp_path / "cache", limit, read)
 
 
-def test_a_file_is_decoded_once(photo_folder, counted):
-    read, calls = counted
-    reader = CachedReader(10**6, read)
-    path = sorted(photo_folder.iterdir())[0]
-    assert np.array_equal(reader(path), read_rgb(path))
-    again = reader(path)
-    assert np.array_equal(again, read_rgb(path))
-    assert isinstance(again, np.memmap)
-    assert len(calls) == 1
+@pytest.fixture
+def paths(photo_folder):
+    return sorted(photo_folder.iterdir())
 
 
-def test_the_limit_holds(photo_folder, counted):
-    read, calls = counted
-    paths = sorted(photo_folder.iterdir())[:3]
-    reader = CachedReader(2 * 48 * 56 * 3, read)
-    for path in paths * 2:
-        reader(path)
-    assert [path.name for path in calls] == ["0.png", "1.png", "2.png", "2.png"]
+def test_a_file_is_decoded_once_for_all_runs(opened, paths, reads):
+    for reader in (opened(), opened()):
+        assert np.array_equal(reader(paths[0]), read_rgb(paths[0]))
+    assert isinstance(reader(paths[0]), np.memmap)
+    assert reads == ["0.png"]
 
 
-def test_a_changed_file_is_decoded_again(tmp_path, counted):
-    read, calls = counted
-    reader, path = CachedReader(10**6, read), tmp_path / "image.png"
+@pytest.mark.parametrize("change", ["content", "removed", "cut short"])
+def test_what_does_not_fit_the_file_any_more_is_decoded_again(opened, tmp_path, reads, change):
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")  # a name need not be UTF-8
     write_image(path, np.zeros((8, 8, 3), np.uint8))
+    reader = opened()
     reader(path)
-    write_image(path, np.full((8, 8, 3), 200, np.uint8))
-    os.utime(path, ns=(1, 1))
-    assert int(reader(path)[0, 0, 0]) == 200
-    assert len(calls) == 2
+    (array,) = (tmp_path / "cache" / "images").iterdir()
+    if change == "content":
+        write_image(path, np.full((8, 8, 3), 200, np.uint8))
+        os.utime(path, ns=(1, 1))
+    elif change == "removed":
+        array.unlink()
+    else:
+        array.write_bytes(array.read_bytes()[:-50])
+    assert np.array_equal(reader(path), read_rgb(path))
+    assert len(reads) == 2
 
 
-def test_a_missing_or_broken_file_is_an_error(tmp_path):
-    reader = CachedReader(10**6)
+def test_the_limit_holds_and_what_no_run_uses_makes_room(opened, paths, reads, tmp_path):
+    limit = 2 * (BYTES + 200)  # 128 bytes of header each
+    reader = opened(limit)
+    for path in paths[:3] * 2:
+        reader(path)
+    assert reads == ["0.png", "1.png", "2.png", "2.png"]
+    images = tmp_path / "cache" / "images"
+    (images / ".half.tmp").write_bytes(b"of a run that was killed")
+    for old in images.iterdir():
+        os.utime(old, (1, 1))
+    reads.clear()
+    later = opened(limit)
+    for path in [paths[0], *paths[2:4]] * 2:
+        later(path)
+    assert reads == ["2.png", "3.png", "3.png"]
+    assert len(list(images.iterdir())) == 2
+
+
+def test_a_missing_or_broken_file_is_an_error(opened, tmp_path):
     with pytest.raises(OSError, match="gone"):
-        reader(tmp_path / "gone.png")
+        opened()(tmp_path / "gone.png")
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(UnreadableImageError):
-        reader(tmp_path / "broken.png")
+        opened()(tmp_path / "broken.png")
 
 
-def test_a_negative_limit_is_refused():
+def test_a_negative_limit_is_refused_and_none_makes_no_folder(opened, paths, tmp_path):
     with pytest.raises(ValueError, match="-1"):
-        CachedReader(-1)
+        opened(-1)
+    opened(0)(paths[0])
+    CachedReader(None, 10**6)(paths[0])
+    assert not (tmp_path / "cache").exists()
 
 
-def test_a_full_disk_keeps_every_image_and_warns_once(photo_folder, counted, monkeypatch, caplog):
-    read, calls = counted
-    paths = sorted(photo_folder.iterdir())
-
+def test_a_full_disk_keeps_every_image_and_warns_once(opened, paths, reads, monkeypatch, caplog):
     def fail(path, write):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    reader = CachedReader(10**6, read)
+    reader = opened()
     reader(paths[0])
     monkeypatch.setattr(cache, "write_atomically", fail)
     for path in paths * 2:
         assert np.array_equal(reader(path), read_rgb(path))
-    assert len(calls) == 1 + 2 * (len(paths) - 1)  # what was kept before still is
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "No space left" in caplog.text
+    assert len(reads) == 1 + 2 * (len(paths) - 1)  # what was kept before still is
+    assert image_sizes(paths, reader.folder) == [image_size(path) for path in paths]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert caplog.text.count("No space left") == 2
 
 
-def test_a_temporary_folder_that_cannot_be_written_is_a_warning(photo_folder, monkeypatch, caplog):
-    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/none")
-    path = sorted(photo_folder.iterdir())[0]
-    assert np.array_equal(CachedReader(10**6)(path), read_rgb(path))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+def test_a_folder_that_cannot_be_written_is_a_warning(paths, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    reader = CachedReader(tmp_path / "file" / "cache", 10**6)
+    for path in paths:
+        assert np.array_equal(reader(path), read_rgb(path))
+    assert image_sizes(paths, tmp_path / "file" / "cache") == [image_size(path) for path in paths]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
 
 
-def test_a_cache_of_nothing_makes_no_folder(monkeypatch, tmp_path, photo_folder):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    CachedReader(0)(sorted(photo_folder.iterdir())[0])
-    assert list(tmp_path.iterdir()) == []
+def test_sizes_are_read_once_and_again_where_a_file_changed_or_cannot_be_read(paths, tmp_path, reads):
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    bad = [tmp_path / "broken.png", tmp_path / "gone.png"]
+    folder = tmp_path / "cache"
+    first = image_sizes([*paths, *bad], folder)
+    assert first[: len(paths)] == [image_size(path) for path in paths]
+    assert all(isinstance(size, UnreadableImageError) for size in first[-2:])
+    reads.clear()
+    assert image_sizes(paths[:2], folder) == first[:2]
+    write_image(paths[1], np.zeros((30, 40, 3), np.uint8))
+    os.utime(paths[1], ns=(1, 1))
+    assert image_sizes([*paths, *bad], folder)[1] == (30, 40)
+    assert sorted(reads) == ["1.png", "broken.png", "gone.png"]
+    assert image_sizes([], folder) == []
 
 
-def test_an_array_that_a_cleaner_removed_is_decoded_again(photo_folder, counted, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    read, calls = counted
-    reader, path = CachedReader(10**6, read), sorted(photo_folder.iterdir())[0]
-    reader(path)
-    (array,) = tmp_path.glob("*/*.npy")
-    array.unlink()
-    assert np.array_equal(reader(path), read_rgb(path))
-    assert len(calls) == 2
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", "table", "text"])
+def test_a_damaged_index_is_only_slower(paths, tmp_path, content):
+    first = image_sizes(paths, tmp_path)
+    if isinstance(content, bytes):
+        (tmp_path / "sizes.npy").write_bytes(content)
+    else:
+        np.save(
+            tmp_path / "sizes.npy", {"table": np.zeros((2, 2), np.uint64), "text": np.array(["a"])}[content]
+        )
+    assert image_sizes(paths, tmp_path) == first
 
 
-def test_the_folder_goes_with_the_reader_but_not_with_a_forked_worker(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    reader = CachedReader(10**6)
-    worker = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(0))
-    worker.start()
-    worker.join()
-    assert len(list(tmp_path.iterdir())) == 1
-    del reader
-    assert list(tmp_path.iterdir()) == []
+def test_the_cache_is_in_the_user_s_cache_or_nowhere(monkeypatch, tmp_path, caplog):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
 
-
-def read_for_ever(started):
-    reader = CachedReader(9)
-    started.set()
-    time.sleep(600)
-    del reader
-
-
-def test_what_a_killed_run_left_is_removed_and_what_a_live_one_uses_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    context = multiprocessing.get_context("fork")
-    runs = []
-    for _ in range(2):
-        started = context.Event()
-        runs.append(context.Process(target=read_for_ever, args=(started,)))
-        runs[-1].start()
-        assert started.wait(60)
-    runs[1].kill()
-    runs[1].join()
-    assert len(list(tmp_path.iterdir())) == 2
-    reader = CachedReader(9)
-    assert len(list(tmp_path.iterdir())) == 2  # the live run's and its own
-    runs[0].kill()
-    runs[0].join()
-    another = CachedReader(9)
-    assert len(list(tmp_path.iterdir())) == 2
-    del reader, another
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_names_that_are_not_utf_8_are_cached(tmp_path, counted):
-    read, calls = counted
-    path = tmp_path / os.fsdecode(b"caf\xe9.png")
-    write_image(path, np.zeros((8, 8, 3), np.uint8))
-    reader = CachedReader(10**6, read)
-    for _ in range(2):
-        assert reader(path).shape == (8, 8, 3)
-    assert len(calls) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "residual-diffusion"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(cache.Path, "home", unknown)
+    assert default_cache_dir() is None
+    assert "home directory" in caplog.text
