@@ -1,4 +1,4 @@
-"""Everything that bench/RESULTS.md holds, measured in one run: `make bench`.
+"""Everything that bench/RESULTS.md holds, measured in one run of at most 15 minutes: `make bench`.
 
 A part: python -m bench --only quality --networks "diffusers UNet2DModel" --seconds 1500 --out longer.md
 Photos come from the folder that SR_DATA names; without it the rows that need photos say so.
@@ -6,202 +6,220 @@ Photos come from the folder that SR_DATA names; without it the rows that need ph
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from bench import data, networks
-from bench.contenders import NAMES, OURS, RECIPE, contenders, our_network
-from bench.restorers import RESTORERS
+from bench.contenders import NAMES, OURS, RECIPE, contenders, enlargers, our_network
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from engine.device import autocast_dtype, select_device
 from evaluation.images import EvaluationConfig, ImageSet
-from imaging.atomic import write_text_atomically
+from imaging.atomic import check_outputs, write_text_atomically
 from unet import parameter_count
 
 RESULTS = Path("bench/RESULTS.md")
-SECTIONS = ("training", "restoring", "enlarging", "floor", "reading", "quality")
-PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "Pillow", "opencv-python-headless", "numpy")
+NEEDED = ("diffusers", "denoising_diffusion_pytorch", "spandrel")
+PACKAGES = "torch diffusers denoising-diffusion-pytorch spandrel Pillow opencv-python-headless numpy".split()
+CONVOLUTION = "import torch; torch.conv2d(torch.ones(4, 16, 64, 64), torch.ones(16, 16, 3, 3))"
+
+
+def onednn_isa() -> str:
+    """The instruction set that oneDNN really uses, as its log says, or "unknown"."""
+    environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
+    log = subprocess.run(
+        [sys.executable, "-c", CONVOLUTION], env=environment, capture_output=True, text=True, check=False
+    )
+    found = re.search(r"cpu,isa:(.*)", log.stdout)
+    return found[1].strip() if found else "unknown"
 
 
 def machine(device: torch.device) -> list[str]:
+    """Describe what the numbers depend on, a line each."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    cpu = f"{torch.get_num_threads()} CPU cores ({kind})"
-    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ", no GPU"
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    capability = torch.backends.cpu.get_cpu_capability()
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    versions = (f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     return [
-        f"- {cpu}{gpu}; Python {platform.python_version()}",
-        f"- {versions}",
-        f"- commit {commit.stdout.strip()}; {autocast_dtype(device) or torch.float32}",
+        f"- {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads; {gpu}",
+        f"- CPU capability {capability}; oneDNN: {onednn_isa()}; {autocast_dtype(device) or torch.float32}",
+        f"- Python {platform.python_version()}, {', '.join(versions)}",
+        f"- commit {commit.stdout.strip()}; our network: `{RECIPE}`",
     ]
 
 
-def ratios(timings: Mapping[str, Timing], ours: str = OURS) -> dict[str, str]:
-    """How many times longer each takes than ours, by the medians."""
-    return {name: f"{timing.median / timings[ours].median:.1f}" for name, timing in timings.items()}
+def ratios(timings: Mapping[str, Timing]) -> dict[str, str]:
+    """How many times longer each takes than the first, by the medians."""
+    first = next(iter(timings.values()))
+    return {name: f"{timing.median / first.median:.1f}" for name, timing in timings.items()}
 
 
-def speed_of_training(device: torch.device, rounds: int) -> list[str]:
-    lines = ["## Training, x4: images per second", ""]
+def speed_of_training(device: torch.device, rounds: int) -> Iterator[str]:
+    yield "## Training, x4: images per second\n"
+    models = contenders(device)
     for size, batch in ((128, 4), (256, 1)) if device.type == "cpu" else ((128, 128), (256, 32)):
-        models = contenders(device)
         works = {name: networks.training_step(one, batch, size, device) for name, one in models.items()}
         timings = in_turns(works, rounds, device)
         rows = [
             [name, f"{parameter_count(models[name]) / 1e6:.2f}", timing.rate(batch), ratios(timings)[name]]
             for name, timing in timings.items()
         ]
-        lines += [f"Crops of {size}², batch {batch}, {rounds} rounds.", ""]
-        lines += table(["network", "M parameters", "images/s (range)", "time over ours"], rows)
-    return lines
+        yield f"Crops of {size}², batch {batch}.\n"
+        yield from table(["network", "M parameters", "images/s (range)", "time over ours"], rows)
 
 
-def speed_of_restoring(device: torch.device, rounds: int) -> list[str]:
-    """On a CPU each is timed once: the peers attend over 65536 tokens, for a minute or more."""
-    models = {name: one.eval() for name, one in contenders(device).items()}
-    works = {name: networks.denoising_step(one, 1024, device) for name, one in models.items()}
+def speed_of_restoring(device: torch.device, rounds: int) -> Iterator[str]:
+    """On a CPU each is timed once, on a quarter of the picture: the peers attend over all of its tokens."""
     cuda = device.type == "cuda"
-    timings = in_turns(works, rounds if cuda else 1, device, warm_up=int(cuda))
-    rows = [[name, timing.seconds(10), ratios(timings)[name]] for name, timing in timings.items()]
-    return [
-        "## Restoring one 1024² image in 10 steps: seconds",
-        "",
-        "Ten times one denoising step; the condition is encoded before, once per image.",
-        "",
-        *table(["network", "seconds (range)", "time over ours"], rows),
-    ]
-
-
-def speed_of_enlarging(device: torch.device) -> list[str]:
-    """Beside networks that do it in one pass."""
-    ours = our_network(device).eval()
+    side = 1024 if cuda else 512
     works = {
-        f"{OURS}, {name}": networks.restoration(ours, 256, steps, device)
-        for name, steps in (("fidelity", 0), ("detail, 6 steps", 6))
+        name: networks.denoising_step(one.eval(), side, device) for name, one in contenders(device).items()
     }
-    sizes = {name: parameter_count(ours) for name in works}
-    for name, build in RESTORERS.items():
-        network = build().eval().to(device).to(memory_format=torch.channels_last)
-        works[name], sizes[name] = networks.one_pass(network, 256, device), parameter_count(network)
-    timings = in_turns(works, 3, device)
-    first = next(iter(works))
+    timings = in_turns(works, rounds if cuda else 1, device, warm_up=int(cuda))
+    yield f"## Restoring one {side}² image in 10 steps: seconds\n"
+    yield "Ten times one denoising step; the condition is encoded before, once per image."
+    if not cuda:
+        yield (
+            "A quarter of a 1024² image: over all its tokens attention takes 16 times as long as here, and "
+            "all else 4 times."
+        )
+    yield ""
+    rows = [[name, timing.seconds(10), ratios(timings)[name]] for name, timing in timings.items()]
+    yield from table(["network", "seconds (range)", "time over ours"], rows)
+
+
+def speed_of_enlarging(device: torch.device, rounds: int) -> Iterator[str]:
+    ours = our_network(device).eval()
+    modes = {f"{OURS}, fidelity": 0, f"{OURS}, detail in 6 steps": 6}
+    works = {name: networks.restoration(ours, 256, steps, device) for name, steps in modes.items()}
+    others = enlargers(device)
+    low_res = torch.zeros(1, 3, 256, 256, device=device)
+    works |= {name: networks.inference(network, low_res) for name, network in others.items()}
+    timings = in_turns(works, rounds, device)
+    yield "## Enlarging 256² to 1024²: seconds\n"
+    yield "The others are untrained, of spandrel: what they restore is not compared here.\n"
     rows = [
-        [name, f"{sizes[name] / 1e6:.2f}", timing.seconds(), ratios(timings, first)[name]]
+        [
+            name,
+            f"{parameter_count(others.get(name, ours)) / 1e6:.2f}",
+            timing.seconds(),
+            ratios(timings)[name],
+        ]
         for name, timing in timings.items()
     ]
-    return [
-        "## Enlarging 256² to 1024²: seconds",
-        "",
-        "The others are untrained, built from their papers: what they restore is not compared here.",
-        "",
-        *table(["network", "M parameters", "seconds (range)", "time over ours"], rows),
-    ]
+    yield from table(["network", "M parameters", "seconds (range)", "time over ours"], rows)
 
 
-def quality(
-    device: torch.device, seconds: float, photos: Path | None, names: Sequence[str] | None = None
-) -> list[str]:
-    """PSNR after equal training time."""
-    if photos is None:
-        return ["Quality was not measured: SR_DATA does not name a folder with test/Set5 and train.", ""]
-    images = ImageSet(photos / "test" / "Set5", EvaluationConfig(networks.SCALE))
-    models = {name: one for name, one in contenders(device).items() if names is None or name in names}
-    found = networks.qualities(models, seconds, photos / "train", images, device)
-    rows = [[name, str(each.steps), f"{each.psnr:.2f}"] for name, each in found.items()]
-    return [
-        f"## Set5 x4 after {seconds:.0f} seconds of training: dB on luma",
-        "",
-        "The mean of ours, one step of the others. "
-        f"The same loop, data and settings for every network (AdamW, batch {networks.QUALITY_BATCH} of "
-        f"{networks.QUALITY_CROP}² crops, learning rate {networks.LEARNING_RATE:g}); bicubic reads 28.43.",
-        "",
-        *table(["network", "steps", "PSNR"], rows),
-    ]
-
-
-def floor(device: torch.device) -> list[str]:
+def floor(device: torch.device) -> Iterator[str]:
     """How far an optimiser step is from the machine's matrix products."""
     batch, size = (16, 64) if device.type == "cpu" else (128, 128)
     ceiling = networks.matrix_product_rate(device, 2048 if device.type == "cpu" else 8192)
-    rows = []
-    for name, network in contenders(device).items():
-        step = networks.training_step(network, batch, size, device)
-        operations = networks.floating_point_operations(step)
-        timing = in_turns({name: step}, 5, device)[name]
-        achieved = operations / timing.median
-        share = f"{100 * achieved / ceiling:.0f} %"
-        rows.append([name, f"{operations / batch / 1e9:.2f}", f"{achieved / 1e9:.0f}", share])
-    return [
-        "## The floor by arithmetic",
-        "",
+    works = {
+        name: networks.training_step(one, batch, size, device) for name, one in contenders(device).items()
+    }
+    operations = {name: networks.floating_point_operations(step) for name, step in works.items()}
+    yield "## The floor by arithmetic\n"
+    yield (
         f"One optimiser step on {batch} crops of {size}²; "
-        f"a matrix product reaches {ceiling / 1e9:.0f} GFLOP/s here.",
-        "",
-        *table(["network", "GFLOP per crop", "GFLOP/s", "of the matrix product"], rows),
-    ]
+        f"a matrix product reaches {ceiling / 1e9:.0f} GFLOP/s here.\n"
+    )
+    rows = []
+    for name, timing in in_turns(works, 3, device).items():
+        achieved = operations[name] / timing.median
+        per_crop = f"{operations[name] / batch / 1e9:.2f}"
+        rows.append([name, per_crop, f"{achieved / 1e9:.0f}", f"{100 * achieved / ceiling:.0f} %"])
+    yield from table(["network", "GFLOP per crop", "GFLOP/s", "of the matrix product"], rows)
 
 
-def reading(photos: Path | None, device: torch.device) -> list[str]:
-    lines = ["## Resizing uint8 RGB, bicubic: milliseconds", ""]
+def reading() -> Iterator[str]:
+    yield "## Resizing uint8 RGB, bicubic: milliseconds\n"
     for name, timings in data.resizing().items():
-        ours = next(iter(timings))
-        rows = [[one, timing.seconds(1000), ratios(timings, ours)[one]] for one, timing in timings.items()]
-        lines += table([name, "ms (range)", "time over ours"], rows)
+        rows = [[one, timing.seconds(1000), ratios(timings)[one]] for one, timing in timings.items()]
+        yield from table([name, "ms (range)", "time over ours"], rows)
+    yield "## Reading 256² crops from 2040x1356 PNGs: crops per second\n"
     crops = data.crops_per_second()
-    times = crops["decoded each time"].median / crops["cached"].median
-    lines += ["## Reading 256² crops from 2040x1356 PNGs: crops per second", ""]
-    lines += table(
+    yield from table(
         ["reader", "crops/s (range)"], [[name, one.rate(data.PHOTOS)] for name, one in crops.items()]
     )
-    lines += [f"The cache of decoded images (`--cache_gb` bounds it) reads {times:.0f} times as fast.", ""]
-    if photos is not None:
-        network = contenders(device)[OURS]
-        share = data.share_waiting_for_data(network, photos / "train", device)
-        lines += [f"Two workers keep training waiting for data {100 * share:.2f} % of the time.", ""]
-    return lines
+
+
+def quality(
+    device: torch.device, seconds: float, photos: Path | None, names: Sequence[str] = NAMES
+) -> Iterator[str]:
+    """PSNR after equal training time."""
+    if photos is None:
+        yield "Quality was not measured: SR_DATA does not name a folder with test/Set5 and train.\n"
+        return
+    images = ImageSet(photos / "test" / "Set5", EvaluationConfig(networks.SCALE))
+    models = {name: one for name, one in contenders(device).items() if name in names}
+    found = networks.qualities(models, seconds, photos / "train", images, device)
+    yield f"## Set5 x4 after {seconds:.0f} seconds of training: dB on luma\n"
+    yield (
+        "The mean of ours, one step of the others. The same loop, data and settings for all (AdamW, "
+        f"batch {networks.QUALITY_BATCH} of {networks.QUALITY_CROP}² crops, learning rate "
+        f"{networks.LEARNING_RATE:g}); bicubic reads 28.43.\n"
+    )
+    rows = [[name, str(steps), f"{psnr:.2f}"] for name, (steps, psnr) in found.items()]
+    yield from table(["network", "steps", "PSNR"], rows)
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace, torch.device, Path | None], Iterator[str]]] = {
+    "training": lambda args, device, photos: speed_of_training(device, args.rounds),
+    "restoring": lambda args, device, photos: speed_of_restoring(device, args.rounds),
+    "enlarging": lambda args, device, photos: speed_of_enlarging(device, args.rounds),
+    "floor": lambda args, device, photos: floor(device),
+    "reading": lambda args, device, photos: reading(),
+    "quality": lambda args, device, photos: quality(device, args.seconds, photos, args.networks),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60, help="training time of each network")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--networks", nargs="+", choices=NAMES, help="train only these for `quality`")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of training and restoring (default: 2)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="training time of each network (default: 60)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="parts (default: all)"
+    )
+    parser.add_argument("--networks", nargs="+", choices=NAMES, default=NAMES, help="networks of quality")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"file to write (default: {RESULTS})")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing and args.only != ["reading"]:
+        parser.error(f"{', '.join(missing)} not installed: pip install -e '.[bench]'")
+    check_outputs([args.out], overwrite=True)
     started = time.perf_counter()
     device = select_device(args.device)
     photos = Path(os.environ["SR_DATA"]) if "SR_DATA" in os.environ else None
-    sections: dict[str, Callable[[], list[str]]] = {
-        "training": lambda: speed_of_training(device, args.rounds),
-        "restoring": lambda: speed_of_restoring(device, args.rounds),
-        "enlarging": lambda: speed_of_enlarging(device),
-        "floor": lambda: floor(device),
-        "reading": lambda: reading(photos, device),
-        "quality": lambda: quality(device, args.seconds, photos, args.networks),
-    }
-    text = "\n".join(["# Measured side by side", "", *machine(device), f"- our network: `{RECIPE}`", "", ""])
+    lines = ["# Measured side by side", "", *machine(device), ""]
+    print("\n".join(lines))
     for name in args.only:
-        found = "\n".join(sections[name]()) + "\n"
-        print(found, flush=True)
-        text += found
-    text += f"This took {(time.perf_counter() - started) / 60:.1f} minutes.\n"
-    write_text_atomically(args.out, text)
+        for line in SECTIONS[name](args, device, photos):
+            print(line, flush=True)
+            lines.append(line)
+        took = f"This took {(time.perf_counter() - started) / 60:.1f} minutes.\n"
+        write_text_atomically(args.out, "\n".join([*lines, took]))  # so far: nothing is lost
     return 0
 
 

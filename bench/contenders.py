@@ -1,36 +1,51 @@
 """The networks that are compared: this project's, and those that people would use instead.
 
-Every peer is built as its documentation shows, of six input and three output channels and as many parameters
-as ours within 20 %, and trained and sampled by our code.
+Every peer is a UNet built as its documentation shows, of six input and three output channels and as many
+parameters as ours within 20 %, and trained and sampled by our code. Enlargers are networks of one pass, of
+spandrel, untrained: for time alone.
 """
 
 from collections.abc import Callable
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from engine.options import Options, option
 from train_diffusion import make_model, parse
-from unet import Condition, UNetConfig
+from unet import Condition
 
 RECIPE = Path("recipes/x4.args")
 OURS = "this project"
 TOKENS, TOKEN_WIDTH = 16, 64
+# a UNet, (B, 6, H, W) and (B,) to (B, 3, H, W)
+Call = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PeerConfig(Options):
+    """The record that a checkpoint keeps of a peer."""
+
+    name: str = option(MISSING, "a key of PEERS")
 
 
 class Peer(nn.Module):
-    """Another library's UNet, (B, 6, H, W), (B,) -> (B, 3, H, W), as a diffusion.Network."""
+    """Another library's UNet as a diffusion.Network: it sees the upscaled image beside the noisy one."""
 
+    image_channels, window_multiple, mean_reach = 3, 8, 0
     residual_std: Tensor
     scale: Tensor
 
-    def __init__(self, network: nn.Module, call: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, name: str, network: nn.Module, call: Call) -> None:
         super().__init__()
-        self.network = network
-        self.call = call
-        self.config = UNetConfig()  # of no meaning here: a checkpoint wants one
+        self.config = PeerConfig(name)
+        self.network, self.call = network, call
         self.register_buffer("residual_std", torch.zeros(()))
         self.register_buffer("scale", torch.zeros(()))
+
+    def encode_tokens(self, low_res: Tensor) -> None:
+        """This network has none."""
 
     def encode_context(self, condition: Condition) -> tuple[Tensor, None]:
         assert condition.upscaled is not None
@@ -40,14 +55,14 @@ class Peer(nn.Module):
         return self.call(self.network, torch.cat([noisy, upscaled], dim=1), t)
 
 
-def _denoising_diffusion_pytorch() -> nn.Module:
+def _denoising_diffusion_pytorch(name: str) -> Peer:
     from denoising_diffusion_pytorch import Unet
 
     network = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3, flash_attn=True)
-    return Peer(network, lambda net, x, t: net(x, t))
+    return Peer(name, network, lambda net, x, t: net(x, t))
 
 
-def _unet_2d_model() -> nn.Module:
+def _unet_2d_model(name: str) -> Peer:
     from diffusers import UNet2DModel
 
     network = UNet2DModel(
@@ -58,10 +73,10 @@ def _unet_2d_model() -> nn.Module:
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
     )
-    return Peer(network, lambda net, x, t: net(x, t).sample)
+    return Peer(name, network, lambda net, x, t: net(x, t).sample)
 
 
-def _unet_2d_condition_model() -> nn.Module:
+def _unet_2d_condition_model(name: str) -> Peer:
     from diffusers import UNet2DConditionModel
 
     network = UNet2DConditionModel(
@@ -75,14 +90,13 @@ def _unet_2d_condition_model() -> nn.Module:
     )
 
     def call(net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-        tokens = x.new_zeros(len(x), TOKENS, TOKEN_WIDTH)
-        output: Tensor = net(x, t, encoder_hidden_states=tokens).sample
+        output: Tensor = net(x, t, encoder_hidden_states=x.new_zeros(len(x), TOKENS, TOKEN_WIDTH)).sample
         return output
 
-    return Peer(network, call)
+    return Peer(name, network, call)
 
 
-PEERS: dict[str, Callable[[], nn.Module]] = {
+PEERS: dict[str, Callable[[str], Peer]] = {
     "denoising-diffusion-pytorch Unet": _denoising_diffusion_pytorch,
     "diffusers UNet2DModel": _unet_2d_model,
     "diffusers UNet2DConditionModel": _unet_2d_condition_model,
@@ -96,6 +110,21 @@ def our_network(device: torch.device) -> nn.Module:
 
 
 def contenders(device: torch.device) -> dict[str, nn.Module]:
-    """Untrained."""
+    """Build our network and its peers, untrained."""
     torch.manual_seed(0)
-    return {OURS: our_network(device)} | {name: build().to(device) for name, build in PEERS.items()}
+    return {OURS: our_network(device)} | {name: build(name).to(device) for name, build in PEERS.items()}
+
+
+def enlargers(device: torch.device) -> dict[str, nn.Module]:
+    """Build networks (B, 3, h, w) -> (B, 3, 4h, 4w), untrained."""
+    from spandrel.architectures.Compact import Compact
+    from spandrel.architectures.ESRGAN import ESRGAN
+    from spandrel.architectures.SAFMN import SAFMN
+
+    built = {
+        "SAFMN": SAFMN(dim=36, n_blocks=8, ffn_scale=2.0, upscaling_factor=4),
+        "Compact of Real-ESRGAN": Compact(num_feat=64, num_conv=32, upscale=4),
+        "ESRGAN": ESRGAN(scale=4),
+    }
+    layout = torch.channels_last
+    return {name: one.eval().to(device).to(memory_format=layout) for name, one in built.items()}

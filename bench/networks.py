@@ -5,45 +5,39 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.timing import Timing, in_turns
+from bench.timing import in_turns
 from degradation import Degradation
 from diffusion import DiffusionModel, Network, ResidualGenerator
 from engine.checkpoint import load_checkpoint, load_weights
 from engine.device import autocast_dtype
-from evaluation import metrics
 from evaluation.images import Pair
+from evaluation.metrics import Comparison, psnr
 from imaging.pixels import to_model_range
 from training import TrainingConfig
-from unet import Condition, UNet
+from unet import Condition
 from util import Crops, ImageDataset
 
 SCALE = 4
 TIMESTEP = 500
 QUALITY_BATCH, QUALITY_CROP = 16, 64
 LEARNING_RATE = 1e-3
-
-
-class Quality(NamedTuple):
-    """After a given time of training."""
-
-    steps: int  # of the optimiser, that fitted into the time
-    psnr: float  # mean over the images, in dB on luma
+Work = Callable[[], object]
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """What `--precision auto` chooses."""
+    """Autocast to the precision that `--precision auto` chooses."""
     dtype = autocast_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def training_step(network: nn.Module, batch: int, size: int, device: torch.device) -> Callable[[], None]:
-    """One optimiser step on (B, 3, size, size)."""
+def training_step(network: nn.Module, batch: int, size: int, device: torch.device) -> Work:
+    """Make one optimiser step on crops (B, 3, size, size)."""
     cast(Network, network).residual_std.fill_(0.1)
     loss = DiffusionModel(device=device).restoration_loss(Degradation(scale=SCALE))
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
@@ -61,48 +55,38 @@ def training_step(network: nn.Module, batch: int, size: int, device: torch.devic
     return step
 
 
-def denoising_step(network: nn.Module, size: int, device: torch.device) -> Callable[[], None]:
-    """One evaluation on (1, 3, size, size) whose condition is encoded already."""
+def denoising_step(network: nn.Module, size: int, device: torch.device) -> Work:
+    """Make one evaluation on (1, 3, size, size) whose condition is encoded already."""
     noisy = torch.randn(1, 3, size, size, device=device)
     t = torch.full((1,), TIMESTEP, device=device)
-    denoiser = cast(Network, network)
     with torch.inference_mode(), autocast(device):
         low_res = torch.zeros(1, 3, size // SCALE, size // SCALE, device=device)
-        context, _ = denoiser.encode_context(Condition(noisy, low_res))
+        context, _ = cast(Network, network).encode_context(Condition(noisy, low_res))
+    return inference(network, noisy, t, context)
 
-    def step() -> None:
+
+def inference(network: nn.Module, *inputs: object) -> Work:
+    """Make one call of a network, on the device of its first input."""
+    device = cast(Tensor, inputs[0]).device
+
+    def call() -> None:
         with torch.inference_mode(), autocast(device):
-            denoiser(noisy, t, context)
+            network(*inputs)
 
-    return step
+    return call
 
 
-def restoration(network: nn.Module, size: int, steps: int, device: torch.device) -> Callable[[], None]:
-    """Of (1, 3, size, size), from its file's pixels on."""
-    cast(Network, network).residual_std.fill_(0.1)
-    cast(Network, network).scale.fill_(SCALE)
-    low_res = torch.zeros(1, 3, size, size)
+def restoration(network: nn.Module, size: int, steps: int, device: torch.device) -> Work:
+    """Make the restoration of a picture (1, 3, size, size) from its pixels on."""
+    ours = cast(Network, network)
+    ours.residual_std.fill_(0.1)
+    ours.scale.fill_(SCALE)
     generator = ResidualGenerator(device=device, precision=autocast_dtype(device))
-
-    def restore() -> None:
-        generator.generate_images(cast(Network, network), low_res, 1, steps, seed=0)
-
-    return restore
+    return lambda: generator.generate_images(ours, torch.zeros(1, 3, size, size), 1, steps, seed=0)
 
 
-def one_pass(network: nn.Module, size: int, device: torch.device) -> Callable[[], None]:
-    """Of (1, 3, size, size)."""
-    low_res = torch.zeros(1, 3, size, size, device=device)
-
-    def restore() -> None:
-        with torch.inference_mode(), autocast(device):
-            network(low_res)
-
-    return restore
-
-
-def floating_point_operations(work: Callable[[], None]) -> int:
-    """Of convolutions and matrix products."""
+def floating_point_operations(work: Work) -> int:
+    """Count those of convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
@@ -116,11 +100,8 @@ def matrix_product_rate(device: torch.device, side: int) -> float:
     return 2 * side**3 / timing.low
 
 
-def train_for(
-    seconds: float, network: nn.Module, step: Timing, photos: Path, device: torch.device
-) -> tuple[nn.Module, int]:
-    """The averaged network after as many steps as fit into the time, and their number."""
-    steps = max(2, round(seconds / step.median))
+def train_for(steps: int, network: nn.Module, photos: Path, device: torch.device) -> nn.Module:
+    """Train for some steps and return the network with the averaged weights, in evaluation mode."""
     config = TrainingConfig(
         max_steps=steps,
         batch_size=QUALITY_BATCH,
@@ -132,31 +113,26 @@ def train_for(
     )
     cast(Network, network).residual_std.zero_()
     training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
-    diffusion = DiffusionModel(device=device)
-    with tempfile.TemporaryDirectory() as folder:
+    diffusion, precision = DiffusionModel(device=device), autocast_dtype(device)
+    with tempfile.TemporaryDirectory() as name:
+        checkpoints, logs = Path(name), Path(name, "logs")
         run, _ = diffusion.train(
-            network,
-            training,
-            config,
-            precision=autocast_dtype(device),
-            checkpoint_dir=Path(folder),
-            log_dir=Path(folder) / "logs",
+            network, training, config, checkpoint_dir=checkpoints, log_dir=logs, precision=precision
         )
         averaged = load_checkpoint(run.last, device)["ema"]
-    load_weights(network, cast(dict[str, torch.Tensor], averaged), "the run that just ended")
-    return network.eval(), steps
+    load_weights(network, averaged, "the run that just ended")
+    return network.eval()
 
 
 def fidelity_psnr(network: nn.Module, images: Iterable[Pair], device: torch.device) -> float:
     """Mean luma PSNR in dB of the predicted mean, or else of one step."""
-    steps = 0 if isinstance(network, UNet) and network.predictor is not None else 1
-    generator = ResidualGenerator(device=device)
-    protocol = metrics.Comparison(crop=SCALE)
+    generator, restorer = ResidualGenerator(device=device), cast(Network, network)
+    steps = 0 if restorer.mean_reach else 1
     values = []
-    for picture in images:
-        low_res = to_model_range(picture.low_res[None].float() / 255)
-        restored = generator.generate_images(cast(Network, network), low_res, 1, steps, seed=0).cpu()
-        values.append(float(metrics.psnr(restored, picture.truth[None].float() / 255, protocol)))
+    for pair in images:
+        low_res = to_model_range(pair.low_res[None].float() / 255)
+        restored = generator.generate_images(restorer, low_res, 1, steps, seed=0).cpu()
+        values.append(float(psnr(restored, pair.truth[None].float() / 255, Comparison(SCALE))))
     return sum(values) / len(values)
 
 
@@ -166,7 +142,8 @@ def qualities(
     photos: Path,
     images: Iterable[Pair],
     device: torch.device,
-) -> dict[str, Quality]:
+) -> dict[str, tuple[int, float]]:
+    """Train each network for so many seconds: its optimiser steps, and then its PSNR in dB."""
     works = {
         name: training_step(copy.deepcopy(network), QUALITY_BATCH, QUALITY_CROP, device)
         for name, network in networks.items()
@@ -174,6 +151,7 @@ def qualities(
     timings = in_turns(works, rounds=3, device=device)
     found = {}
     for name, network in networks.items():
-        trained, steps = train_for(seconds, network, timings[name], photos, device)
-        found[name] = Quality(steps, fidelity_psnr(trained, images, device))
+        steps = max(2, round(seconds / timings[name].median))
+        trained = train_for(steps, network, photos, device)
+        found[name] = steps, fidelity_psnr(trained, images, device)
     return found

@@ -1,9 +1,11 @@
-"""The pictures of the pages, from the released weights: python -m bench.picture
+"""Draw docs/astronaut.png and docs/photo.png, the pictures of the pages, with the released weights.
 
 NASA's portrait of Eileen Collins (public domain) and Stefan van der Walt's Chelsea (CC0), from scikit-image.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,46 +21,45 @@ from restoration import RestoreConfig, restore
 
 SCALE = 4
 SIDE = 192
-FACES = {"astronaut": (16, 144), "photo": (64, 112)}  # top and left of what is shown
 SEED = 0
+MODES = {"fidelity": ("clean", "fidelity"), "detail": ("clean", "detail")}
+PHOTO_MODES = {
+    "clean weights": ("clean", "fidelity"),
+    "photo: fidelity": ("photo", "fidelity"),
+    "photo: detail": ("photo", "detail"),
+}
 
 
-def write_row(name: str, photo: Pixels, low_res: Pixels, restored: dict[str, Pixels]) -> None:
-    """docs/<name>.png: crops of input, bicubic, restored and original, side by side."""
-    top, left = FACES[name]
+def panels(
+    photo: Pixels, degradation: Degradation, modes: dict[str, tuple[str, str]], top: int, left: int
+) -> Pixels:
+    """Degrade and restore (H, W, 3) uint8; crops of input, bicubic, results and original side by side."""
+    planes = torch.from_numpy(photo.transpose(2, 0, 1).copy())
+    low_res = degradation(planes, np.random.default_rng(SEED)).permute(1, 2, 0).numpy()
     images = {
         "input": np.repeat(np.repeat(low_res, SCALE, axis=0), SCALE, axis=1),
-        "bicubic": np.asarray(upscale_image(low_res, SCALE)),
-        **restored,
-        "original": photo,
+        "bicubic": upscale_image(low_res, SCALE),
     }
+    for label, (weights, mode) in modes.items():
+        config = RestoreConfig(mode=mode)  # type: ignore[arg-type]  # all are presets
+        images[label] = restore(low_res, weights, config).pixels
+    images["original"] = photo
     crop = np.s_[top : top + SIDE, left : left + SIDE]
-    panels: dict[str, Pixels] = {label: image[crop].astype(np.uint8) for label, image in images.items()}
-    write_image(Path(f"docs/{name}.png"), labelled_row(panels, SIDE, SIDE))
+    return labelled_row({label: image[crop].astype(np.uint8) for label, image in images.items()}, SIDE, SIDE)
 
 
-def shrink(photo: Pixels, degradation: Degradation) -> Pixels:
-    """(H, W, 3) to (h, w, 3), uint8."""
-    planes = torch.from_numpy(photo.transpose(2, 0, 1).copy())
-    return degradation(planes, np.random.default_rng(SEED)).permute(1, 2, 0).numpy()
-
-
-def main() -> int:
-    """docs/astronaut.png, of a bicubic input, and docs/photo.png, of a degraded one."""
-    fidelity, detail = RestoreConfig(mode="fidelity"), RestoreConfig(mode="detail")
-    photo = astronaut()
-    low_res = shrink(photo, Degradation(scale=SCALE))
-    modes = {"fidelity": fidelity, "detail": detail}
-    restored = {name: restore(low_res, "clean", config).pixels for name, config in modes.items()}
-    write_row("astronaut", photo, low_res, restored)
-    photo = chelsea()[:300, :448]  # whole multiples of the scale
-    low_res = shrink(photo, Degradation("photo", SCALE, clean_share=0.0))
-    restored = {
-        "clean weights": restore(low_res, "clean", fidelity).pixels,
-        "photo: fidelity": restore(low_res, "photo", fidelity).pixels,
-        "photo: detail": restore(low_res, "photo", detail).pixels,
-    }
-    write_row("photo", photo, low_res, restored)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.picture",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to (default: docs)")
+    out = parser.parse_args(argv).out
+    clean, photo = Degradation(scale=SCALE), Degradation("photo", SCALE, clean_share=0.0)
+    write_image(out / "astronaut.png", panels(astronaut(), clean, MODES, top=16, left=144))
+    cat = chelsea()[:300, :448]  # whole multiples of the scale
+    write_image(out / "photo.png", panels(cat, photo, PHOTO_MODES, top=64, left=112))
     return 0
 
 

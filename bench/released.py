@@ -1,4 +1,4 @@
-"""The results of the released weights: `make results` writes weights/RESULTS.md.
+"""Measure the released weights: `make results` writes weights/RESULTS.md.
 
 Photos come from the folder that SR_DATA names, with test/Set5 and test/BSD100 in it.
 """
@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from engine.processes import Processes
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import evaluate, model_method
 from evaluation.metrics import BY_NAME
-from imaging.atomic import write_text_atomically
+from imaging.atomic import check_outputs, write_text_atomically
 from models import load_model
 from restoration import PRESETS, RestoreConfig
 from restoration.weights import find_weights
@@ -31,17 +32,17 @@ ABOUT = (
 METRICS = [BY_NAME[name] for name in ("psnr", "ssim", "lr_psnr", "lpips", "hf_energy")]
 MODES: dict[str, RestoreConfig] = {mode: RestoreConfig(mode=mode) for mode in PRESETS}
 CONSISTENT: dict[str, RestoreConfig] = {
-    f"{mode}, consistent": RestoreConfig(mode=mode, consistency=True) for mode in ("fidelity", "detail")
+    f"{mode}, consistent": replace(MODES[mode], consistency=True) for mode in ("fidelity", "detail")
 }
 
 
 class Case(NamedTuple):
-    """One table."""
+    """A table: a set of images, how they are made small, and the modes of each kind of weights."""
 
     images: str
     scale: int
     degradation: str
-    rows: dict[str, list[str]]  # kind of the weights: modes
+    rows: dict[str, list[str]]
 
 
 CASES = (
@@ -63,7 +64,7 @@ CASES = (
 
 
 def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
-    """The lines of one table."""
+    """Measure the lines of one table."""
     config = EvaluationConfig(case.scale, degradation=case.degradation)
     images = ImageSet(photos / "test" / case.images, config)
     methods = {}
@@ -82,12 +83,17 @@ def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.released",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"file to write (default: {RESULTS})")
     args = parser.parse_args(argv)
     if "SR_DATA" not in os.environ:
         parser.error("SR_DATA must name a folder with test/Set5 and test/BSD100")
+    check_outputs([args.out], overwrite=True)
     device = select_device(args.device)
     lines = ["# Results of the released weights", "", *ABOUT, ""]
     for case in CASES:

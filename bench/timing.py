@@ -9,6 +9,8 @@ import torch
 
 from engine.device import synchronize
 
+LONGEST = 60.0  # seconds after which no further round begins
+
 
 class Timing(NamedTuple):
     """Seconds over the rounds."""
@@ -28,9 +30,12 @@ class Timing(NamedTuple):
 def in_turns(
     works: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Do every piece of work once per round; the first rounds warm up and do not count."""
+    """Do every piece of work once per round, after a warm-up; fewer rounds where they take LONGEST."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    begun = time.perf_counter()
     for number in range(warm_up + rounds):
+        if number > warm_up and time.perf_counter() - begun > LONGEST:
+            break
         for name, work in works.items():
             synchronize(device)
             started = time.perf_counter()

@@ -54,7 +54,11 @@ def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Ten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.change_the_process", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.change_the_process",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--max_steps", type=int, default=60, help="of the training (default 60)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -82,7 +82,11 @@ def train_and_measure() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__).parse_args(argv)
+    argparse.ArgumentParser(
+        prog="python -m examples.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(argv)
     started = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
     compared = restore_photo()
