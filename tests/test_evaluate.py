@@ -146,9 +146,9 @@ def test_bicubic_row_of_set5_and_of_its_published_low_resolution(sr_data):
     [
         (2, "--steps 3 --scheduler ddim --eta 0.5 --seed 5"),
         (2, "--steps 2 --num_images 2"),
-        (2, "--mode fidelity --tile 32 --overlap 8 --consistency --self_ensemble"),
+        (2, "--mode fidelity --tile 32 --overlap 8 --consistency"),
         (4, "--mode fidelity"),
-        (8, "--weights clean --mode fidelity"),
+        (8, "--weights clean --mode fidelity --self_ensemble"),
         (8, "--mode fidelity"),
     ],
 )
