@@ -81,7 +81,7 @@ def test_a_block_of_a_page_runs(workplace, tmp_path, monkeypatch, block):
         return
     run, skipped = 0, []
     for line in re.split(r"\n|&&", text.replace("\\\n", " ")):
-        words = shlex.split(line, comments=True)
+        words = shlex.split(re.sub(r"<[^>]*>", "run", line), comments=True)
         script = next((index for index, word in enumerate(words) if word.endswith(".py")), None)
         reason = next((why for start, why in NOT_RUN.items() if line.strip().startswith(start)), None)
         if re.search(r"--device cuda|--precision fp16", line):
