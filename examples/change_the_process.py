@@ -1,4 +1,4 @@
-"""A noise schedule of one's own: registered, trained for some seconds, sampled.
+"""Register a noise schedule of one's own, train with it for some seconds, and sample.
 
     python -m examples.change_the_process
 
@@ -23,7 +23,7 @@ from util import ImageDataset
 
 
 def circle_scales(timesteps: int) -> tuple[Tensor, Tensor]:
-    """(T,) float64: a quarter of a circle at constant speed."""
+    """(T,) and (T,) float64: a quarter of a circle at constant speed."""
     angle = torch.arange(1, timesteps + 1, dtype=torch.float64) / (timesteps + 1) * math.pi / 2
     return angle.cos(), angle.sin()
 
@@ -32,7 +32,7 @@ SCHEDULES["circle"] = circle_scales
 
 
 def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Original, bicubic and restored, (4, 3, H, W) in [-1, 1]."""
+    """(4, 3, H, W) in [-1, 1] three times: original, bicubic and restored."""
     torch.manual_seed(0)
     paths = draw_dead_leaves_folder(folder / "images", 12, 64, seed=0, min_radius=4)
     unet = UNet(base_dim=16, dim_mults=(1, 2), conditioning="concat", predictor_blocks=2, predictor_dim=32)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--max_steps", type=int, default=60, help="of the training (default 60)")
+    parser.add_argument("--max_steps", type=int, default=60, help="optimiser steps (default 60)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         original, *others = train_and_restore(Path(folder), args.max_steps)
