@@ -14,11 +14,11 @@ int64 (B,), T - 1 the noisiest. Images are in [-1, 1], clean has unit variance.
 import math
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from engine.options import Options, option
 from engine.processes import Processes
 from engine.run import RunFiles
 from imaging.pixels import to_unit_range
+from network import Condition, Network
 from samplers import (
     DEFAULT_SCHEDULER,
     Scales,
@@ -52,7 +53,6 @@ from training import (
     train,
     train_step,
 )
-from unet import Condition
 from util import CropDataset, Crops, ImageDataset
 
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
@@ -169,40 +169,6 @@ class ObjectiveConfig(Options):
     token_dropout: float = option(
         0.1, "share of samples that are trained without their tokens (Ho & Salimans 2022)", low=0, high=1
     )
-
-
-class Network(Protocol):
-    """A network as training and sampling need it, such as unet.UNet.
-
-    `residual_std` and `scale` are 0 in a new network.
-    """
-
-    residual_std: Tensor  # (), of residuals in [-2, 2]
-    scale: Tensor  # (), the enlargement
-
-    @property
-    def config(self) -> Options: ...  # what rebuilds it
-    @property
-    def image_channels(self) -> int: ...
-    @property
-    def window_multiple(self) -> int: ...  # windows of an image begin at multiples of these pixels
-    @property
-    def mean_reach(self) -> int: ...  # pixels from a window's edge where its mean is the image's; 0: no mean
-
-    def encode_tokens(self, low_res: Tensor) -> Tensor | None:
-        """(B, C, h, w) -> (B, N, E), shared by all windows of an image, or None."""
-
-    def encode_context(self, condition: Condition) -> tuple[object, Tensor | None]:
-        """Encode once per image: the context that `__call__` takes, and the mean (B, C, H, W) or None."""
-        ...
-
-    def __call__(self, noisy: Tensor, t: Tensor, context: object) -> Tensor:
-        """(B, C, H, W), (B,), the encoded condition -> (B, C, H, W)."""
-        ...
-
-    def to(self, device: torch.device, /) -> Self: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class DiffusionModel:
@@ -539,5 +505,8 @@ def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:
 
 
 def network_of(model: nn.Module) -> Network:
-    inner = getattr(model, "module", getattr(model, "_orig_mod", model))
-    return cast(Network, inner)
+    """Unwrap the network of several processes; TypeError for another module."""
+    network = getattr(model, "module", getattr(model, "_orig_mod", model))
+    if not isinstance(network, Network):
+        raise TypeError(f"{type(network).__name__} is no network.Network: derive its class from that")
+    return network

@@ -15,14 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports below take seconds, Ctrl-C just ends it
 
 import torch
 from PIL import ImageColor
-from torch import nn
 
 from engine.cli import Parser, expand, run_script, say, warn
 from engine.device import Precision, autocast_dtype, compile_network
@@ -277,7 +276,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         warn(SCRIPT, f"{names}, on {device} in {str(precision or torch.float32).removeprefix('torch.')}")
     if args.compile:
         for one in models:
-            compile_network(cast(nn.Module, one.network), device)
+            compile_network(one.network, device)
     return restore_all(tasks, chain, args, processes)
 
 

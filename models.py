@@ -1,13 +1,14 @@
 """A finished model: its network, and the process and degradation that it was trained with, in one file."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from degradation import Degradation
-from diffusion import Network, ProcessConfig
+from diffusion import ProcessConfig
 from engine.checkpoint import CheckpointError, ModelFile, export_model, load_weights, read_model
+from network import Network
 from unet import UNet
 
 
@@ -21,12 +22,12 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(
-    path: str | Path, network: type[Any] = UNet, device: torch.device | str = "cpu"
+    path: str | Path, network: type[Network] = UNet, device: torch.device | str = "cpu"
 ) -> LoadedModel:
     """Load a checkpoint or an exported model, rebuilt by `network.from_config`; CheckpointError."""
     file = read_model(path)
     try:
-        rebuilt = network.from_config(file.sections["network"])
+        rebuilt = network.from_config(network.Config.from_dict(file.sections["network"]))
         process = ProcessConfig.from_dict(file.sections["process"])
         recorded = file.sections.get("degradation")  # not in format 1, which knew bicubic alone
         degradation = None if recorded is None else Degradation.from_dict(recorded)

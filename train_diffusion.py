@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
+from torch import nn
 
 from degradation import Degradation
 from diffusion import DiffusionModel, ObjectiveConfig, ProcessConfig
@@ -35,6 +36,7 @@ from evaluation.validation import Validator
 from imaging.cache import CachedReader, default_cache_dir
 from imaging.kinds import list_images
 from models import LoadedModel
+from network import Condition, Network
 from restoration.weights import load_model
 from training import (
     BatchPlan,
@@ -45,7 +47,7 @@ from training import (
     learning_rate_at,
     optimizer_for,
 )
-from unet import Condition, UNet, UNetConfig
+from unet import UNet, UNetConfig
 from util import Augmentation, ImageDataset
 
 logger = logging.getLogger(__name__)
@@ -311,17 +313,29 @@ def blank_crop(settings: Settings, device: torch.device) -> tuple[torch.Tensor, 
     return image, torch.zeros(1, dtype=torch.long, device=device), Condition(image, low_res)
 
 
-def describe_model(model: UNet, settings: Settings, device: torch.device) -> str:
+class Whole(nn.Module):
+    """Runs a network from a condition on: torchinfo sees what one forward pass calls."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        output: torch.Tensor = self.network(noisy, t, self.network.encode_context(condition)[0])
+        return output
+
+
+def describe_model(model: Network, settings: Settings, device: torch.device) -> str:
     """A table of the layers; "" without torchinfo."""
     torchinfo = import_optional("torchinfo", "no table of the layers")
     if torchinfo is None:
         return ""
     image, t, condition = blank_crop(settings, device)
     table = torchinfo.summary(
-        model,
+        Whole(model),
         input_data=(image, t),
-        context=condition,
-        depth=2,
+        condition=condition,
+        depth=3,
         row_settings=("var_names",),
         col_names=("output_size", "num_params", "mult_adds"),
         col_width=17,

@@ -5,24 +5,26 @@ of level i, N tokens of width E (context_dim).
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.options import OptionError, Options, Plain, option, rare_option
+from engine.options import OptionError, Options, Plain, option, rare_option, takes_fields_of
+from network import Condition, Network
 from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation, zero_
 
 Conditioning = Literal["none", "concat", "cross_attention", "both", "tokens"]
-KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class UNetConfig(Options):
+    """The options of UNet."""
+
     retired: ClassVar[Mapping[str, Plain]] = {"scales": [], "context_blocks": 0}
 
     in_channels: int = option(3, "image channels of the noisy input", flag="", low=1)
@@ -32,7 +34,7 @@ class UNetConfig(Options):
         (1, 2, 4), "width of each level over the first; each halves the size", flag="unet_dim_mults", low=1
     )
     context_dim: int = rare_option(512, "width of the cross-attention tokens", low=1)
-    patch_size: Literal[1, 2, 4] = option(2, "the stem folds patches of this side into channels")
+    patch_size: Literal[1, 2, 4] = option(2, "side of the patches that the stem folds into channels")
     blocks_per_level: int = option(2, "residual blocks in each level of encoder and decoder", low=1)
     predictor_blocks: int = option(
         0, "residual blocks of the predictor of the mean, once per image; 0: none", low=0, script=12
@@ -77,19 +79,11 @@ class UNetConfig(Options):
         return level in {one % len(self.dim_mults) for one in self.attention_levels}
 
 
-class Condition(NamedTuple):
-    """What the configuration uses of these."""
-
-    upscaled: Tensor | None = None  # (B, C, H, W) in [-1, 1]
-    low_res: Tensor | None = None  # (B, C, h, w) in [-1, 1]
-    tokens: Tensor | None = None  # (B, N, E), in place of those of low_res; zeros say nothing
-
-
 class Context(NamedTuple):
-    """An encoded Condition, for every step."""
+    """An encoded Condition, the same for every step."""
 
-    features: Tensor | None = None  # (B, D_0, H / p, W / p) of the padded size, added after the stem
-    keys_values: tuple[KeysValues, ...] = ()  # (B, heads, N, head width) each, for the blocks in order of use
+    features: Tensor | float = 0.0  # (B, D_0, H / p, W / p) of the padded size
+    tokens: Tensor | None = None  # (B, N, E)
 
 
 class Attention(nn.Module):
@@ -104,48 +98,38 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
         zero_(self.out)
 
-    def keys_values(self, source: Tensor) -> KeysValues:
-        """(B, N, source_dim) -> keys and values, each (B, heads, N, dim / heads)."""
-        keys, values = self.to_key_value(source).chunk(2, dim=-1)
-        return self._split(keys), self._split(values)
-
-    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """(B, M, dim) -> the same shape."""
-        attended = F.scaled_dot_product_attention(self._split(self.to_query(x)), *keys_values)
-        result: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """(B k, M, dim), (B, N, source_dim) -> (B k, M, dim): k windows of an image attend to its source."""
+        query = self.to_query(x).reshape(len(source), -1, x.shape[-1])  # (B, k M, dim)
+        key, value = self.to_key_value(source).chunk(2, dim=-1)  # (B, N, dim) each
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, k M, dim / heads)
+        result: Tensor = self.out(attended.transpose(1, 2).reshape(x.shape))
         return result
-
-    def _split(self, x: Tensor) -> Tensor:
-        heads: Tensor = x.unflatten(-1, (self.heads, -1))
-        return heads.transpose(1, 2)  # (B, heads, N, dim / heads)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward: pre-normalised, added."""
+    """Self-attention, cross-attention, feed-forward: each normalises its input and is added to it."""
 
     def __init__(self, dim: int, context_dim: int | None = None, *, head_dim: int = 32) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.self_attention = Attention(dim, dim, head_dim)
         self.cross_attention = None if context_dim is None else Attention(dim, context_dim, head_dim)
-        self.norm2 = None if context_dim is None else nn.LayerNorm(dim)
+        self.norm2 = nn.Identity() if context_dim is None else nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def keys_values(self, context: Tensor) -> KeysValues:
-        if self.cross_attention is None:
-            raise ValueError("this BasicTransformerBlock was built without a context_dim")
-        return self.cross_attention.keys_values(context)
-
-    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
-        """(B, M, dim) -> the same shape; context: tokens, or their keys and values."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B k, M, dim), tokens (B, N, context_dim) or None -> (B k, M, dim)."""
         normed = self.norm1(x)
-        x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
+        x = x + self.self_attention(normed, normed)
         if context is not None:
-            keys_values = self.keys_values(context) if isinstance(context, Tensor) else context
-            assert self.cross_attention is not None
-            assert self.norm2 is not None
-            x = x + self.cross_attention(self.norm2(x), keys_values)
+            if self.cross_attention is None:
+                raise ValueError("this BasicTransformerBlock was built without a context_dim")
+            x = x + self.cross_attention(self.norm2(x), context)
         x = x + self.feed_forward(self.norm3(x))
         return x
 
@@ -162,21 +146,17 @@ class WindowTransformer(nn.Module):
         self.window = window
         self.shift = window // 2 if shifted else 0
 
-    def forward(self, x: Tensor, keys_values: KeysValues | None) -> Tensor:
-        """(B, D, h, w) -> the same shape."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, D, h, w), tokens (B, N, E) or None -> (B, D, h, w)."""
         batch, _, height, width = x.shape
         rows, top, bottom = self._partition(height)
         columns, left, right = self._partition(width)
         if top or bottom or left or right:  # never on a crop that one window covers
             x = F.pad(x, (left, right, top, bottom), mode="replicate")
-        grid_y, grid_x = x.shape[2] // rows, x.shape[3] // columns
-        windows = x.unflatten(3, (grid_x, columns)).unflatten(2, (grid_y, rows))
-        tokens = windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)  # (B grid, rows columns, D)
-        if keys_values is not None and grid_y * grid_x > 1:
-            keys, values = (item.repeat_interleave(grid_y * grid_x, dim=0) for item in keys_values)
-            keys_values = keys, values
-        tokens = self.block(tokens, keys_values)
-        windows = tokens.unflatten(0, (batch, grid_y, grid_x)).unflatten(3, (rows, columns))
+        grid = (batch, x.shape[2] // rows, x.shape[3] // columns)
+        windows = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+        windows = windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)  # (B grid, rows columns, D)
+        windows = self.block(windows, context).unflatten(0, grid).unflatten(3, (rows, columns))
         mixed: Tensor = windows.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, D, ...), padded
         return mixed[:, :, top : top + height, left : left + width]
 
@@ -188,7 +168,7 @@ class WindowTransformer(nn.Module):
 
 
 class ImageContextExtractor(nn.Module):
-    """An image of any size as grid * grid tokens."""
+    """Describes an image of any size by grid * grid tokens."""
 
     def __init__(self, in_channels: int = 3, context_dim: int = 512, grid: int = 4, width: int = 32) -> None:
         super().__init__()
@@ -213,7 +193,7 @@ class ImageContextExtractor(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The residual's mean, and features to refine it from (Whang et al. 2022, section 3)."""
+    """Predicts the residual's mean, and features to refine it from (Whang et al. 2022, section 3)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -233,12 +213,14 @@ class Predictor(nn.Module):
         return self.patch_size * (2 * len(self.blocks) + 2)  # the radius of all 3x3 convolutions
 
     def forward(self, folded: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C p p, H / p, W / p) upscaled -> (B, C, H, W), (B, D_0, H / p, W / p)."""
+        """(B, C p p, H / p, W / p) upscaled -> mean (B, C, H, W), features (B, D_0, H / p, W / p)."""
         x = self.blocks(self.stem(folded))
         return F.pixel_shuffle(self.to_mean(x), self.patch_size), self.to_features(x)
 
 
 class ResidualStage(nn.Module):
+    """The residual blocks of a level."""
+
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, config: UNetConfig) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (config.blocks_per_level - 1)
@@ -253,23 +235,39 @@ class ResidualStage(nn.Module):
         return x
 
 
-class UNet(nn.Module):
+class Upsample(nn.Conv2d):
+    """(B, D_i, h, w) -> (B, D_i-1, 2h, 2w), by sub-pixel convolution (Shi et al. 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, 4 * out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(super().forward(x), 2)
+
+
+Attend = Callable[[Tensor, Tensor | None], Tensor]
+Levels = Iterable[tuple[nn.Module, Attend, Callable[[Tensor], Tensor]]]
+
+
+def unchanged(x: Tensor, context: Tensor | None = None) -> Tensor:
+    """Pass on x where a level has no part to transform it."""
+    return x
+
+
+class UNet(Network):
     """Predicts a diffusion target (Ronneberger et al. 2015; Ho et al. 2020, appendix B).
 
-    Takes the fields of UNetConfig. `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained.
-    With `checkpoint_activations`, stages are computed again in the backward pass (Chen et al. 2016).
+    `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained. With `checkpoint_activations`,
+    stages are computed again in the backward pass (Chen et al. 2016).
     """
 
-    residual_std: Tensor
-    scale: Tensor
+    Config = UNetConfig
+    config: UNetConfig
 
-    def __init__(self, *values: int | tuple[int, ...], **options: object) -> None:
-        super().__init__()
-        config = UNetConfig(*values, **options)  # type: ignore[arg-type]  # the one listing of the options
-        self.config = config
+    @takes_fields_of(UNetConfig)
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
         self.checkpoint_activations = False
-        self.register_buffer("residual_std", torch.zeros(()))
-        self.register_buffer("scale", torch.zeros(()))
         dims = [config.base_dim * mult for mult in config.dim_mults]
         self._build_inputs(config, dims[0])
         self._build_levels(config, dims)
@@ -278,25 +276,9 @@ class UNet(nn.Module):
         zero_(self.out)
 
     @classmethod
-    def from_config(cls, config: UNetConfig | Mapping[str, object]) -> "UNet":
-        values = config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config)
-        return cls(**values.to_dict())
-
-    @property
-    def window_multiple(self) -> int:
-        return self.config.size_multiple * max(1, self.config.attention_window)
-
-    @property
-    def image_channels(self) -> int:
-        return self.config.in_channels
-
-    @property
-    def mean_reach(self) -> int:
-        return 0 if self.predictor is None else self.predictor.reach
-
-    def encode_tokens(self, low_res: Tensor) -> Tensor | None:
-        """(B, C, h, w) -> (B, N, E), if any."""
-        return None if self.context_extractor is None else self.context_extractor(low_res)
+    def from_config(cls, config: UNetConfig) -> Self:
+        """Build the network of these options, as UNet(**vars(config)) does."""
+        return cls(**vars(config))
 
     def _build_inputs(self, config: UNetConfig, width: int) -> None:
         folded = config.in_channels * config.patch_size**2
@@ -312,10 +294,9 @@ class UNet(nn.Module):
         self.predictor = Predictor(config) if config.predictor_blocks else None
         plain = config.concatenates and self.predictor is None
         self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if plain else None
+        extracts = config.conditioning in ("cross_attention", "both")
         self.context_extractor = (
-            ImageContextExtractor(config.in_channels, config.context_dim)
-            if config.conditioning in ("cross_attention", "both")
-            else None
+            ImageContextExtractor(config.in_channels, config.context_dim) if extracts else None
         )
 
     def _build_levels(self, config: UNetConfig, dims: list[int]) -> None:
@@ -331,99 +312,97 @@ class UNet(nn.Module):
             ResidualStage(2 * width, width, time_dim, config) for width in dims[::-1]
         )
         self.upsample = nn.ModuleList(
-            nn.Conv2d(deeper, 4 * wide, 1) for deeper, wide in zip(dims[:0:-1], dims[-2::-1], strict=True)
+            Upsample(deeper, wide) for deeper, wide in itertools.pairwise(dims[::-1])
         )
-        attended = [dim for level, dim in enumerate(dims) if config.attends(level)]
-        middle = dims[-1:] if config.attends(len(dims) - 1) else []
         context_dim = config.context_dim if config.cross_attends else None
-        self.transformers = nn.ModuleList(  # in the order of use: encoder, bottleneck, decoder
+        attended = [dims[level] for level in self._order() if config.attends(level)]
+        self.transformers = nn.ModuleList(
             WindowTransformer(
-                BasicTransformerBlock(dim, context_dim, head_dim=config.head_dim),
+                BasicTransformerBlock(width, context_dim, head_dim=config.head_dim),
                 config.attention_window,
                 shifted=place % 2 == 1,
             )
-            for place, dim in enumerate([*attended, *middle, *reversed(attended)])
+            for place, width in enumerate(attended)
         )
 
+    def _order(self) -> list[int]:
+        """The levels in the order in which they may attend: encoder, bottleneck, decoder."""
+        levels = list(range(len(self.config.dim_mults)))
+        return [*levels, levels[-1], *levels[::-1]]
+
+    @property
+    def window_multiple(self) -> int:
+        return self.config.size_multiple * max(1, self.config.attention_window)
+
+    @property
+    def image_channels(self) -> int:
+        return self.config.in_channels
+
+    @property
+    def mean_reach(self) -> int:
+        return 0 if self.predictor is None else self.predictor.reach
+
+    def encode_tokens(self, low_res: Tensor) -> Tensor | None:
+        """(B, C, h, w) in [-1, 1] -> (B, N, E), or None where the network makes no tokens."""
+        return None if self.context_extractor is None else self.context_extractor(low_res)
+
     def encode_context(self, condition: Condition) -> tuple[Context, Tensor | None]:
-        """What every step needs, and the mean (B, C, H, W) if any; ValueError if a part is missing."""
-        features, mean = self._features(condition)
-        return Context(features, self._keys_values(condition)), mean
+        """Encode what every step needs, and predict the mean (B, C, H, W) or None; ValueError of tokens."""
+        features, mean = 0.0, None
+        if self.predictor is not None:
+            mean, features = self._run(self.predictor, self._fold(condition.upscaled))
+            mean = mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
+        elif self.upscaled_stem is not None:
+            features = self.upscaled_stem(self._fold(condition.upscaled))
+        return Context(features, self._tokens(condition)), mean
 
-    def _features(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
-        if self.upscaled_stem is None and self.predictor is None:
-            return None, None
-        if condition.upscaled is None:
-            raise ValueError("the condition has no upscaled image, which this network is conditioned on")
-        folded = self._fold(condition.upscaled)
-        if self.upscaled_stem is not None:
-            return self.upscaled_stem(folded), None
-        assert self.predictor is not None
-        mean, features = self._run(self.predictor, folded)
-        return features, mean[..., : condition.upscaled.shape[-2], : condition.upscaled.shape[-1]]
-
-    def _keys_values(self, condition: Condition) -> tuple[KeysValues, ...]:
-        tokens, kind = condition.tokens, self.config.conditioning
+    def _tokens(self, condition: Condition) -> Tensor | None:
+        """(B, N, E) that cross-attention reads, or None without it; ValueError."""
+        tokens, kind, width = condition.tokens, self.config.conditioning, self.config.context_dim
         if not self.config.cross_attends:
             if tokens is not None:
                 raise ValueError(f"conditioning {kind!r} takes no tokens: train with conditioning 'tokens'")
-            return ()
+            return None
         if tokens is None and self.context_extractor is not None:
             if condition.low_res is None:
                 raise ValueError(f"conditioning {kind!r} needs a low-resolution image or tokens")
-            tokens = self.context_extractor(condition.low_res)
-        if tokens is None:  # nothing is said
-            assert condition.upscaled is not None
-            tokens = condition.upscaled.new_zeros(len(condition.upscaled), 1, self.config.context_dim)
-        if tokens.ndim != 3 or tokens.shape[-1] != self.config.context_dim:
-            raise ValueError(f"tokens must be (B, N, {self.config.context_dim}), not {tuple(tokens.shape)}")
-        blocks = (one.block for one in self.transformers if isinstance(one, WindowTransformer))
-        return tuple(block.keys_values(tokens) for block in blocks)
+            tokens = self.encode_tokens(condition.low_res)
+        if tokens is None:
+            return condition.upscaled.new_zeros(len(condition.upscaled), 1, width)
+        if tokens.ndim != 3 or tokens.shape[-1] != width:
+            raise ValueError(f"tokens must be (B, N, {width}), not {tuple(tokens.shape)}")
+        return tokens
 
-    def forward(
-        self, noisy: Tensor, t: Tensor, context: Context | Condition | Tensor | None = None
-    ) -> Tensor:
-        """(B, C, H, W) of unit variance, (B,), a condition or tokens (B, N, E) -> (B, out_channels, H, W)."""
-        if isinstance(context, Tensor):
-            context = Condition(tokens=context)
-        if not isinstance(context, Context):
-            context, _ = self.encode_context(context or Condition())
-        x = self.stem(self._fold(noisy))  # (B, D_0, H / p, W / p)
-        if context.features is not None:
-            x = x + context.features
-        embedding = self.time_embedding(t)
-        x = self._levels(x, embedding, context.keys_values)
+    def forward(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
+        """(B, C, H, W) of unit variance, (B,), an encoded condition -> (B, out_channels, H, W)."""
+        encoder, attend_between, decoder = self._levels()
+        x = self.stem(self._fold(noisy)) + context.features  # (B, D_0, H / p, W / p)
+        embedding = self.time_embedding(t)  # (B, 4 D_0)
+        skips = []
+        for stage, attend, down in encoder:
+            x = attend(self._run(stage, x, embedding), context.tokens)  # (B, D_i, h_i, w_i)
+            skips.append(x)
+            x = down(x)  # (B, D_i+1, h_i / 2, w_i / 2), or unchanged at the deepest
+        x = self.bottleneck[0](x, embedding)  # (B, D_last, h_last, w_last)
+        x = self.bottleneck[1](attend_between(x, context.tokens), embedding)
+        for stage, attend, up in decoder:
+            x = torch.cat([x, skips.pop()], dim=1)  # (B, 2 D_i, h_i, w_i)
+            x = attend(self._run(stage, x, embedding), context.tokens)  # (B, D_i, h_i, w_i)
+            x = up(x)  # (B, D_i-1, 2 h_i, 2 w_i), or unchanged at the top
         x = self.out(F.silu(self.out_norm(x)))  # (B, C p p, H / p, W / p)
         return F.pixel_shuffle(x, self.config.patch_size)[..., : noisy.shape[-2], : noisy.shape[-1]]
 
-    def _levels(self, x: Tensor, embedding: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:
-        """(B, D_0, H / p, W / p) -> the same shape."""
-        attended = keys_values or (None,) * len(self.transformers)
-        transform = iter(zip(self.transformers, attended, strict=True))
-        last = len(self.downsample)
+    def _levels(self) -> tuple[Levels, Attend, Levels]:
+        """(stage, attention, resizing) of each level of the encoder and of the decoder, attention between."""
+        transformers, depth = iter(self.transformers), len(self.encoder)
+        attention = [
+            next(transformers) if self.config.attends(level) else unchanged for level in self._order()
+        ]
+        encoder = zip(self.encoder, attention[:depth], (*self.downsample, unchanged), strict=True)
+        decoder = zip(self.decoder, attention[depth + 1 :], (*self.upsample, unchanged), strict=True)
+        return encoder, attention[depth], decoder
 
-        def attend(x: Tensor, level: int) -> Tensor:
-            if not self.config.attends(level):
-                return x
-            transformer, context = next(transform)
-            attended_to: Tensor = transformer(x, context)
-            return attended_to
-
-        skips: list[Tensor] = []
-        for level, stage in enumerate(self.encoder):
-            x = attend(self._run(stage, x, embedding), level)
-            skips.append(x)
-            if level < last:
-                x = self.downsample[level](x)  # (B, D_{i+1}, half, half)
-        x = self.bottleneck[0](x, embedding)
-        x = self.bottleneck[1](attend(x, last), embedding)
-        for level, stage in zip(range(last, -1, -1), self.decoder, strict=True):
-            x = attend(self._run(stage, torch.cat([x, skips.pop()], dim=1), embedding), level)
-            if level > 0:
-                x = F.pixel_shuffle(self.upsample[last - level](x), 2)  # (B, D_{i-1}, double, double)
-        return x
-
-    def _run(self, part: nn.Module, *inputs: Tensor | None) -> Any:  # noqa: ANN401  # what the part gives
+    def _run(self, part: nn.Module, *inputs: Tensor) -> Any:  # noqa: ANN401  # what the part gives
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)
@@ -439,5 +418,5 @@ class UNet(nn.Module):
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Of trainable values."""
+    """Count the trainable values of a network."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.options import Options, option
+from network import Condition, Network
 from train_diffusion import make_model, parse
-from unet import Condition
 
 RECIPE = Path("recipes/x4.args")
 OURS = "this project"
@@ -30,29 +30,20 @@ class PeerConfig(Options):
     name: str = option(MISSING, "a key of PEERS")
 
 
-class Peer(nn.Module):
-    """Another library's UNet as a diffusion.Network: it sees the upscaled image beside the noisy one."""
+class Peer(Network):
+    """Another library's UNet as a network.Network: it sees the upscaled image beside the noisy one."""
 
-    image_channels, window_multiple, mean_reach = 3, 8, 0
-    residual_std: Tensor
-    scale: Tensor
+    Config, window_multiple = PeerConfig, 8
 
     def __init__(self, name: str, network: nn.Module, call: Call) -> None:
-        super().__init__()
-        self.config = PeerConfig(name)
+        super().__init__(PeerConfig(name))
         self.network, self.call = network, call
-        self.register_buffer("residual_std", torch.zeros(()))
-        self.register_buffer("scale", torch.zeros(()))
-
-    def encode_tokens(self, low_res: Tensor) -> None:
-        """This network has none."""
 
     def encode_context(self, condition: Condition) -> tuple[Tensor, None]:
-        assert condition.upscaled is not None
         return condition.upscaled, None
 
-    def forward(self, noisy: Tensor, t: Tensor, upscaled: Tensor) -> Tensor:
-        return self.call(self.network, torch.cat([noisy, upscaled], dim=1), t)
+    def forward(self, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self.call(self.network, torch.cat([noisy, context], dim=1), t)
 
 
 def _denoising_diffusion_pytorch(name: str) -> Peer:
@@ -104,12 +95,12 @@ PEERS: dict[str, Callable[[str], Peer]] = {
 NAMES = (OURS, *PEERS)
 
 
-def our_network(device: torch.device) -> nn.Module:
+def our_network(device: torch.device) -> Network:
     settings, _ = parse([f"@{RECIPE}"])
     return make_model(settings, device)
 
 
-def contenders(device: torch.device) -> dict[str, nn.Module]:
+def contenders(device: torch.device) -> dict[str, Network]:
     """Build our network and its peers, untrained."""
     torch.manual_seed(0)
     return {OURS: our_network(device)} | {name: build(name).to(device) for name, build in PEERS.items()}

@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.timing import in_turns
 from degradation import Degradation
-from diffusion import DiffusionModel, Network, ResidualGenerator
+from diffusion import DiffusionModel, ResidualGenerator
 from engine.checkpoint import load_checkpoint, load_weights
 from engine.device import autocast_dtype
 from evaluation.images import Pair
 from evaluation.metrics import Comparison, psnr
 from imaging.pixels import to_model_range
+from network import Condition, Network
 from training import TrainingConfig
-from unet import Condition
 from util import Crops, ImageDataset
 
 SCALE = 4
@@ -36,9 +36,9 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def training_step(network: nn.Module, batch: int, size: int, device: torch.device) -> Work:
+def training_step(network: Network, batch: int, size: int, device: torch.device) -> Work:
     """Make one optimiser step on crops (B, 3, size, size)."""
-    cast(Network, network).residual_std.fill_(0.1)
+    network.residual_std.fill_(0.1)
     loss = DiffusionModel(device=device).restoration_loss(Degradation(scale=SCALE))
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
     crops = Crops(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device))
@@ -55,13 +55,13 @@ def training_step(network: nn.Module, batch: int, size: int, device: torch.devic
     return step
 
 
-def denoising_step(network: nn.Module, size: int, device: torch.device) -> Work:
+def denoising_step(network: Network, size: int, device: torch.device) -> Work:
     """Make one evaluation on (1, 3, size, size) whose condition is encoded already."""
     noisy = torch.randn(1, 3, size, size, device=device)
     t = torch.full((1,), TIMESTEP, device=device)
     with torch.inference_mode(), autocast(device):
         low_res = torch.zeros(1, 3, size // SCALE, size // SCALE, device=device)
-        context, _ = cast(Network, network).encode_context(Condition(noisy, low_res))
+        context, _ = network.encode_context(Condition(noisy, low_res))
     return inference(network, noisy, t, context)
 
 
@@ -76,13 +76,12 @@ def inference(network: nn.Module, *inputs: object) -> Work:
     return call
 
 
-def restoration(network: nn.Module, size: int, steps: int, device: torch.device) -> Work:
+def restoration(network: Network, size: int, steps: int, device: torch.device) -> Work:
     """Make the restoration of a picture (1, 3, size, size) from its pixels on."""
-    ours = cast(Network, network)
-    ours.residual_std.fill_(0.1)
-    ours.scale.fill_(SCALE)
+    network.residual_std.fill_(0.1)
+    network.scale.fill_(SCALE)
     generator = ResidualGenerator(device=device, precision=autocast_dtype(device))
-    return lambda: generator.generate_images(ours, torch.zeros(1, 3, size, size), 1, steps, seed=0)
+    return lambda: generator.generate_images(network, torch.zeros(1, 3, size, size), 1, steps, seed=0)
 
 
 def floating_point_operations(work: Work) -> int:
@@ -100,7 +99,7 @@ def matrix_product_rate(device: torch.device, side: int) -> float:
     return 2 * side**3 / timing.low
 
 
-def train_for(steps: int, network: nn.Module, photos: Path, device: torch.device) -> nn.Module:
+def train_for(steps: int, network: Network, photos: Path, device: torch.device) -> Network:
     """Train for some steps and return the network with the averaged weights, in evaluation mode."""
     config = TrainingConfig(
         max_steps=steps,
@@ -111,7 +110,7 @@ def train_for(steps: int, network: nn.Module, photos: Path, device: torch.device
         validate_every=steps,
         save_every=steps,
     )
-    cast(Network, network).residual_std.zero_()
+    network.residual_std.zero_()
     training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
     diffusion, precision = DiffusionModel(device=device), autocast_dtype(device)
     with tempfile.TemporaryDirectory() as name:
@@ -124,20 +123,20 @@ def train_for(steps: int, network: nn.Module, photos: Path, device: torch.device
     return network.eval()
 
 
-def fidelity_psnr(network: nn.Module, images: Iterable[Pair], device: torch.device) -> float:
+def fidelity_psnr(network: Network, images: Iterable[Pair], device: torch.device) -> float:
     """Mean luma PSNR in dB of the predicted mean, or else of one step."""
-    generator, restorer = ResidualGenerator(device=device), cast(Network, network)
-    steps = 0 if restorer.mean_reach else 1
+    generator = ResidualGenerator(device=device)
+    steps = 0 if network.mean_reach else 1
     values = []
     for pair in images:
         low_res = to_model_range(pair.low_res[None].float() / 255)
-        restored = generator.generate_images(restorer, low_res, 1, steps, seed=0).cpu()
+        restored = generator.generate_images(network, low_res, 1, steps, seed=0).cpu()
         values.append(float(psnr(restored, pair.truth[None].float() / 255, Comparison(SCALE))))
     return sum(values) / len(values)
 
 
 def qualities(
-    networks: Mapping[str, nn.Module],
+    networks: Mapping[str, Network],
     seconds: float,
     photos: Path,
     images: Iterable[Pair],

@@ -7,6 +7,7 @@ class Config(Options):
 
 import argparse
 import dataclasses
+import inspect
 import math
 import operator
 import os
@@ -14,9 +15,10 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 Plain = int | float | str | bool | None | list[int] | list[float] | list[str]
+P = ParamSpec("P")
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
@@ -114,6 +116,23 @@ class Options:
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}: the file is from a newer version")
         return cls(**{name: value for name, value in values.items() if name not in cls.retired})
+
+
+def takes_fields_of(
+    kind: Callable[P, OptionsT],
+) -> Callable[[Callable[[Any, OptionsT], None]], Callable[Concatenate[Any, P], None]]:
+    """Let a constructor that takes `kind` be called, and be shown by an editor, with the fields of `kind`."""
+
+    def decorate(build: Callable[[Any, OptionsT], None]) -> Callable[Concatenate[Any, P], None]:
+        def construct(self: Any, /, *values: P.args, **options: P.kwargs) -> None:  # noqa: ANN401
+            build(self, kind(*values, **options))
+
+        parameters = inspect.signature(kind).parameters.values()
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        construct.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+        return construct
+
+    return decorate
 
 
 def specs(kind: type[Options]) -> dict[str, Spec]:

@@ -2,19 +2,18 @@
 
 import logging
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import DiffusionModel, Network
+from diffusion import DiffusionModel, network_of
 from engine.processes import Processes
 from evaluation.metrics import METRICS, Comparison
 from imaging.pixels import to_unit_range
 from models import LoadedModel
+from network import Condition, Network
 from restoration import RestoreConfig, Restorer
 from training import NonFiniteError, Validation
-from unet import Condition
 from util import Crops, ImageDataset, Sample
 
 VALIDATION_SEED = 0
@@ -68,7 +67,7 @@ class Validator:
         return counted if flat < total else [torch.ones_like(one) for one in counted]
 
     def __call__(self, network: nn.Module) -> Validation:
-        model = LoadedModel(cast(Network, network), self.diffusion.process, self.degradation, 0)
+        model = LoadedModel(network_of(network), self.diffusion.process, self.degradation, 0)
         sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
         mean, sample = (
             Restorer(model, how, self.processes.device, self.precision) for how in (FAITHFUL, sampled)

@@ -28,12 +28,12 @@ from imaging.files import write_image
 from imaging.metadata import Metadata
 from imaging.pixels import Pixels, to_model_range, to_unit_range
 from models import LoadedModel
+from network import Condition
 from restoration.fields import check_room, row_bands, zeros
 from restoration.pictures import Restorable, to_deviation, to_picture
 from restoration.tiling import Scale, Window
 from restoration.windows import WHOLE_PIXELS, Progress, Windows, no_progress
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
-from unet import Condition
 
 Preset = Literal["fidelity", "balanced", "detail"]
 logger = logging.getLogger(__name__)

@@ -2,9 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import cast
-
-from torch import nn
 
 from engine.checkpoint import CheckpointError, load_weights
 from engine.options import OptionError
@@ -79,5 +76,5 @@ def blend(clean: LoadedModel, photo: LoadedModel, strength: float) -> LoadedMode
     first, last = (model.network.state_dict() for model in (clean, photo))
     weights = {name: first[name].lerp(last[name], strength) for name in first}
     blended = copy.deepcopy(photo.network)
-    load_weights(cast(nn.Module, blended), weights, "the blend")
+    load_weights(blended, weights, "the blend")
     return photo._replace(network=blended)

@@ -15,8 +15,9 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from models import LoadedModel, export_safetensors, load_model
+from network import Condition
 from tests.networks import BICUBIC, PROCESS, tiny_unet
-from unet import Condition, UNet
+from unet import UNet
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def test_a_model_is_rebuilt_from_its_file_alone(saved):
     loaded = load_model(path, UNet)
     noisy, t = torch.randn(1, 3, 32, 32), torch.tensor([500])
     condition = Condition(torch.randn(1, 3, 32, 32), torch.randn(1, 3, 16, 16))
-    torch.testing.assert_close(loaded.network(noisy, t, condition), unet(noisy, t, condition))
+    context, _ = unet.encode_context(condition)
+    torch.testing.assert_close(loaded.network(noisy, t, context), unet(noisy, t, context))
     assert loaded.process == PROCESS
     assert loaded.degradation == BICUBIC
     assert loaded.step == 7

@@ -16,8 +16,8 @@ from engine.device import (
     is_out_of_memory,
     select_device,
 )
+from network import Condition
 from tests.networks import tiny_unet
-from unet import Condition
 from util import ResidualBlock
 
 

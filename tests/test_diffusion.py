@@ -24,10 +24,11 @@ from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from evaluation import metrics
 from evaluation.validation import Validator, comparison_grid
 from models import load_model
+from network import Condition, Network
 from samplers import SCHEDULERS, Step, draw_noise, noise_stream, sample
 from tests.networks import random_model, tiny_unet
 from training import TrainingConfig, new_state
-from unet import Condition, UNet
+from unet import UNet, UNetConfig
 from util import Crops, ImageDataset, Sample
 
 
@@ -196,9 +197,7 @@ def test_with_a_mean_the_diffusion_models_what_it_leaves_and_the_mean_has_its_ab
     crops = Crops(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8))
     clean = crops.sample(Degradation(scale=2.0)).residual / 0.1
 
-    class Oracle(torch.nn.Module):
-        residual_std = torch.tensor(0.1)
-
+    class Oracle(Network):
         def encode_context(self, condition):
             return None, mean + clean + 0.25
 
@@ -206,7 +205,9 @@ def test_with_a_mean_the_diffusion_models_what_it_leaves_and_the_mean_has_its_ab
             return torch.full_like(noisy, -0.25)
 
     loss = DiffusionModel(mode="clean").restoration_loss(Degradation(scale=2.0))
-    losses = loss(Oracle(), crops, torch.Generator().manual_seed(0))
+    oracle = Oracle(UNetConfig())
+    oracle.residual_std.fill_(0.1)
+    losses = loss(oracle, crops, torch.Generator().manual_seed(0))
     torch.testing.assert_close(losses, torch.full((4,), 0.25))
     losses.sum().backward()
     torch.testing.assert_close(mean.grad, torch.full_like(clean, 1 / clean[0].numel()))

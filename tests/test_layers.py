@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"imaging"},
     {"bicubic", "degradation", "engine"},
-    {"util"},
+    {"util", "network"},
     {"unet"},
     {"training", "samplers"},
     {"diffusion"},

@@ -12,6 +12,7 @@ from engine.options import Options, option
 from evaluation.validation import Validator
 from imaging.files import read_rgb
 from models import export_safetensors, load_model
+from network import Network
 from restoration import RestoreConfig, restore
 from training import TrainingConfig
 from util import ImageDataset
@@ -22,26 +23,16 @@ class PlainConfig(Options):
     width: int = option(8, "channels between the convolutions", low=1)
 
 
-class Plain(nn.Module):
+class Plain(Network):
     """Two convolutions of the noisy residual, the upscaled image and the timestep."""
 
-    image_channels, window_multiple, mean_reach = 3, 8, 0
+    Config, window_multiple = PlainConfig, 8
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.register_buffer("residual_std", torch.zeros(()))
-        self.register_buffer("scale", torch.zeros(()))
+        super().__init__(config)
         self.layers = nn.Sequential(
             nn.Conv2d(7, config.width, 3, padding=1), nn.SiLU(), nn.Conv2d(config.width, 3, 3, padding=1)
         )
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(PlainConfig.from_dict(config))
-
-    def encode_tokens(self, low_res):
-        return None
 
     def encode_context(self, condition):
         return condition.upscaled, None

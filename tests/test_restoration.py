@@ -31,13 +31,14 @@ from imaging.files import decode_image, write_image
 from imaging.metadata import Metadata
 from imaging.pixels import pixels_to_unit, to_model_range
 from models import LoadedModel, export_safetensors
+from network import Condition
 from restoration import PRESETS, RestoreConfig, Restorer, blend, restore
 from restoration.fields import bytes_on_disk, release_pages, row_bands, zeros
 from restoration.tiling import Scale, Window, plan_tiles
 from restoration.windows import Windows
 from samplers import SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, random_model
-from unet import Condition, UNet
+from unet import UNet
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,13 @@ from engine.options import OptionError
 from imaging.files import write_image
 from imaging.tokens import read_tokens
 from models import LoadedModel
+from network import Condition
 from restoration import RestoreConfig, Restorer, restore
 from restoration.scales import chain_to, restore_to
 from samplers import SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, tiny_unet
 from training import TrainingConfig
-from unet import Condition, UNet
+from unet import UNet
 from util import CropDataset, Crops, ImageDataset
 
 CPU = torch.device("cpu")

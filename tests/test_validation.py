@@ -15,8 +15,10 @@ from evaluation.metrics import METRICS
 from evaluation.validation import VALIDATION_SEED, Validator
 from imaging.files import write_image
 from imaging.pixels import to_unit_range
+from network import Network
 from tests.networks import tiny_unet
 from training import NonFiniteError
+from unet import UNetConfig
 from util import ImageDataset
 
 SCALE = 2
@@ -83,19 +85,14 @@ def test_a_network_that_restores_exactly_has_a_finite_score(photo_folder, tmp_pa
     assert found.scalars["psnr_over_bicubic"] == pytest.approx(0, abs=1e-6)
 
 
-class OneConvolution(nn.Module):
-    """The least that is a diffusion.Network."""
-
-    image_channels, window_multiple, mean_reach = 3, 1, 0
+class OneConvolution(Network):
+    """The least that is a network."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(UNetConfig())
         self.layer = nn.Conv2d(6, 3, 1)
-        self.register_buffer("residual_std", torch.tensor(0.1))
-        self.register_buffer("scale", torch.tensor(float(SCALE)))
-
-    def encode_tokens(self, low_res):
-        return None
+        self.residual_std.fill_(0.1)
+        self.scale.fill_(SCALE)
 
     def encode_context(self, condition):
         return condition.upscaled, None
