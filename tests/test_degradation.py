@@ -268,6 +268,7 @@ def test_an_unknown_kind_and_amounts_of_bicubic_are_refused(given):
 TINY = "--downscale_factor 2 --img_size 32 --batch_size 2 --accumulation_steps 1 --unet_base_dim 8"
 
 
+@pytest.mark.slow
 def test_a_kind_of_ones_own_is_one_line(tmp_path, monkeypatch):
     """It is trained with, resumed, measured with, and restored with where the line is missing."""
     draw_dead_leaves_folder(tmp_path / "images", 4, 96, seed=0)

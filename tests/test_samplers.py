@@ -121,14 +121,6 @@ def test_the_second_order_samplers_keep_the_variance_at_10_steps():
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_one_step_is_the_clean_estimate_at_the_noisiest_timestep(name):
-    (step,) = sampler_steps(name, COSINE, 1)
-    assert step.timestep == T - 1
-    noisy, clean = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(step.advance(noisy, [clean]), clean)
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("total", [1, 2, 7, 60])
 def test_every_step_count_ends_in_its_last_clean_estimate(name, total):
     scales = preserving(cosine_alpha_bar(total))
@@ -137,6 +129,7 @@ def test_every_step_count_ends_in_its_last_clean_estimate(name, total):
         last = steps[-1]
         assert last.noisy_weight == pytest.approx(0, abs=1e-6)
         assert last.clean_weights == pytest.approx((1.0,), abs=1e-6)
+        assert count > 1 or last.clean_weights == (1.0,)
         assert last.noise_weight == 0
         assert steps[0].timestep == total - 1
         assert all(len(step.clean_weights) <= HISTORY for step in steps)
@@ -162,20 +155,6 @@ def test_a_true_clean_image_keeps_the_scales_of_each_timestep(pair, name):
                 assert float(state[0]) == pytest.approx(float(noise_scale[step.timestep]), abs=1e-4)
             state = step.advance(state, [clean] * HISTORY, torch.zeros(2, dtype=torch.float64))
         assert state.tolist() == pytest.approx([0, 1], abs=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("pair", ["flow", "resshift"])
-def test_flow_and_resshift_end_in_the_moments_of_the_gaussian(pair, name):
-    """The last step is the posterior mean, which loses what the noise at that timestep hides."""
-    signal_scale, noise_scale = PAIRS[pair]
-    for deviation in DEVIATIONS:
-        mean, variance = gaussian_moments(name, 500, deviation, PAIRS[pair])
-        last = sampler_steps(name, PAIRS[pair], 500)[-1].timestep
-        hidden = float(noise_scale[last] / signal_scale[last]) / deviation
-        assert mean == pytest.approx(MEAN, abs=0.01)
-        assert variance == pytest.approx(1 / (1 + hidden**2), abs=0.05 if name == "ddpm" else 0.03)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
