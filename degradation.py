@@ -125,6 +125,11 @@ class Degradation(Options):
 
     def __call__(self, high_res: Tensor, random: Random | None = None) -> Tensor:
         """(1 or 3, H, W) uint8 -> (1 or 3, h, w) uint8, h = ceil(H / scale); bicubic takes (..., C, H, W)."""
+        alone = high_res.ndim == 3 and len(high_res) in (1, 3)
+        if high_res.dtype != torch.uint8 or (self.random and not alone):
+            raise ValueError(
+                f"{tuple(high_res.shape)} of {high_res.dtype}: expected (1 or 3, H, W) of torch.uint8"
+            )
         if not self.random:
             return resize(high_res, scale=1 / self.scale, border=self.border, rounding="uint8")
         if random is None:

@@ -339,7 +339,7 @@ def _set_buffers(network: Network, dataset: ImageDataset) -> None:
     if not network.residual_std:
         network.residual_std.fill_(measure_residual_std(dataset))
     if not network.scale:
-        network.scale.fill_(dataset.downscale_factor)
+        network.scale.fill_(dataset.degradation.scale)
 
 
 class ResidualGenerator:
@@ -414,6 +414,10 @@ class ResidualGenerator:
         tokens: Tensor | None = None,
     ) -> Tensor:
         """(B * num_images, C, H, W) in [-2, 2]: what generate_images adds to the upscaled image."""
+        if num_images < 1:
+            raise ValueError(f"num_images is {num_images}: give at least 1")
+        if self.guidance != 1 and tokens is None:
+            raise ValueError(f"guidance is {self.guidance}, but there are no tokens to strengthen: give some")
         steps = self.plan(num_inference_steps)
         upscaled = self._upscaled(model, low_resolution_image)
         low_res = low_resolution_image.to(upscaled)

@@ -69,7 +69,7 @@ def sampler_steps(
     total, trailing = len(alpha_bar), name in ("ddim", "ddpm")
     for option, value, holds, rule in (
         ("scheduler", name, name in SCHEDULERS, f"choose one of {', '.join(SCHEDULERS)}"),
-        ("steps", count, 1 <= count <= total, f"give a number from 1 to {total}"),
+        ("steps", count, count in range(1, total + 1), f"give a whole number from 1 to {total}"),
         ("eta", eta, 0 <= eta <= 1, "give a number from 0 to 1"),
         ("eta", eta, not eta or name == "ddim", f"the scheduler {name} has none; use ddim or eta 0"),
         ("detail", detail, 0 <= detail <= 1, "give a number from 0 to 1"),

@@ -223,12 +223,10 @@ class ImageDataset(Dataset[Sample]):
         tokens: str | Path | None = None,
     ) -> None:
         self.degradation = degradation or Degradation(scale=downscale_factor)
-        downscale_factor = self.degradation.scale
-        check_crop_size(img_size, downscale_factor)
+        check_crop_size(img_size, self.degradation.scale)
         if augment not in ("none", "flip", "dihedral"):
             raise ValueError(f"augment must be 'none', 'flip' or 'dihedral', not {augment!r}")
-        self.img_size, self.downscale_factor = img_size, downscale_factor
-        self.upscale_function, self.reader = upscale_function, reader
+        self.img_size, self.upscale_function, self.reader = img_size, upscale_function, reader
         self.train, self.augment, self.seed = train, augment, seed
         found = list_images(images) if isinstance(images, str | Path) else list(images)
         self.paths, self.left_out = _usable(found, img_size, cache_dir)
@@ -260,7 +258,7 @@ class ImageDataset(Dataset[Sample]):
         tokens = None if self.token_folder is None else read_tokens(self.token_folder, path)
         if not self.degradation.random:
             return Crops(window, None, tokens)
-        low_res, ratio = self.degradation(window, random), exact_scale(self.downscale_factor)
+        low_res, ratio = self.degradation(window, random), exact_scale(self.degradation.scale)
         places = self._places([(n - self.img_size) // ratio.numerator for n in window.shape[-2:]], random)
         return Crops(
             _cut(window, [place * ratio.numerator for place in places], self.img_size),
@@ -270,8 +268,8 @@ class ImageDataset(Dataset[Sample]):
 
     def _window(self, pixels: npt.NDArray[np.uint8], random: np.random.Generator) -> Tensor:
         """(3, H, W): a crop at a drawn place, augmented, with the margin that its degradation needs."""
-        multiple = exact_scale(self.downscale_factor).numerator
-        margin, sides = self.degradation.margin * self.downscale_factor, pixels.shape[:2]
+        multiple = exact_scale(self.degradation.scale).numerator
+        margin, sides = self.degradation.margin * self.degradation.scale, pixels.shape[:2]
         sizes = [self.img_size + int(min(margin, n - self.img_size)) // multiple * multiple for n in sides]
         top, left = self._places([n - size for n, size in zip(sides, sizes, strict=True)], random)
         window = pixels[top : top + sizes[0], left : left + sizes[1]]

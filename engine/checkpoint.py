@@ -135,6 +135,8 @@ def read_model(path: str | Path) -> ModelFile:
     if content["format"] == 1 and "unet" in content:
         content["network"] = content.pop("unet")
     try:
+        if not all(isinstance(content[name], dict) for name in ("network", "process")):
+            raise TypeError("its options are no dict")
         return ModelFile(content, content["ema"], int(content["step"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error

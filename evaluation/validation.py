@@ -45,7 +45,7 @@ class Validator:
         self.processes = processes or Processes(diffusion.device)
         self.precision = precision
         self.degradation = dataset.degradation
-        self.comparison = Comparison(crop=round(dataset.downscale_factor))
+        self.comparison = Comparison(crop=round(dataset.degradation.scale))
         pairs, size = [dataset.crop(index) for index in range(len(dataset))], VALIDATION_BATCH
         batches = [
             Crops.stack(pairs[start : start + size]).to(self.processes.device)

@@ -158,6 +158,9 @@ def test_bicubic_takes_batches_and_no_generator_and_others_need_one(picture):
     assert torch.equal(Degradation()(batch)[0], Degradation()(picture))
     with pytest.raises(ValueError, match="photo"):
         Degradation("photo")(picture)
+    for degradation, image in (("bicubic", picture / 255), ("photo", picture / 255), ("photo", batch)):
+        with pytest.raises(ValueError, match=str(image.dtype)):
+            Degradation(degradation)(image, random())
 
 
 @pytest.mark.slow

@@ -437,6 +437,20 @@ def test_a_wrong_input_or_an_untrained_network_is_refused(low_res, residual_std,
         ResidualGenerator().generate_images(tiny_unet(residual_std=residual_std), low_res, 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "how", "message"),
+    [
+        ({}, {"num_images": 0}, "num_images is 0"),
+        ({}, {"num_inference_steps": 2.5}, r"2\.5"),
+        ({"guidance": 2.0}, {}, r"2\.0"),
+        ({"scheduler": "euler"}, {}, "euler"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(settings, how, message):
+    with pytest.raises(ValueError, match=message):
+        ResidualGenerator(**settings).generate_images(tiny_unet(), torch.zeros(1, 3, 8, 8), **how)
+
+
 def test_the_comparison_grid_has_four_columns():
     low_res, image = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 8, 8)
     grid = comparison_grid(Sample(low_res, image, image, image), image / 2 + 0.5)
