@@ -279,7 +279,7 @@ class DiffusionModel:
 
         Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `record` in them.
         `precision` is what the loss is autocast to. `validate` is an evaluation.validation.Validator.
-        ValueError: what a checkpoint cannot record; else as training.train.
+        ValueError: what a checkpoint cannot record, or a network of another scale; else as training.train.
         """
         _check_recordable(dataset)
         processes = processes or Processes(self.device)
@@ -290,6 +290,7 @@ class DiffusionModel:
         state = new_state(model, resolved, precision)
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
+        _check_scale(network_of(model), dataset)
         options = {"process": self.process, "objective": self.objective, "degradation": dataset.degradation}
         options |= {"network": network_of(model).config, "training": resolved}
         sections = {name: one.to_dict() for name, one in options.items()}
@@ -340,6 +341,12 @@ def _set_buffers(network: Network, dataset: ImageDataset) -> None:
         network.residual_std.fill_(measure_residual_std(dataset))
     if not network.scale:
         network.scale.fill_(dataset.degradation.scale)
+
+
+def _check_scale(network: Network, dataset: ImageDataset) -> None:
+    scale, wanted = float(network.scale), dataset.degradation.scale
+    if not math.isclose(scale, wanted, rel_tol=1e-5):
+        raise ValueError(f"the network enlarges by {scale:g}, the dataset by {wanted:g}: give them one scale")
 
 
 class ResidualGenerator:

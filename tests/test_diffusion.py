@@ -286,6 +286,14 @@ def test_an_upscale_function_that_no_checkpoint_can_record_is_refused(photo_fold
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_of_another_scale_is_not_trained_on(photo_folder, tmp_path):
+    places = {"checkpoint_dir": tmp_path / "run", "log_dir": tmp_path / "logs"}
+    with pytest.raises(ValueError, match=r"by 4, .*by 2"):
+        DiffusionModel().train(
+            tiny_unet(scale=4.0), ImageDataset(photo_folder, 32, 2), TrainingConfig(max_steps=1), **places
+        )
+
+
 @pytest.mark.slow
 def test_training_beats_bicubic(trained, photo_folder):
     run, received, _, _, _ = trained
