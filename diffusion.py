@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bicubic import exact_scale, upscale_image
 from degradation import Degradation
 from engine.checkpoint import Checkpoint, CheckpointError, load_weights, read_for_resume, read_model
-from engine.options import Options, option
+from engine.options import OptionError, Options, option
 from engine.processes import Processes
 from engine.run import RunFiles
 from imaging.pixels import to_unit_range
@@ -38,13 +38,14 @@ from samplers import (
     Step,
     draw_noise,
     initial_scale,
+    level_steps,
     noise_stream,
     sample,
     sampler_steps,
 )
 from training import (
-    Batches,
-    StepReport,
+    ResolvedConfig,
+    StepFunction,
     TrainingConfig,
     TrainState,
     Validate,
@@ -55,6 +56,7 @@ from training import (
 )
 from util import CropDataset, Crops, ImageDataset
 
+MakeStep = Callable[[TrainState, ResolvedConfig, Processes], StepFunction]
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
 Contexts = tuple[object, ...]  # encoded conditions: with tokens and, for guidance, without
 
@@ -157,6 +159,18 @@ class ProcessConfig(Options):
     timesteps: int = option(1000, "number of noise levels of the diffusion process", low=1, high=100_000)
     mode: str = option("v_prediction", "quantity that is predicted", flag="diffusion_mode", choices=MODES)
     schedule: str = option("cosine", "growth of the noise over the timesteps", choices=SCHEDULES)
+    levels: tuple[float, ...] = option(
+        (),
+        "noise levels (noise over signal) of the evaluations of a sharpened model, at most two; none: a "
+        "diffusion model",
+        above=0,
+        may_be_empty=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.levels) > 2 or list(self.levels) != sorted(set(self.levels), reverse=True):
+            raise OptionError("levels", self.levels, "give at most two, the largest first")
 
     def scales(self) -> Scales:
         return SCHEDULES[self.schedule](self.timesteps)
@@ -274,11 +288,13 @@ class DiffusionModel:
         processes: Processes | None = None,
         precision: torch.dtype | None = None,
         validate: Validate | None = None,
+        make_step: MakeStep | None = None,
     ) -> tuple[RunFiles, int | None]:
         """Train a Network on what the dataset degrades; return its files, and the signal that ended it.
 
         Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `record` in them.
         `precision` is what the loss is autocast to. `validate` is an evaluation.validation.Validator.
+        `make_step` is for another loss than the diffusion's, as sharpening.Sharpening.
         ValueError: what a checkpoint cannot record, or a network of another scale; else as training.train.
         """
         _check_recordable(dataset)
@@ -288,6 +304,7 @@ class DiffusionModel:
             _set_buffers(network_of(model), dataset)
         processes.share(model)
         state = new_state(model, resolved, precision)
+        step = (make_step or self._make_step(dataset.degradation))(state, resolved, processes)
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
         _check_scale(network_of(model), dataset)
@@ -295,12 +312,13 @@ class DiffusionModel:
         options |= {"network": network_of(model).config, "training": resolved}
         sections = {name: one.to_dict() for name, one in options.items()}
         run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", {**sections, **record})
-        loss = self.restoration_loss(dataset.degradation)
-
-        def step(batches: Batches) -> StepReport:
-            return train_step(state, loss, batches, resolved, processes)
-
         return run, train(state, step, CropDataset(dataset), resolved, run, processes, validate)
+
+    def _make_step(self, degradation: Degradation) -> MakeStep:
+        loss = self.restoration_loss(degradation)
+        return lambda state, config, processes: (
+            lambda batches: train_step(state, loss, batches, config, processes)
+        )
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
         """Load the averaged weights; CheckpointError where they are damaged, unfit or of another process."""
@@ -380,7 +398,8 @@ class ResidualGenerator:
         self.diffusion = DiffusionModel(device=device, process=process)
         self.img_channels, self.img_size, self.device = img_channels, img_size, self.diffusion.device
         self.precision, self.scheduler, self.guidance = precision, scheduler, guidance
-        self.initial_scale = initial_scale(process.scales())
+        levels, scales = process.levels, process.scales()
+        self.initial_scale = level_steps(scales, levels)[1] if levels else initial_scale(scales)
 
     def generate_images(
         self,
@@ -460,8 +479,16 @@ class ResidualGenerator:
         return deque(sample(steps, self.initial_scale * noise(), denoise, advance), maxlen=1).pop()
 
     def plan(self, steps: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
-        """Plan the evaluations, none for 0 steps; OptionError as samplers.sampler_steps."""
-        scales = self.diffusion.process.scales()
+        """Plan the evaluations, none for 0 steps; OptionError as samplers.sampler_steps.
+
+        Those of a sharpened model are fixed: `steps` is their number.
+        """
+        scales, levels = self.diffusion.process.scales(), self.diffusion.process.levels
+        if steps and levels:
+            if (steps, eta, self.scheduler) != (len(levels), 0.0, DEFAULT_SCHEDULER):
+                rule = f"this model is sharpened for {len(levels)} and no other sampler: leave it out"
+                raise OptionError("steps", steps, rule)
+            return level_steps(scales, levels, detail)[0]
         return sampler_steps(self.scheduler, scales, steps, eta, detail) if steps else ()
 
     def encode(self, model: Network, condition: Condition) -> tuple[Contexts, Tensor | None]:

@@ -30,10 +30,12 @@ class Network(nn.Module, ABC):
     Config: ClassVar[type[Options]]
     residual_std: Tensor
     scale: Tensor
+    predictor: nn.Module | None  # of the mean and of what the context has of it; sharpening freezes it
 
     def __init__(self, config: Options) -> None:
         super().__init__()
         self.config = config
+        self.predictor = None
         self.register_buffer("residual_std", torch.zeros(()))
         self.register_buffer("scale", torch.zeros(()))
 

@@ -6,6 +6,7 @@ A process is any (signal_scale, noise_scale): a pair with signal^2 + noise^2 = 1
 T timesteps. Shapes: B images, C channels, H x W pixels.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -86,6 +87,29 @@ def sampler_steps(
         else:
             steps = _multistep(alpha_bar, timesteps, corrected=name == "unipc")
     return _rescaled(steps, factors)
+
+
+def level_steps(
+    scales: Scales, levels: Sequence[float], detail: float = 1.0
+) -> tuple[tuple[Step, ...], float]:
+    """Plan a sharpened model's evaluations, one at each of at most two noise levels, all with the same noise.
+
+    Gives the steps, and the factor of the standard normal noise that they start from.
+
+    Args:
+        scales: signal_scale and noise_scale, (T,), of any process.
+        levels: noise_scale / signal_scale of each evaluation; the nearest timestep is taken.
+        detail: 0 to 1, scales the last estimate, which is added to the mean; else OptionError.
+    """
+    if not 0 <= detail <= 1:
+        raise OptionError("detail", detail, "give a number from 0 to 1")
+    signal, noise = scales
+    timesteps = [int((noise / signal - level).abs().argmin()) for level in levels]
+    steps = [
+        Step(t, float(noise[after] / noise[t]), (float(signal[after]),))
+        for t, after in itertools.pairwise(timesteps)
+    ]
+    return (*steps, Step(timesteps[-1], 0.0, (detail,))), float(noise[timesteps[0]])
 
 
 def initial_scale(scales: Scales) -> float:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from degradation import Degradation
-from diffusion import DiffusionModel, ObjectiveConfig, ProcessConfig
+from diffusion import DiffusionModel, MakeStep, ObjectiveConfig, ProcessConfig, ResidualGenerator
 from engine.checkpoint import Checkpoint, load_weights, read_for_resume
 from engine.cli import Parser, check_folder, run_script, say
 from engine.device import Precision, autocast_dtype, tune_for_training
@@ -32,12 +32,14 @@ from engine.packages import import_optional
 from engine.processes import LostProcessError, Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
+from evaluation.lpips import Lpips, MetricUnavailableError, PerceptualFeatures
 from evaluation.validation import Validator
 from imaging.cache import CachedReader, default_cache_dir
 from imaging.kinds import list_images
 from models import LoadedModel
 from network import Condition, Network
 from restoration.weights import load_model
+from sharpening import Sharpening, SharpeningConfig
 from training import (
     BatchPlan,
     NonFiniteError,
@@ -80,7 +82,7 @@ class DataOptions(Options):
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    retired: ClassVar = {"profile": False, "perceptual_features": None}
+    retired: ClassVar = {"profile": False}
 
     residual_std: float | None = option(None, "divisor of the residuals; by default measured", above=0)
     device: str = option("auto", "device: auto, cpu, mps, cuda or one such as cuda:1", fixed=False)
@@ -91,6 +93,12 @@ class RunOptions(Options):
     compile: bool = option(False, "torch.compile of the network: a slow start", fixed=False)
     log_dir: str = option("./logs", "folder of TensorBoard's logs", fixed=False, path=True)
     checkpoint_dir: str = option("./checkpoints", "folder for a folder of each run", fixed=False, path=True)
+    perceptual_features: str | None = option(
+        None,
+        "file of VGG16's features under torchvision's names, to sharpen with; by default fetched (528 MB)",
+        fixed=False,
+        path=True,
+    )
     init_weights: str | None = option(
         None, "model to start from: clean or photo, as they come with the project, or a file", fixed=False
     )
@@ -104,11 +112,13 @@ class Settings(NamedTuple):
     network: UNetConfig
     process: ProcessConfig
     objective: ObjectiveConfig
+    sharpening: SharpeningConfig
     training: TrainingConfig
     run: RunOptions
 
 
 SECTIONS: dict[str, type[Options]] = get_type_hints(Settings)
+ADDED = {"sharpening"}  # sections that checkpoints of earlier versions lack
 
 
 def build_parser(given_only: bool = True, show_rare: bool = False) -> argparse.ArgumentParser:
@@ -143,7 +153,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None
     ValueError names the flag of a wrong value, or of one that contradicts the checkpoint.
     """
     checkpoint = read_for_resume(given["weights_path"]) if "weights_path" in given else None
-    if checkpoint is not None and not set(SECTIONS) <= set(checkpoint.content):
+    if checkpoint is not None and not set(SECTIONS) - ADDED <= set(checkpoint.content):
         raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
     sections: dict[str, Options] = {}
     for section, kind in SECTIONS.items():
@@ -152,14 +162,17 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None
             defaults = {name: spec.of_flag() for name, spec in specs(kind).items() if spec.differs()}
             sections[section] = kind.of(**{**defaults, **own})
         else:
-            former = dict(checkpoint.content[section])
+            former = dict(checkpoint.content.get(section, {}))
             check_fixed(kind, former, own, checkpoint.path)
             if "epochs" in own:
                 former["max_steps"] = None
             if section == "run":
                 former["init_weights"] = None
             sections[section] = kind.from_dict({**former, **own})
-    return Settings(**sections), checkpoint  # type: ignore[arg-type]  # each of its own class
+    settings = Settings(**sections)  # type: ignore[arg-type]  # each of its own class
+    if settings.process.levels and checkpoint is None and settings.run.init_weights is None:
+        raise ValueError("--levels sharpen a diffusion model: give its file as --init_weights")
+    return settings, checkpoint
 
 
 def check_fixed(
@@ -299,7 +312,7 @@ def _check_start(loaded: LoadedModel, settings: Settings, path: str) -> None:
     there, here = float(loaded.network.scale), settings.degradation.scale
     if abs(there - here) > 1e-4:
         raise ValueError(f"--init_weights {path} enlarges by {there:g}, but --downscale_factor is {here:g}")
-    if loaded.process != settings.process:
+    if loaded.process not in (settings.process, replace(settings.process, levels=())):
         raise ValueError(f"--init_weights {path} is of {loaded.process}, but this run has {settings.process}")
     if loaded.degradation != settings.degradation:
         logger.warning("%s has learnt from another degradation: %s", path, loaded.degradation.describe())
@@ -394,6 +407,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     device, is_main = processes.device, processes.is_main
     precision = autocast_dtype(device, settings.run.precision)
     tune_for_training(device)
+    perceptual = load_perceptual(settings, device)  # before the images are measured
     logging.disable(logging.NOTSET if is_main else logging.WARNING)  # of the images: all find the same
     training, validation = make_datasets(settings, checkpoint and checkpoint.content.get("held_out"))
     logging.disable(logging.NOTSET)
@@ -401,6 +415,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     config = replace(config, optimizer=optimizer_for(config, device))
     diffusion = DiffusionModel(device=device, process=settings.process, objective=settings.objective)
     model = make_model(settings, device)
+    make_step, validate = make_phase(settings, diffusion, validation, processes, perceptual)
     checkpoint_dir, log_dir = run_folders(settings, checkpoint) if is_main else (Path(), Path())
     if is_main:  # the others write and say nothing
         say(describe_model(model, settings, device))
@@ -409,6 +424,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     if settings.run.compile:
         model.compile(dynamic=False)
     record = {"data": settings.data.to_dict(), "run": settings.run.to_dict()}
+    record["sharpening"] = settings.sharpening.to_dict()
     facts = {"images": len(training), "world_size": processes.world_size}
     with locked(checkpoint_dir) if is_main else contextlib.nullcontext():
         run, received = diffusion.train(
@@ -417,7 +433,8 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
             config,
             checkpoint_dir=checkpoint_dir,
             log_dir=log_dir,
-            validate=Validator(diffusion, validation, precision, processes),
+            validate=validate,
+            make_step=make_step,
             resume=checkpoint,
             processes=processes,
             precision=precision,
@@ -426,6 +443,35 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     if is_main:
         say(*describe_end(run, received, processes.world_size))
     return 0 if received is None else 128 + received
+
+
+def load_perceptual(settings: Settings, device: torch.device) -> tuple[PerceptualFeatures, Lpips] | None:
+    """What a sharpening is trained and judged by, if this is one; ValueError where it cannot be had."""
+    if not settings.process.levels:
+        return None
+    try:
+        return PerceptualFeatures(device, settings.run.perceptual_features), Lpips(device)
+    except MetricUnavailableError as error:
+        remedy = "give --perceptual_features FILE and set SR_LPIPS_WEIGHTS to AlexNet's"
+        raise ValueError(f"sharpening needs the features of VGG16 and AlexNet ({error}): {remedy}") from error
+
+
+def make_phase(
+    settings: Settings,
+    diffusion: DiffusionModel,
+    validation: ImageDataset,
+    processes: Processes,
+    perceptual: tuple[PerceptualFeatures, Lpips] | None,
+) -> tuple[MakeStep | None, Validator]:
+    """The step of a sharpening, None for that of the diffusion; and the validation."""
+    precision = autocast_dtype(processes.device, settings.run.precision)
+    if perceptual is None:
+        return None, Validator(diffusion, validation, precision, processes)
+    features, lpips = perceptual
+    generator = ResidualGenerator(device=processes.device, process=settings.process, precision=precision)
+    make_step = Sharpening(generator, settings.degradation, features, settings.sharpening)
+    most_lost = settings.sharpening.most_psnr_lost
+    return make_step, Validator(diffusion, validation, precision, processes, lpips, most_lost)
 
 
 def describe_end(run: RunFiles, received: int | None, world_size: int) -> Iterator[str]:
@@ -457,7 +503,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train_diffusion.py",
         lambda: run(sys.argv[1:] if argv is None else argv),
         options=list(SECTIONS.values()),
-        failures=(NonFiniteError, WorkerError, LostProcessError),
+        failures=(NonFiniteError, WorkerError, LostProcessError, MetricUnavailableError),
         out_of_memory="lower --batch_size and raise --accumulation_steps as much, or add "
         "--checkpoint_activations; the checkpoints are as they were",
         stopped="the checkpoints are as they were",

@@ -18,7 +18,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -194,9 +194,12 @@ class TrainState:
     step: int = 0
     skipped: int = 0
     best_score: float = -math.inf
+    others: dict[str, "TrainState"] = field(default_factory=dict)  # trained beside it, by name
 
     def content(self) -> dict[str, object]:
+        """What a checkpoint holds of it."""
         return {
+            **{name: other.content() for name, other in self.others.items()},
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": {"name": self.optimizer_name, "state": self.optimizer.state_dict()},
@@ -272,6 +275,8 @@ def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
         state.scaler.load_state_dict(content["scaler"])
     state.step, state.skipped = int(content["step"]), int(content["skipped"])
     state.best_score = float(content["best_score" if "best_score" in content else "best_psnr"])
+    for other, one in state.others.items():
+        restore_state(one, Checkpoint(path, content[other]))
 
 
 def learning_rate_at(step: int, config: ResolvedConfig) -> float:

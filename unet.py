@@ -263,6 +263,7 @@ class UNet(Network):
 
     Config = UNetConfig
     config: UNetConfig
+    predictor: Predictor | None
 
     @takes_fields_of(UNetConfig)
     def __init__(self, config: UNetConfig) -> None:

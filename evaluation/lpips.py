@@ -4,11 +4,11 @@ import hashlib
 import os
 import pickle
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -63,23 +63,36 @@ class Lpips:
         return distances.flatten().double().cpu()
 
 
-def perceptual_distance(
-    device: torch.device | str = "cpu", weights: str | Path | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS of the first three stages of VGG16, to train with: two (B, 3, H, W) in [-1, 1] -> (B,).
+class PerceptualFeatures(nn.Module):
+    """VGG16 and the heads of LPIPS on it, to train with; AlexNet, which is not trained on, is to judge.
 
-    As Lpips, which is of another network: `weights` has VGG16's features, or they are fetched (528 MB).
+    Args:
+        weights: file of VGG16's features under torchvision's names, .pth or .safetensors; None fetches them.
+
+    ValueError: other weights. MetricUnavailableError: a package is missing, or the download failed.
     """
-    network = _load_network("vgg", Path(weights) if weights else None).to(device)
-    network.L = 3  # type: ignore[assignment]  # how many stages it sums
-    for name in ("slice4", "slice5"):
-        setattr(network.net, name, nn.Identity())
 
-    def distance(restored: Tensor, truth: Tensor) -> Tensor:
-        distances: Tensor = network(restored, truth)  # (B, 1, 1, 1)
-        return distances.flatten()
+    dims = (64, 128, 256, 512, 512)  # of the stages
 
-    return distance
+    def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None) -> None:
+        super().__init__()
+        network = _load_network("vgg", Path(weights) if weights else None).requires_grad_(False)
+        self.network = network.eval().to(memory_format=torch.channels_last).to(device)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> the five stages, (B, D_i, H_i, W_i), of length 1 at each place."""
+        scaled = self.network.get_submodule("scaling_layer")(image)
+        stages = self.network.get_submodule("net")(scaled.contiguous(memory_format=torch.channels_last))
+        return [F.normalize(stage.float(), dim=1, eps=1e-6) for stage in stages]
+
+    def distance(self, features: list[Tensor], others: list[Tensor]) -> Tensor:
+        """(B,): LPIPS of two images (Zhang et al. 2018, Eq. 1)."""
+        heads = self.network.get_submodule("lins").children()
+        distances = [
+            head(one.sub(other).square()).mean((1, 2, 3))
+            for head, one, other in zip(heads, features, others, strict=True)
+        ]
+        return torch.stack(distances).sum(0)
 
 
 def _load_network(kind: Literal["alex", "vgg"], path: Path | None, timeout: float = 20.0) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffusion import DiffusionModel, network_of
 from engine.processes import Processes
+from evaluation.lpips import Lpips
 from evaluation.metrics import METRICS, Comparison
 from imaging.pixels import to_unit_range
 from models import LoadedModel
@@ -22,7 +23,6 @@ GRID_IMAGES, GRID_GAP = 4, 4
 LOSS_BARS = 20
 PERFECT_PSNR = 100.0  # dB; what an image counts that is restored exactly
 FAITHFUL = RestoreConfig(mode="fidelity", seed=VALIDATION_SEED)
-SCORES = {metric.name: metric.score for metric in METRICS if metric.in_training and metric.score}
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,13 @@ logger = logging.getLogger(__name__)
 class Validator:
     """Measures a network on fixed images; every process restores a part, always with the same noise.
 
-    Scalars are of "fidelity"; pictures show it and a sample of ten steps.
-    `precision`: dtype to autocast to, None for float32.
+    Scalars and score are of "fidelity"; pictures show it and a sample of ten steps. Of a sharpened process
+    (`ProcessConfig.levels`), scalars are of its result; the score is minus its LPIPS, less the dB by which
+    its PSNR is more than `most_psnr_lost` below the predicted mean's.
+
+    Args:
+        precision: dtype to autocast to, None for float32.
+        lpips: judge of a sharpened process.
     """
 
     def __init__(
@@ -40,12 +45,18 @@ class Validator:
         dataset: ImageDataset,
         precision: torch.dtype | None = None,
         processes: Processes | None = None,
+        lpips: Lpips | None = None,
+        most_psnr_lost: float = 2.0,
     ) -> None:
         self.diffusion = diffusion
+        self.most_psnr_lost, self.mean_psnr = most_psnr_lost, 0.0
+        self.metrics = [
+            one for one in METRICS if one.in_training or (one.name == "lpips" and lpips is not None)
+        ]
         self.processes = processes or Processes(diffusion.device)
         self.precision = precision
         self.degradation = dataset.degradation
-        self.comparison = Comparison(crop=round(dataset.degradation.scale))
+        self.comparison = Comparison(crop=round(dataset.degradation.scale), lpips=lpips)
         pairs, size = [dataset.crop(index) for index in range(len(dataset))], VALIDATION_BATCH
         batches = [
             Crops.stack(pairs[start : start + size]).to(self.processes.device)
@@ -68,11 +79,17 @@ class Validator:
 
     def __call__(self, network: nn.Module) -> Validation:
         model = LoadedModel(network_of(network), self.diffusion.process, self.degradation, 0)
-        sampled = replace(FAITHFUL, mode="detail", steps=min(10, self.diffusion.timesteps))
+        sharpened = bool(self.diffusion.process.levels)
+        steps = None if sharpened else min(10, self.diffusion.timesteps)
+        sampled = replace(FAITHFUL, mode="detail", steps=steps)
         mean, sample = (
             Restorer(model, how, self.processes.device, self.precision) for how in (FAITHFUL, sampled)
         )
-        scalars = self._measure_all(mean)
+        scalars = self._measure_all(sample if sharpened else mean)
+        score = scalars["psnr"]
+        if sharpened:
+            self.mean_psnr = self.mean_psnr or self._measure_all(mean)["psnr"]  # which training leaves alone
+            score = -scalars["lpips"] - max(0.0, self.mean_psnr - self.most_psnr_lost - score)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
         tokens = None if self.tokens[0] is None else self.tokens[0][:GRID_IMAGES]
         images = {
@@ -80,11 +97,11 @@ class Validator:
             for name, restorer in (("mean", mean), ("sample", sample))
         }
         curves = {"loss_by_timestep": self._loss_by_timestep(model.network, first, tokens)}
-        return Validation(scalars["psnr"], scalars, images, curves)
+        return Validation(score, scalars, images, curves)
 
     def _measure_all(self, restorer: Restorer) -> dict[str, float]:
         """Average the scores of the images of all processes."""
-        names = [*SCORES, "psnr_over_bicubic"]
+        names = [*(metric.name for metric in self.metrics), "psnr_over_bicubic"]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
             batch, counted = self.batches[index], self.counted[index]
@@ -98,10 +115,11 @@ class Validator:
         return {name: value / count for name, value in zip(names, totals, strict=True)}
 
     def _scores(self, batch: Sample, restored: Tensor) -> dict[str, Tensor]:
-        """(B,) by each of SCORES, at most PERFECT_PSNR."""
+        """(B,) by each of the metrics, at most PERFECT_PSNR."""
         truth, low_res = to_unit_range(batch.original).cpu(), to_unit_range(batch.low_res).cpu()
         images = restored.cpu(), truth, low_res, self.comparison
-        return {name: score(*images).clamp(max=PERFECT_PSNR) for name, score in SCORES.items()}
+        scores = {metric.name: metric.score(*images) for metric in self.metrics if metric.score is not None}
+        return {name: score.clamp(max=PERFECT_PSNR) for name, score in scores.items()}
 
     @torch.inference_mode()
     def _loss_by_timestep(

@@ -82,13 +82,13 @@ class RestoreConfig(Options):
         1.0, "weight of tokens: 1 as trained, 2 doubles what they change, at twice the work", low=0
     )
 
-    def steps_and_detail(self) -> tuple[int, float]:
+    def steps_and_detail(self, sampled_steps: int = SAMPLED_STEPS) -> tuple[int, float]:
         """Steps and detail: the mode's, where they were not given."""
         sampled = self.num_images > 1 or self.steps
         detail = PRESETS[self.mode or ("detail" if sampled else "fidelity")]
         if self.detail is not None:
             detail = self.detail
-        return self.steps if self.steps is not None else SAMPLED_STEPS if detail else 0, detail
+        return self.steps if self.steps is not None else sampled_steps if detail else 0, detail
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ class Restorer:
 
     def _sampling(self) -> tuple[int, Sampling]:
         """The number of steps, and the steps; OptionError for what network or sampler cannot do."""
-        count, detail = self.config.steps_and_detail()
+        levels = self.generator.diffusion.process.levels
+        count, detail = self.config.steps_and_detail(len(levels) or SAMPLED_STEPS)
         if not count and not self.network.mean_reach:
             if self.config.steps == 0:
                 raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")

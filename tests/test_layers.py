@@ -18,6 +18,7 @@ LAYERS = [
     {"models"},
     {"restoration"},
     {"evaluation"},
+    {"sharpening"},
     {"train_diffusion", "infer", "evaluate", "app", "examples", "bench"},
 ]
 SCRIPTS = {"train_diffusion", "infer", "evaluate", "app"}

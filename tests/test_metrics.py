@@ -19,7 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from bicubic import resize
-from evaluation.lpips import Lpips, MetricUnavailableError, perceptual_distance
+from evaluation.lpips import Lpips, MetricUnavailableError, PerceptualFeatures
 from evaluation.metrics import (
     Comparison,
     geometric_mean,
@@ -470,7 +470,7 @@ def nothing_fetched(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_perceptual_distance_is_that_of_three_stages_of_vgg16_and_has_a_gradient(tmp_path):
+def test_the_perceptual_distance_is_lpips_of_vgg16_and_has_a_gradient(tmp_path):
     from torchmetrics.functional.image.lpips import _LPIPS
 
     with torch.random.fork_rng():
@@ -479,16 +479,17 @@ def test_the_perceptual_distance_is_that_of_three_stages_of_vgg16_and_has_a_grad
     # net.slice2.5.weight is torchvision's features.5.weight
     named = {name.split(".", 2)[2]: value for name, value in whole.state_dict().items() if ".slice" in name}
     save_file({f"features.{name}": value for name, value in named.items()}, tmp_path / "vgg16.safetensors")
-    distance = perceptual_distance("cpu", tmp_path / "vgg16.safetensors")
+    perceptual = PerceptualFeatures("cpu", tmp_path / "vgg16.safetensors")
     truth = (2 * texture(0, height=32, width=48) - 1).float()
     restored = noisy(truth, 0.1).float().requires_grad_()
-    _, stages = whole(restored, truth, retperlayer=True)
-    found = distance(restored, truth)
-    torch.testing.assert_close(found, sum(stages[:3]).flatten())
+    features = perceptual(restored)
+    assert [stage.shape[1] for stage in features] == list(perceptual.dims)
+    found = perceptual.distance(features, perceptual(truth))
+    torch.testing.assert_close(found, whole(restored, truth).flatten())
     (gradient,) = torch.autograd.grad(found.sum(), restored)
     assert gradient.any()
     with pytest.raises(ValueError, match="VGG16"):
-        perceptual_distance("cpu", tmp_path / "missing.safetensors")
+        PerceptualFeatures("cpu", tmp_path / "missing.safetensors")
 
 
 @pytest.mark.slow

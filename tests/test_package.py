@@ -61,7 +61,7 @@ def test_what_is_imported_is_required_and_held_for_ci(folders, extras):
 
 @pytest.mark.slow
 def test_what_is_required_is_imported():
-    through_others = {"tensorboard", "torchvision"}  # torch's log, and LPIPS of torchmetrics
+    through_others = {"tensorboard", "torchinfo", "torchvision"}  # torch's log, import_optional, torchmetrics
     assert names(PROJECT["dependencies"]) <= imports_of(PACKAGE) | through_others
 
 

@@ -1,0 +1,221 @@
+"""The last phase of training: a diffusion model becomes a generator that is sharp in one evaluation, or two.
+
+    noisy    = noise_scale_1 noise                            the first level, from noise alone
+    clean    = estimate(noisy)
+    noisy    = signal_scale_2 clean + noise_scale_2 noise     the second level, if any, with the same noise
+    restored = upscaled + residual_std (mean + estimate(noisy))
+
+Squared error teaches few evaluations an average, and many of them grain. Here they are trained through, from
+diffusion weights, by a perceptual distance and a discriminator (adversarial diffusion distillation, Sauer et
+al. 2023). What predicts the mean is left alone, so that `fidelity` stays the same to the bit.
+
+Shapes: B batch, H x W pixels; images (B, 3, H, W) in [-1, 1]. The features of an image are five tensors
+(B, D_i, H_i, W_i), one of each stage of VGG16, of length 1 at each place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from degradation import Degradation
+from diffusion import ResidualGenerator, network_of
+from engine.options import Options, option
+from engine.processes import Processes
+from evaluation.lpips import PerceptualFeatures
+from network import Condition, Network
+from samplers import sample as sample_steps
+from training import (
+    Batches,
+    MicroBatch,
+    ResolvedConfig,
+    StepFunction,
+    StepReport,
+    TrainState,
+    new_state,
+    train_step,
+)
+from util import Crops, Sample
+
+Features = list[Tensor]
+
+
+@dataclass(frozen=True)
+class SharpeningConfig(Options):
+    """Options of the last phase; its noise levels are the process's."""
+
+    pixel_weight: float = option(0.2, "weight of the absolute error beside the perceptual distance", low=0)
+    adversarial_share: float = option(
+        0.5, "size of the discriminator's gradient over that of the perceptual distance", low=0
+    )
+    adversarial_warmup: int = option(60, "optimiser steps in which that size grows from 0", low=0)
+    discriminator_dim: int = option(64, "width of the heads of the discriminator", low=1)
+    discriminator_learning_rate: float = option(5e-4, "peak learning rate of the discriminator", above=0)
+    most_psnr_lost: float = option(2.0, "dB below the predicted mean that the best checkpoint may be", low=0)
+
+
+class Discriminator(nn.Module):
+    """Tells restored images from originals by features of VGG16 (projected GANs, Sauer et al. 2021).
+
+    The perceptual distance computes the features anyway, so the discriminator costs next to nothing. Spectral
+    normalisation (Miyato et al. 2018, Eq. 8) bounds its slope.
+    """
+
+    def __init__(self, stage_dims: Sequence[int], dim: int = 64) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                spectral_norm(nn.Conv2d(width, dim, 1)),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(dim, dim, 3, padding=1)),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(dim, 1, 3, padding=1)),
+            )
+            for width in stage_dims
+        )
+
+    def forward(self, features: Features) -> list[Tensor]:
+        """(B, 1, H_i, W_i) of each stage, above 0 where the image looks like an original."""
+        # Features of length 1 differ by so little that the slope of the heads would not tell them apart.
+        return [
+            head(stage * stage.shape[1] ** 0.5).float()
+            for head, stage in zip(self.heads, features, strict=True)
+        ]
+
+
+class Seen(NamedTuple):
+    """The features of restored crops and of their originals, which the discriminator learns to tell apart."""
+
+    restored: Features
+    original: Features
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Seen":
+        """The features where they are: on the device that made them."""
+        return self
+
+
+def generator_loss(
+    restored: Tensor,
+    original: Tensor,
+    perceptual: PerceptualFeatures,
+    discriminator: nn.Module,
+    config: SharpeningConfig,
+    share: float,
+) -> tuple[Tensor, Seen]:
+    """(B,): perceptual distance, absolute error, and the discriminator's verdict; and what that has seen.
+
+    The verdict is weighed so that its gradient with respect to the features of each sample has `share` times
+    the length of the distance's (the adaptive weight of VQGAN, Esser et al. 2021, Eq. 7).
+    """
+    features, originals = perceptual(restored), perceptual(original)
+    distance = perceptual.distance(features, originals)
+    realness = torch.stack([stage.mean((1, 2, 3)) for stage in discriminator(features)]).mean(0)
+    weight = share * _gradient_length(distance, features) / _gradient_length(realness, features).clamp(1e-12)
+    pixels = (restored - original).abs().mean((1, 2, 3))
+    seen = Seen([one.detach() for one in features], originals)
+    return distance + config.pixel_weight * pixels - weight * realness, seen
+
+
+def discriminator_loss(discriminator: nn.Module, seen: Seen) -> Tensor:
+    """(B,): the hinge loss (Lim & Ye 2017), mean over stages and places."""
+    restored = [F.relu(1 + stage).mean((1, 2, 3)) for stage in discriminator(seen.restored)]
+    original = [F.relu(1 - stage).mean((1, 2, 3)) for stage in discriminator(seen.original)]
+    return torch.stack(restored).mean(0) + torch.stack(original).mean(0)
+
+
+def _gradient_length(losses: Tensor, features: Features) -> Tensor:
+    """(B,): the length of each sample's gradient with respect to its features."""
+    gradients = torch.autograd.grad(losses.sum(), features, retain_graph=True)
+    return torch.stack([one.float().flatten(1).square().sum(1) for one in gradients]).sum(0).sqrt()
+
+
+class Sharpening:
+    """Makes the step of the last phase, for DiffusionModel.train: one of the generator, one of its adversary.
+
+    Args:
+        generator: of a process with levels; its precision is the training's.
+        degradation: of the crops.
+        perceptual: features and distance, on the generator's device.
+    """
+
+    def __init__(
+        self,
+        generator: ResidualGenerator,
+        degradation: Degradation,
+        perceptual: PerceptualFeatures,
+        config: SharpeningConfig,
+    ) -> None:
+        self.generator, self.degradation = generator, degradation
+        self.perceptual, self.config = perceptual, config
+
+    def __call__(self, state: TrainState, config: ResolvedConfig, processes: Processes) -> StepFunction:
+        """Freeze what predicts the mean, add a discriminator; ValueError where nothing predicts it."""
+        predictor = network_of(state.model).predictor
+        if predictor is None:
+            raise ValueError("sharpening needs a network that predicts the mean: train one with a predictor")
+        predictor.requires_grad_(False)
+        torch.manual_seed(config.seed)
+        learning_rate = self.config.discriminator_learning_rate
+        adversary = replace(config, optimizer="adamw", learning_rate=learning_rate)
+        discriminator = Discriminator(self.perceptual.dims, self.config.discriminator_dim)
+        state.others["discriminator"] = new_state(
+            discriminator.to(processes.device), adversary, state.precision
+        )
+        return partial(self.step, state, config, adversary, processes)
+
+    def step(
+        self,
+        state: TrainState,
+        config: ResolvedConfig,
+        adversary: ResolvedConfig,
+        processes: Processes,
+        batches: Batches,
+    ) -> StepReport:
+        """One step of the generator against the discriminator, and one of that on what it has seen."""
+        rival, micro_batches, seen = state.others["discriminator"], list[MicroBatch](), list[Seen]()
+        share = self.config.adversarial_share * min(1, state.step / max(1, self.config.adversarial_warmup))
+
+        def noted() -> Batches:
+            for micro, crops in batches:
+                micro_batches.append(micro)
+                yield micro, crops
+
+        def loss(model: nn.Module, crops: Crops, random: torch.Generator) -> Tensor:
+            sample = crops.sample(self.degradation)
+            noise = torch.randn(sample.original.shape, generator=random, device=sample.original.device)
+            restored = self.restore(network_of(model), sample, noise)
+            losses, features = generator_loss(
+                restored, sample.original, self.perceptual, rival.model, self.config, share
+            )
+            seen.append(features)
+            return losses
+
+        rival.model.requires_grad_(False)
+        report = train_step(state, loss, noted(), config, processes)
+        rival.model.requires_grad_(True)
+        pairs = iter(list(zip(micro_batches, seen, strict=True)))
+        other = train_step(
+            rival, lambda model, features, _: discriminator_loss(model, features), pairs, adversary, processes
+        )
+        scalars = {
+            "discriminator_loss": other.loss,
+            "discriminator_gradient_norm": other.scalars["gradient_norm"],
+        }
+        return StepReport(report.loss, report.finite and other.finite, {**report.scalars, **scalars})
+
+    def restore(self, network: Network, sample: Sample, noise: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], from noise of that shape; gradients reach the refiner, not the mean."""
+        with torch.no_grad():
+            contexts, mean = self.generator.encode(network, Condition(sample.upscaled, sample.low_res))
+            base = sample.upscaled if mean is None else sample.upscaled + network.residual_std * mean.float()
+        denoise = partial(self.generator.estimate, network, contexts=contexts, base=base)
+        steps = self.generator.plan(len(self.generator.diffusion.process.levels))
+        *_, clean = sample_steps(
+            steps, self.generator.initial_scale * noise, denoise, lambda step, *images: step.advance(*images)
+        )
+        return base + network.residual_std * clean
