@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from bench import data, networks
 from bench.contenders import NAMES, OURS, RECIPE, contenders, enlargers, our_network
@@ -60,10 +62,21 @@ def machine(device: torch.device) -> list[str]:
     ]
 
 
-def ratios(timings: Mapping[str, Timing]) -> dict[str, str]:
-    """How many times longer each takes than the first, by the medians."""
+def times(
+    subject: str,
+    unit: str,
+    timings: Mapping[str, Timing],
+    show: Callable[[Timing], str],
+    networks: Mapping[str, nn.Module] | None = None,
+) -> list[str]:
+    """A table of timings, with sizes of networks, and how many times longer each takes than the first."""
     first = next(iter(timings.values()))
-    return {name: f"{timing.median / first.median:.1f}" for name, timing in timings.items()}
+    sizes = {name: [f"{parameter_count(one) / 1e6:.2f}"] for name, one in (networks or {}).items()}
+    rows = [
+        [name, *sizes.get(name, []), show(timing), f"{timing.median / first.median:.1f}"]
+        for name, timing in timings.items()
+    ]
+    return table([subject, *(["M parameters"] if sizes else []), f"{unit} (range)", "time over ours"], rows)
 
 
 def speed_of_training(device: torch.device, rounds: int) -> Iterator[str]:
@@ -72,21 +85,16 @@ def speed_of_training(device: torch.device, rounds: int) -> Iterator[str]:
     for size, batch in ((128, 4), (256, 1)) if device.type == "cpu" else ((128, 128), (256, 32)):
         works = {name: networks.training_step(one, batch, size, device) for name, one in models.items()}
         timings = in_turns(works, rounds, device)
-        rows = [
-            [name, f"{parameter_count(models[name]) / 1e6:.2f}", timing.rate(batch), ratios(timings)[name]]
-            for name, timing in timings.items()
-        ]
         yield f"Crops of {size}², batch {batch}.\n"
-        yield from table(["network", "M parameters", "images/s (range)", "time over ours"], rows)
+        yield from times("network", "images/s", timings, methodcaller("rate", batch), models)
 
 
 def speed_of_restoring(device: torch.device, rounds: int) -> Iterator[str]:
     """On a CPU each is timed once, on a quarter of the picture: the peers attend over all of its tokens."""
     cuda = device.type == "cuda"
     side = 1024 if cuda else 512
-    works = {
-        name: networks.denoising_step(one.eval(), side, device) for name, one in contenders(device).items()
-    }
+    models = {name: one.eval() for name, one in contenders(device).items()}
+    works = {name: networks.denoising_step(one, side, device) for name, one in models.items()}
     timings = in_turns(works, rounds if cuda else 1, device, warm_up=int(cuda))
     yield f"## Restoring one {side}² image in 10 steps: seconds\n"
     yield "Ten times one denoising step; the condition is encoded before, once per image."
@@ -96,30 +104,19 @@ def speed_of_restoring(device: torch.device, rounds: int) -> Iterator[str]:
             "all else 4 times."
         )
     yield ""
-    rows = [[name, timing.seconds(10), ratios(timings)[name]] for name, timing in timings.items()]
-    yield from table(["network", "seconds (range)", "time over ours"], rows)
+    yield from times("network", "seconds", timings, methodcaller("seconds", 10))
 
 
 def speed_of_enlarging(device: torch.device, rounds: int) -> Iterator[str]:
     ours = our_network(device).eval()
     modes = {f"{OURS}, fidelity": 0, f"{OURS}, detail in 6 steps": 6}
     works = {name: networks.restoration(ours, 256, steps, device) for name, steps in modes.items()}
-    others = enlargers(device)
+    models = dict.fromkeys(modes, ours) | enlargers(device)
     low_res = torch.zeros(1, 3, 256, 256, device=device)
-    works |= {name: networks.inference(network, low_res) for name, network in others.items()}
-    timings = in_turns(works, rounds, device)
+    works |= {name: networks.inference(one, low_res) for name, one in models.items() if name not in modes}
     yield "## Enlarging 256² to 1024²: seconds\n"
     yield "The others are untrained, of spandrel: what they restore is not compared here.\n"
-    rows = [
-        [
-            name,
-            f"{parameter_count(others.get(name, ours)) / 1e6:.2f}",
-            timing.seconds(),
-            ratios(timings)[name],
-        ]
-        for name, timing in timings.items()
-    ]
-    yield from table(["network", "M parameters", "seconds (range)", "time over ours"], rows)
+    yield from times("network", "seconds", in_turns(works, rounds, device), Timing.seconds, models)
 
 
 def floor(device: torch.device) -> Iterator[str]:
@@ -146,19 +143,15 @@ def floor(device: torch.device) -> Iterator[str]:
 def reading() -> Iterator[str]:
     yield "## Resizing uint8 RGB, bicubic: milliseconds\n"
     for name, timings in data.resizing().items():
-        rows = [[one, timing.seconds(1000), ratios(timings)[one]] for one, timing in timings.items()]
-        yield from table([name, "ms (range)", "time over ours"], rows)
+        yield from times(name, "ms", timings, methodcaller("seconds", 1000))
     yield "## Reading 256² crops from 2040x1356 PNGs: crops per second\n"
-    crops = data.crops_per_second()
-    yield from table(
-        ["reader", "crops/s (range)"], [[name, one.rate(data.PHOTOS)] for name, one in crops.items()]
-    )
+    yield from times("reader", "crops/s", data.crops_per_second(), methodcaller("rate", data.PHOTOS))
 
 
 def quality(
     device: torch.device, seconds: float, photos: Path | None, names: Sequence[str] = NAMES
 ) -> Iterator[str]:
-    """PSNR after equal training time."""
+    """Compare the PSNR after equal training time."""
     if photos is None:
         yield "Quality was not measured: SR_DATA does not name a folder with test/Set5 and train.\n"
         return
@@ -211,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_outputs([args.out], overwrite=True)
     started = time.perf_counter()
     device = select_device(args.device)
-    photos = Path(os.environ["SR_DATA"]) if "SR_DATA" in os.environ else None
+    photos = Path(os.environ["SR_DATA"]).expanduser() if "SR_DATA" in os.environ else None
     lines = ["# Measured side by side", "", *machine(device), ""]
     print("\n".join(lines))
     for name in args.only:

@@ -77,7 +77,7 @@ def inference(network: nn.Module, *inputs: object) -> Work:
 
 
 def restoration(network: Network, size: int, steps: int, device: torch.device) -> Work:
-    """Make the restoration of a picture (1, 3, size, size) from its pixels on."""
+    """Make the restoration of a low resolution (1, 3, size, size), from its pixels on."""
     network.residual_std.fill_(0.1)
     network.scale.fill_(SCALE)
     generator = ResidualGenerator(device=device, precision=autocast_dtype(device))
@@ -85,14 +85,14 @@ def restoration(network: Network, size: int, steps: int, device: torch.device) -
 
 
 def floating_point_operations(work: Work) -> int:
-    """Count those of convolutions and matrix products."""
+    """Count the operations of the convolutions and matrix products of a work."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 
 
 def matrix_product_rate(device: torch.device, side: int) -> float:
-    """Floating-point operations per second of a large square one."""
+    """Measure the floating-point operations per second of a large square matrix product."""
     dtype = autocast_dtype(device) or torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     timing = in_turns({"product": lambda: matrix @ matrix}, rounds=7, device=device)["product"]

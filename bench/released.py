@@ -64,7 +64,7 @@ CASES = (
 
 
 def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
-    """Measure the lines of one table."""
+    """Measure a case: the lines of its table."""
     config = EvaluationConfig(case.scale, degradation=case.degradation)
     images = ImageSet(photos / "test" / case.images, config)
     methods = {}
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = select_device(args.device)
     lines = ["# Results of the released weights", "", *ABOUT, ""]
     for case in CASES:
-        lines += measure(case, Path(os.environ["SR_DATA"]), device)
+        lines += measure(case, Path(os.environ["SR_DATA"]).expanduser(), device)
     text = "\n".join(lines)
     print(text)
     write_text_atomically(args.out, text)

@@ -4,6 +4,6 @@ from collections.abc import Sequence
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column is text; an empty line comes last."""
+    """Lines of a Markdown table whose first column is text; an empty line comes last."""
     lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]

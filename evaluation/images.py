@@ -39,7 +39,9 @@ class EvaluationConfig(Options):
     seed: int = option(0, "seed of the noise and of the degradation", low=0, high=2**63 - 1)
     lpips: bool = option(True, "measure LPIPS")
     lpips_weights: str | None = option(
-        None, "AlexNet's features for LPIPS, .pth or .safetensors; without it, SR_LPIPS_WEIGHTS or a download"
+        None,
+        "AlexNet's features for LPIPS, .pth or .safetensors; without it, SR_LPIPS_WEIGHTS or a download",
+        path=True,
     )
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class ImageSet:
         return (self.read(path) for path in self.paths)
 
     def read(self, path: Path) -> Pair:
-        """ValueError: unreadable, too small or without its partner."""
+        """Read an image and its low resolution; ValueError: damaged, too small or without its partner."""
         truth, multiple = _read_planes(path), self.scale.numerator
         height, width = (length - length % multiple for length in truth.shape[-2:])
         if min(height, width) < self.smallest:
@@ -117,7 +119,7 @@ class ImageSet:
     def describe(self) -> str:
         if self.low_res_paths is None:
             return self.degradation.describe()
-        return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}"
+        return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}, 8 bits"
 
     def _read_low_res(self, low_path: Path, path: Path, truth: Tensor) -> Tensor:
         low_res = _read_planes(low_path)
@@ -134,15 +136,15 @@ class ImageSet:
 
 
 def _read_planes(path: Path) -> Tensor:
-    """(1 or 3, H, W), without alpha."""
-    return to_uint8(pixels_to_unit(decode_image(path).pixels))
+    """(1 or 3, H, W) of a file as restoring sees it, in 8 bits, without alpha."""
+    return to_uint8(pixels_to_unit(decode_image(path).visible))
 
 
 def random_of(path: Path, seed: int) -> np.random.Generator:
-    """An image has the same numbers among any others."""
+    """Random numbers of an image, the same among any others."""
     return np.random.default_rng((seed, *os.fsencode(path.stem)))
 
 
 def printable(name: str) -> str:
-    """UTF-8; bytes that are none become \\xNN."""
+    """A name as UTF-8; bytes that are none become \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -39,7 +39,7 @@ class Lpips:
         self, device: torch.device | str = "cpu", weights: str | Path | None = None, *, timeout: float = 20.0
     ) -> None:
         weights = weights or os.environ.get(WEIGHTS_VARIABLE)
-        path = Path(weights) if weights else None
+        path = Path(weights).expanduser() if weights else None
         self._network = _load_network("alex", path, timeout)
         self._network.to(device)
         self._device = torch.device(device)
@@ -121,7 +121,7 @@ def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
         from torchmetrics.functional.image.lpips import _LPIPS
 
         network: nn.Module = _LPIPS(net=kind, pnet_rand=not fetch)
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
         # Not installed; no network, no space or no permission; a download that fails its checksum.
         remedy = f"give the features as a file, by {WEIGHTS_VARIABLE}" if kind == "alex" else "give a file"
         raise MetricUnavailableError(f"{type(error).__name__}: {one_line(error)}; {remedy}") from error

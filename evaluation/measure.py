@@ -78,7 +78,7 @@ def model_method(
 
 
 def describe_model(path: Path, model: LoadedModel, precision: torch.dtype | None = None) -> Row:
-    """Which file and network it was, for the protocol."""
+    """Describe a model's file and network, for the protocol."""
     process = model.process
     return {
         "file": printable(path.name),
@@ -138,7 +138,7 @@ def _measure_part(
     progress: bool,
     processes: Processes,
 ) -> Iterator[tuple[int, list[Row] | str]]:
-    """Numbers of this process's images, with a row per method, or why the image was left out."""
+    """Yield this process's images by number: a row per method, or why the image was left out."""
     numbers = range(processes.rank, len(images), processes.world_size)
     warm = False
     for number in tqdm(numbers, unit="image", disable=None if progress else True, dynamic_ncols=True):
@@ -155,7 +155,7 @@ def _measure_part(
 
 
 def _measure(method: Method, pair: Pair, comparison: Comparison) -> Row:
-    """The scores of one image by one method, its result rounded as an 8-bit file holds it."""
+    """Score one image by one method, its result rounded as an 8-bit file holds it."""
     low_res, truth = _unit(pair.low_res), _unit(pair.truth)
     synchronize(method.device)
     start = time.perf_counter()
@@ -179,7 +179,7 @@ def _unit(pixels: Tensor) -> Tensor:
 
 
 def _with_lpips(config: EvaluationConfig, device: torch.device) -> Comparison:
-    """The comparison of the options, with LPIPS if it is wanted and can be had."""
+    """Compare as the options say, with LPIPS if it is wanted and can be had."""
     comparison = config.comparison
     if not config.lpips:
         return comparison

@@ -133,7 +133,7 @@ def test_bicubic_row_of_set5_and_of_its_published_low_resolution(sr_data):
     assert_is_bicubic_row(made.rows[0], folder, 4)
     assert timeless(given.rows[0]) == timeless(made.rows[0])
     assert made.rows[0]["psnr"] == pytest.approx(28.42, abs=0.02)
-    assert given.protocol["low_resolution"] == "read from LRx4_mirror"
+    assert given.protocol["low_resolution"] == "read from LRx4_mirror, 8 bits"
     replicated = ImageSet(folder, replace(chosen, border="replicate"))
     published = ImageSet(folder, chosen, folder / "LRx4")
     for ours, theirs in zip(replicated, published, strict=True):
@@ -256,6 +256,14 @@ def test_sixteen_bits_are_rounded_to_eight(leaves, tmp_path):
     write_image(tmp_path / "deep.png", deep + np.uint16(100) * (deep < 60000))  # less than half a step of 257
     ours, theirs = (next(iter(ImageSet(folder, config()))) for folder in (tmp_path, leaves))
     assert torch.equal(ours.truth, theirs.truth)
+
+
+def test_colours_that_nobody_sees_are_not_measured(tmp_path):
+    alpha = np.zeros((64, 64), np.uint8)
+    alpha[16:48, 16:48] = 255
+    green = np.array([0, 255, 0], np.uint8)
+    write_image(tmp_path / "disc.png", np.where(alpha[..., None] > 0, np.uint8(255), green), alpha)
+    assert bool((next(iter(ImageSet(tmp_path, config()))).truth == 255).all())
 
 
 # ---------------------------------------------------------------- images

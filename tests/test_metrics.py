@@ -5,7 +5,6 @@ import math
 import os
 import re
 import socket
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio
+from torchmetrics.functional.image import lpips as lpips_package
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from bicubic import resize
@@ -96,21 +96,6 @@ def as_numpy(image: torch.Tensor, crop: int) -> np.ndarray:
 # ---------------------------------------------------------------- protocol and images
 
 
-def test_protocol_describes_every_choice():
-    line = str(Comparison(crop=4))
-    assert "\n" not in line
-    for part in ("luma", "BT.601", "16-235", "uint8", "4 pixels"):
-        assert part in line
-    assert "RGB" in str(WHOLE)
-
-
-def test_protocol_refuses_bad_values():
-    with pytest.raises(ValueError, match="-1"):
-        Comparison(crop=-1)
-    with pytest.raises(ValueError, match="'y'"):
-        Comparison(crop=0, channel="y")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_keeps_uint8_levels_and_sends_halves_up(dtype):
     assert to_uint8(torch.arange(256, dtype=dtype) / 255).tolist() == list(range(256))
@@ -122,12 +107,6 @@ def test_luma_is_that_of_skimage():
     image = texture(0)
     expected = rgb2ycbcr(image[0].permute(1, 2, 0).numpy())[..., 0]
     np.testing.assert_allclose(to_luma(image)[0, 0].numpy() * 255, expected, atol=1e-10)
-
-
-def test_luma_spans_16_to_235_and_leaves_grey_alone():
-    black_white = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-    expected = torch.tensor([16.0, 235.0], dtype=torch.float64)
-    torch.testing.assert_close(to_luma(black_white)[:, 0, 0, 0] * 255, expected)
     grey = texture(0, channels=1)
     assert to_luma(grey) is grey
     with pytest.raises(ValueError, match="4"):
@@ -186,34 +165,12 @@ def test_published_bicubic_rows(name, scale):
     assert similarity == pytest.approx(PUBLISHED[name, scale][1], abs=0.0002)
 
 
-@pytest.mark.slow
-@needs_photos
-@pytest.mark.parametrize("scale", [2, 3, 4])
-@pytest.mark.parametrize("border", ["mirror", "replicate"])
-def test_bicubic_of_rgb_files_is_near_the_published_rows(scale, border):
-    """What a model is measured by: RGB files in uint8, luma not rounded; the border hardly matters."""
-    protocol, scores = Comparison(crop=scale), []
-    for path in photos("Set5"):
-        truth = crop_to_multiple(read(path), scale)
-        pixels = (truth * 255).round().to(torch.uint8)
-        low_res = resize(pixels, scale=1 / scale, border=border, rounding="uint8")
-        restored = resize(low_res, scale=scale, border=border, rounding="uint8").double() / 255
-        scores.append(torch.cat([psnr(restored, truth, protocol), ssim(restored, truth, protocol)]))
-    decibel, similarity = torch.stack(scores).mean(dim=0).tolist()
-    assert decibel == pytest.approx(PUBLISHED["Set5", scale][0], abs=0.02)
-    assert similarity == pytest.approx(PUBLISHED["Set5", scale][1], abs=0.001)
-
-
 @pytest.mark.parametrize("levels", [1, 3, 25])
 def test_psnr_of_a_constant_offset(levels):
     truth = rounded(texture(0))
     expected = 20 * math.log10(255 / levels)
     assert psnr(truth + levels / 255, truth, WHOLE).item() == pytest.approx(expected, abs=1e-9)
-
-
-def test_rounding_hides_what_a_file_cannot_hold():
-    truth = rounded(texture(0))
-    assert psnr(truth + 0.4 / 255, truth, WHOLE).item() == math.inf
+    assert psnr(truth + 0.4 / 255, truth, WHOLE).item() == math.inf  # rounded, as a file holds it
 
 
 def test_psnr_of_grey_through_rgb_is_shifted():
@@ -223,14 +180,6 @@ def test_psnr_of_grey_through_rgb_is_shifted():
     as_rgb = psnr(restored.expand(-1, 3, -1, -1), truth.expand(-1, 3, -1, -1), protocol)
     shift = (as_rgb - psnr(restored, truth, protocol)).item()
     assert shift == pytest.approx(20 * math.log10(255 / 219), abs=1e-9)
-
-
-@pytest.mark.parametrize(("low", "high"), [(51, 128), (0, 255)])
-def test_ssim_of_two_flat_images_is_the_luminance_term(low, high):
-    x, y = torch.full((1, 1, 16, 16), low / 255), torch.full((1, 1, 16, 16), high / 255)
-    c1 = 2.55**2
-    expected = (2 * low * high + c1) / (low * low + high * high + c1)
-    assert ssim(x, y, WHOLE).item() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
@@ -297,12 +246,6 @@ def test_published_low_resolution_files_agree_with_their_truth(scale):
         assert low_resolution_psnr(truth, low_res).item() == math.inf
 
 
-def test_low_resolution_psnr_of_a_constant_offset():
-    restored, low_res = torch.full((2, 3, 24, 20), 100 / 255), torch.full((2, 3, 8, 5), 103 / 255)
-    scores = low_resolution_psnr(restored, low_res)
-    assert scores.tolist() == pytest.approx([20 * math.log10(255 / 3)] * 2, abs=1e-9)
-
-
 def test_low_resolution_psnr_forgives_detail_and_not_colour():
     truth = texture(0, height=64, width=64)
     low_res = resize(truth, scale=0.25)
@@ -327,13 +270,8 @@ def test_low_resolution_psnr_refuses_sizes():
 def test_energy_goes_with_the_square_of_the_amplitude(size):
     truth = texture(0, height=size[0], width=size[1])
     for factor in (2.0, 0.5, 1.0):
-        restored = 0.5 + factor * (truth - 0.5)
+        restored = 0.4 + factor * (truth - 0.5)
         assert high_frequency_energy(restored, truth).item() == pytest.approx(factor**2, rel=1e-9)
-
-
-def test_energy_ignores_brightness():
-    truth = texture(0)
-    assert high_frequency_energy(truth + 0.1, truth).item() == pytest.approx(1.0, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -492,13 +430,29 @@ def test_the_perceptual_distance_is_lpips_of_vgg16_and_has_a_gradient(tmp_path):
         PerceptualFeatures("cpu", tmp_path / "missing.safetensors")
 
 
-@pytest.mark.slow
-def test_lpips_without_network_says_so(monkeypatch, nothing_fetched):
-    def unreachable(*_args, **_kwargs):
-        raise socket.gaierror(-2, "Name or service not known")
+def raising(error):
+    def fail(*_args, **_kwargs):
+        raise error
 
-    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    with pytest.raises(MetricUnavailableError, match="not known"):
+    return fail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error",
+    [
+        socket.gaierror(-2, "Name or service not known"),
+        RuntimeError('invalid hash value (expected "7be5be79", got "00000000")'),
+        ImportError("No module named 'torchvision'"),
+        RuntimeError("operator torchvision::nms does not exist"),
+    ],
+)
+def test_lpips_that_cannot_be_had_says_why_and_what_to_do(monkeypatch, nothing_fetched, error):
+    broken = lpips_package if "torchvision" in str(error) else torch.hub
+    monkeypatch.setattr(
+        broken, "_LPIPS" if broken is lpips_package else "download_url_to_file", raising(error)
+    )
+    with pytest.raises(MetricUnavailableError, match=re.escape(str(error)) + ".*SR_LPIPS_WEIGHTS"):
         Lpips()
     assert socket.getdefaulttimeout() is None
 
@@ -519,22 +473,13 @@ def test_lpips_from_a_silent_server_gives_up(monkeypatch, nothing_fetched):
             Lpips(timeout=0.2)
 
 
-@pytest.mark.slow
-def test_lpips_with_a_damaged_download_or_without_torchmetrics_says_so(monkeypatch, nothing_fetched):
-    def damaged(*_args, **_kwargs):
-        raise RuntimeError('invalid hash value (expected "7be5be79", got "00000000")')
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", damaged)
-    with pytest.raises(MetricUnavailableError, match="invalid hash"):
-        Lpips()
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image.lpips", None)
-    with pytest.raises(MetricUnavailableError, match="torchmetrics"):
-        Lpips()
-
-
 def test_low_resolution_psnr_shrinks_with_the_border_the_input_was_made_with():
     truth = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     pixels = (truth * 255).round().to(torch.uint8)
     low_res = resize(pixels, size=(8, 8), border="replicate", rounding="uint8") / 255
     assert low_resolution_psnr(pixels / 255, low_res, "replicate").item() == math.inf
     assert low_resolution_psnr(pixels / 255, low_res).item() < 60
+    flat, lower = torch.full((2, 3, 24, 20), 100 / 255), torch.full((2, 3, 8, 5), 103 / 255)
+    assert low_resolution_psnr(flat, lower).tolist() == pytest.approx(
+        [20 * math.log10(255 / 3)] * 2, abs=1e-9
+    )
