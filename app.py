@@ -4,11 +4,11 @@ python app.py
 python app.py checkpoints/<run>/diffusion_model_clean_best.pth --port 7861
 """
 
-import argparse
 import html
 import importlib.util
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,17 +18,25 @@ from typing import Any
 
 from PIL import Image
 
+from engine.cli import Parser, run_script
+from engine.options import path
 from imaging.files import decode_image
 from imaging.pixels import Pixels, as_rgb8
-from models import load_model
+from models import LoadedModel, load_model
 from restoration import PRESETS, RestoreConfig, restore
 from restoration.files import FILE_ERRORS, describe_failure
 from restoration.weights import RELEASED
 
 SIDE = 2048  # pixels of the longer side of what the slider shows; the download has them all
 KEPT = 3600  # seconds until a picture is removed, where the page stays open
-loaded = lru_cache(maxsize=1)(load_model)  # the model of a file is kept until another one is chosen
+HERE = "127.0.0.1"
 Result = tuple[tuple[Image.Image, Image.Image], str]
+
+
+@lru_cache(maxsize=1)
+def loaded(weights: Path, changed: int) -> LoadedModel:
+    """The model of a file, kept until another one is chosen or the file was `changed`, in nanoseconds."""
+    return load_model(weights)
 
 
 def restore_upload(upload: str | None, weights: str, mode: str, report: Any) -> Iterator[Result]:  # noqa: ANN401
@@ -44,8 +52,8 @@ def restore_upload(upload: str | None, weights: str, mode: str, report: Any) -> 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / source.name
         try:
-            model = loaded(Path(weights))
-            target = target.with_name(f"{source.stem}_x{float(model.network.scale):g}.png")
+            model = loaded(Path(weights), Path(weights).stat().st_mtime_ns)
+            target = target.with_name(f"{source.stem}_x{float(model.network.scale):.7g}.png")
             config = RestoreConfig(mode=mode)  # type: ignore[arg-type]  # one of PRESETS; checked there
             image = decode_image(source)
             result = restore(image, model, config, progress=report)
@@ -100,19 +108,21 @@ def build_page(weights: Sequence[Path]) -> Any:  # noqa: ANN401  # gradio is opt
     return page
 
 
-def serve(weights: Sequence[Path], port: int | None) -> None:
-    """Serve the page on 127.0.0.1 until Ctrl-C or SIGTERM, then remove every file of it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def serve(weights: Sequence[Path], host: str, port: int | None) -> None:
+    """Serve the page until Ctrl-C or SIGTERM, then remove every file of it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="restoring-") as folder:
         work = Path(folder, "work")  # apart from gradio's, which copies what it is to serve from elsewhere
         work.mkdir()
         tempfile.tempdir = str(work)
-        # Read when gradio is imported.
+        # Read when gradio is imported and when it asks its own page whether it answers.
         os.environ |= {"GRADIO_TEMP_DIR": str(Path(folder, "page")), "GRADIO_ANALYTICS_ENABLED": "False"}
+        os.environ |= {"MPLBACKEND": "agg", "NO_PROXY": "*", "no_proxy": "*"}
         import gradio
 
         build_page(weights).launch(
-            server_name="127.0.0.1",
+            server_name=host,
             server_port=port,
             share=False,
             ssr_mode=False,
@@ -122,19 +132,38 @@ def serve(weights: Sequence[Path], port: int | None) -> None:
         )
 
 
+def check_port(host: str, port: int) -> None:
+    """ValueError where nothing can be served at this address."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"{host}:{port} cannot be served on ({error}): give another --port or --host"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("weights", nargs="*", type=Path, help="models of your own, offered first")
-    parser.add_argument("--port", type=int, help="of 127.0.0.1 (default: the first free one from 7860)")
-    args = parser.parse_args(argv)
-    missing = [path for path in args.weights if not path.is_file()]
-    if missing:
-        parser.error(f"{missing[0]}: no such file")
-    if importlib.util.find_spec("gradio") is None:
-        parser.error("gradio is not installed: pip install -e '.[app]'")
-    released = sorted(RELEASED.glob("*x*.safetensors"), key=lambda path: path.stem[::-1], reverse=True)
-    serve([*args.weights, *released], args.port)
-    return 0
+    parser = Parser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("weights", nargs="*", type=path, help="models of your own, offered first")
+    host = f"address to serve on; in a container 0.0.0.0, all that reach it may use it (default: {HERE})"
+    parser.add_argument("--host", default=HERE, help=host)
+    port = "number of the port (default: the first free one from 7860)"
+    parser.add_argument("--port", type=int, help=port)
+
+    def work() -> int:
+        args = parser.parse_args(argv)
+        weights = [Path(name) for name in args.weights]
+        for missing in (name for name in weights if not name.is_file()):
+            raise ValueError(f"{missing}: no such file")
+        if importlib.util.find_spec("gradio") is None:
+            raise ValueError("gradio is not installed: pip install -e '.[app]'")
+        check_port(args.host, args.port or 0)
+        released = sorted(RELEASED.glob("*x*.safetensors"), key=lambda file: file.stem[::-1], reverse=True)
+        serve([*weights, *released], args.host, args.port)
+        return 0
+
+    return run_script("app.py", work)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,7 @@ from restoration.scales import chain_to, restore_to
 from restoration.weights import blend, find_weights, load_model
 from restoration.windows import Progress, no_progress
 
-__all__ = [
-    "PRESETS",
-    "LoadedModel",
-    "Restoration",
-    "RestoreConfig",
-    "Restorer",
-    "blend",
-    "load_model",
-    "restore",
-]
+__all__ = ["PRESETS", "Restoration", "RestoreConfig", "Restorer", "blend", "load_model", "restore"]
 
 
 def restore(

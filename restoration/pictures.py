@@ -1,19 +1,23 @@
 """Converts whatever holds a picture (h, w) to network input, and results (H, W) back."""
 
-from dataclasses import dataclass
+import io
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from imaging.files import DecodedImage, decode_image
-from imaging.metadata import Metadata
+from imaging.metadata import DAMAGE_ERRORS, Metadata
 from imaging.pixels import Pixels, pixels_to_unit, spread_colours, to_model_range, unit_to_pixels
 from restoration.fields import row_bands
 
+logger = logging.getLogger(__name__)
 Restorable: TypeAlias = str | Path | Pixels | Tensor | Image.Image | DecodedImage
 
 ACCEPTED = (
@@ -101,14 +105,24 @@ def _from_tensor(image: Tensor) -> DecodedImage:
 
 
 def _from_pil(image: Image.Image) -> DecodedImage:
-    """Upright, with alpha and profile."""
-    upright = ImageOps.exif_transpose(image)
+    """Turn it upright and convert CMYK through its profile; EXIF that is damaged is left out."""
+    try:
+        upright = ImageOps.exif_transpose(image)
+        exif = upright.getexif().tobytes() if upright.getexif() else None
+    except DAMAGE_ERRORS as error:
+        logger.warning("the image's EXIF is damaged (%s): left out", error)
+        upright, exif = image, None
     if upright.mode in ("I", "F"):
         raise ValueError(f"a PIL image of mode {upright.mode}: {ACCEPTED}")
-    exif = upright.getexif()
-    metadata = Metadata(upright.info.get("icc_profile"), exif.tobytes() if exif else None)
+    metadata = Metadata(upright.info.get("icc_profile"), exif)
     if upright.mode.startswith("I;16"):
         return DecodedImage(Path(), np.asarray(upright, np.uint16), None, metadata)
+    if upright.mode == "CMYK" and metadata.icc_profile:
+        with suppress(ImageCms.PyCMSError, OSError):
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(metadata.icc_profile))
+            srgb = ImageCms.createProfile("sRGB")
+            upright = ImageCms.profileToProfile(upright, profile, srgb, outputMode="RGB") or upright
+        metadata = replace(metadata, icc_profile=None)
     mode = "L" if upright.mode in ("1", "L", "LA", "La") else "RGB"
     if not upright.has_transparency_data:
         return DecodedImage(Path(), np.asarray(upright.convert(mode)), None, metadata)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def launched():
 def serving(temporary, *weights):
     """The address of the page, whose temporary files are in this folder."""
     environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    # Neither a proxy that answers nothing nor a backend that is not there may matter.
+    environment |= {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "MPLBACKEND": "module://missing"}
     command = [sys.executable, "app.py", *map(str, weights)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         line = next(line for line in process.stdout if "://" in line)
@@ -162,10 +165,32 @@ def test_one_picture_at_a_time_is_restored(weights):
     assert not blocks.analytics_enabled
 
 
-def test_a_model_that_is_missing_is_named(capsys):
-    with pytest.raises(SystemExit):
-        app.main(["missing.pth"])
-    assert "missing.pth" in capsys.readouterr().err
+def test_what_cannot_be_served_is_one_line(capsys):
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for flags, said in (
+            (["missing.pth"], "missing.pth"),
+            (["--port", port], port),
+            (["--port", "x"], "'x'"),
+        ):
+            assert app.main(flags) == 2
+            captured = capsys.readouterr().err
+            assert said in captured
+            assert captured.count("\n") == 1
+
+
+def test_a_model_that_was_replaced_under_its_name_is_loaded_again(tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    path, picture, seen = tmp_path / "mine.safetensors", tmp_path / "a.png", []
+    write_image(picture, np.zeros((8, 8, 3), np.uint8))
+    for scale in (2.0, 4.0):
+        export_safetensors(random_model(scale=scale), path)
+        os.utime(path, ns=(0, int(scale)))
+        seen += [
+            Path(download).name for _, download in app.restore_upload(str(picture), str(path), "fidelity", id)
+        ]
+    assert seen == ["a_x2.png", "a_x4.png"]
 
 
 def main():

@@ -604,14 +604,32 @@ def test_grey_keeps_its_shape_and_can_be_saved(model, picture, tmp_path):
     assert np.array_equal(run(torch.from_numpy(grey.copy())[None], model).pixels, flat.pixels)
 
 
-def test_a_pil_image_is_turned_upright_and_keeps_its_profile(model, picture):
+def test_a_pil_image_is_turned_upright(model, picture):
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
-    Image.fromarray(picture[:20, :24]).save(buffer, "PNG", exif=exif, icc_profile=b"profile")
-    result = run(Image.open(buffer), model)
-    assert result.pixels.shape == (96, 80, 3)
-    assert result.metadata.icc_profile == b"profile"
+    Image.fromarray(picture[:20, :24]).save(buffer, "PNG", exif=exif)
+    assert run(Image.open(buffer), model).pixels.shape == (96, 80, 3)
+
+
+def test_a_cmyk_pil_image_is_converted_and_loses_its_profile(model, picture):
+    image = Image.fromarray(picture[:8, :8]).convert("CMYK")
+    image.info["icc_profile"] = bytes(16) + b"CMYK" + bytes(108)
+    result = run(image, model)
+    assert result.pixels.shape == (32, 32, 3)
+    assert result.metadata.icc_profile is None
+
+
+@pytest.mark.parametrize("damage", ["junk", "an orientation that is a text"])
+def test_damaged_exif_is_left_out(damage, model, picture):
+    image = Image.fromarray(picture[:8, :8])
+    if damage == "junk":
+        image.info["exif"] = b"junkjunkjunk"
+    else:
+        image.getexif()[0x0112] = "upright"
+    result = run(image, model)
+    assert result.pixels.shape == (32, 32, 3)
+    assert result.metadata.exif is None
 
 
 @pytest.mark.parametrize(
