@@ -6,7 +6,7 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,10 +34,13 @@ _SUBFILE_TYPE, _PHOTOMETRIC, _EXTRA_SAMPLES, _DNG_VERSION = 254, 262, 338, 50706
 _LAB, _ALPHA = (8, 9, 10), (1, 2)  # values of two of these
 _PNG_START, _PNG_PIXELS = b"\x89PNG\r\n\x1a\n", {b"IDAT", b"fdAT", b"IEND"}
 _PNG_WITHOUT_PIXELS = bytes.fromhex("00000000 49444154 35af061e  00000000 49454e44 ae426082")  # IDAT, IEND
-# What says sRGB: gamma 1 / 2.2, and the primaries and white of ITU-R BT.709, both x 100000.
-_SRGB_GAMMA, _SRGB_PRIMARIES = (45455,), (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+# What says sRGB in a PNG: gamma 1 / 2.2, and the primaries and white of ITU-R BT.709, all x 100000.
+_SRGB = {
+    b"gAMA": struct.pack(">I", 45455),
+    b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+}
 # By the numbers of ITU-T H.273; 2 is "unspecified".
-_SRGB_LIKE_PRIMARIES, _SRGB_LIKE_TRANSFERS, _HDR_TRANSFERS = {1, 2}, {1, 2, 6, 13, 14, 15}, {16, 18}
+_SRGB_LIKE_PRIMARIES, _SRGB_LIKE_TRANSFERS, _HDR_TRANSFERS = {1, 2}, {1, 2, 6, 13, 14, 15}, {b"\x10", b"\x12"}
 
 
 class UnreadableImageError(ValueError):
@@ -66,30 +69,24 @@ class _Header:
 
     kind: str
     image: pyvips.Image | ImageFile
-    described: pyvips.Image | None  # the image whose fields describe the picture; None for BMP
+    described: pyvips.Image  # the image whose fields describe the picture, without pixels for BMP
     tiff: Image.Exif | None  # the directory of a TIFF
     chunks: dict[bytes, bytes]  # the contents of a PNG's that hold no pixels, by kind
-    colour: tuple[int, int] | None  # primaries and transfer by H.273
+
+    def number(self, field: str) -> int:
+        """A field of libvips, or 1 where there is none."""
+        return int(self.described.get(field)) if self.described.get_typeof(field) else 1
 
     @property
     def orientation(self) -> int:
         """The orientation from 1 to 8; libvips has turned an AVIF already."""
-        known = (
-            self.described is not None and self.kind != "AVIF" and self.described.get_typeof("orientation")
-        )
-        return int(self.described.get("orientation")) if known and self.described is not None else 1
+        return 1 if self.kind == "AVIF" else self.number("orientation")
 
     @property
     def size(self) -> tuple[int, int]:
         """The upright height and width."""
         size = self.image.height, self.image.width
         return size[::-1] if self.orientation >= 5 else size
-
-    @property
-    def frames(self) -> int:
-        animated = int.from_bytes(self.chunks.get(b"acTL", b"")[:4], "big")
-        pages = self.described is not None and self.described.get_typeof("n-pages")
-        return animated or (int(self.described.get("n-pages")) if pages and self.described is not None else 1)
 
     def extra_bands(self, count: int) -> list[bool]:
         """Whether each of `count` bands beyond the colours is alpha."""
@@ -102,20 +99,16 @@ class _Header:
 
     def other_colour_space(self) -> list[str]:
         """What the file says of a colour space other than sRGB, without a profile."""
-        if self.colour is not None:
-            primaries, transfer = self.colour
+        if len(cicp := self.chunks.get(b"cICP", b"")) >= 2:
+            primaries, transfer = cicp[:2]
             ordinary = primaries in _SRGB_LIKE_PRIMARIES and transfer in _SRGB_LIKE_TRANSFERS
             return (
                 [] if ordinary else [f"the colour space with primaries {primaries} and transfer {transfer}"]
             )
         if {b"sRGB", b"iCCP"} & self.chunks.keys():
             return []
-        usual = {b"gAMA": _SRGB_GAMMA, b"cHRM": _SRGB_PRIMARIES}
-        return [
-            f"the colour space that {kind.decode()} states"
-            for kind, values in usual.items()
-            if kind in self.chunks and not np.allclose(_numbers(self.chunks[kind]), values, rtol=0, atol=100)
-        ]
+        others = [kind for kind, value in _SRGB.items() if self.chunks.get(kind, value) != value]
+        return [f"the colour space that {kind.decode()} states" for kind in others]
 
 
 def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImage:
@@ -129,17 +122,17 @@ def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImag
         samples, has_alpha, lost = _decode(header, file)
         metadata = Metadata()
         if with_metadata:
-            metadata, damaged = _describe(header)
+            metadata, damaged = read_metadata(header.described, header.size, header.tiff)
             lost += damaged + header.other_colour_space()
-            if lost:
-                logger.warning("%s: left out: %s", path, ", ".join(lost))
+        if with_metadata and lost:
+            logger.warning("%s: left out: %s", path, ", ".join(lost))
         turned: npt.NDArray[Any] = samples.swapaxes(0, 1) if header.orientation >= 5 else samples
         down, right = ((1, 1), (1, -1), (-1, -1), (-1, 1))[(header.orientation - 1) % 4]
         upright = turned[::down, ::right]  # (H, W, 1 to 4)
-        colours = upright.shape[2] - has_alpha
-        pixels = np.ascontiguousarray(upright[..., :3] if colours == 3 else upright[..., 0])
+        colours = upright[..., :3] if upright.shape[2] >= 3 else upright[..., 0]
         alpha = np.ascontiguousarray(upright[..., -1]) if has_alpha else None
-    return DecodedImage(path, pixels, alpha, metadata, header.frames)
+        frames = int.from_bytes(header.chunks.get(b"acTL", b"")[:4], "big") or header.number("n-pages")
+    return DecodedImage(path, np.ascontiguousarray(colours), alpha, metadata, frames)
 
 
 def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
@@ -179,39 +172,48 @@ def _opened(path: Path) -> Iterator[tuple[_Header, BinaryIO]]:
 
 
 def _read_header(path: Path, file: BinaryIO, kind: str) -> _Header:
-    tiff, chunks = None, list[tuple[bytes, bytes]]()
     file.seek(0)
-    if kind == "TIFF":
-        tiff = Image.Exif()
-        with suppress(*DAMAGE_ERRORS):
-            tiff.load_from_fp(file)
-        # in a camera's TIFF (reduced image, or a DNG version) the first picture is a preview
-        if tiff.get(_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in tiff:
-            raise UnreadableImageError(refusal("camera raw", ""))
-        if tiff.get(_PHOTOMETRIC) in _LAB:
-            raise UnreadableImageError("holds LAB colours; save it as RGB")
+    tiff = _read_tiff(file) if kind == "TIFF" else None
+    chunks: dict[bytes, bytes] = {}
     image: pyvips.Image | ImageFile
-    described = None
     if kind == "BMP":
         image = Image.OPEN[kind][0](file, "")  # Image.open has a limit of 89 megapixels for the whole process
+        dpi = image.info.get("dpi", (25.4, 25.4))  # libvips, too, takes 1 pixel per mm for unknown
+        described = pyvips.Image.black(1, 1).copy(xres=dpi[0] / 25.4, yres=dpi[1] / 25.4)
     else:
         image = described = _open_with_libvips(path)
     if kind == "PNG":
-        chunks = _png_chunks(file)
+        whole = _png_chunks(file)
+        chunks = {chunk[4:8]: chunk[8:-4] for chunk in whole}
         with suppress(pyvips.Error):  # what describes the picture may follow its pixels
-            whole = _PNG_START + b"".join(chunk for _, chunk in chunks) + _PNG_WITHOUT_PIXELS
-            described = pyvips.Image.new_from_buffer(whole, "")
-    contents = {name: chunk[8:-4] for name, chunk in chunks}
-    header = _Header(kind, image, described, tiff, contents, _colour(kind, file, contents))
+            described = pyvips.Image.new_from_buffer(b"".join([_PNG_START, *whole, _PNG_WITHOUT_PIXELS]), "")
+    elif kind == "AVIF":
+        file.seek(0)
+        stated = re.search(rb"colrnclx\0(.)\0(.)", file.read(2**16), re.DOTALL)
+        chunks = {b"cICP": stated[1] + stated[2]} if stated else {}  # a PNG's name for the same numbers
+    header = _Header(kind, image, described, tiff, chunks)
     height, width = header.size
     if height * width > MAX_PIXELS:
         size = f"{width} x {height} = {height * width} pixels"
         raise UnreadableImageError(f"{size}, more than {MAX_PIXELS}; cut it into pieces")
     if isinstance(image, pyvips.Image) and image.format not in _DTYPES:
         raise UnreadableImageError(f"holds samples of type {image.format}; save it with 8 or 16 bits")
-    if header.colour is not None and header.colour[1] in _HDR_TRANSFERS:
+    if header.chunks.get(b"cICP", b"")[1:2] in _HDR_TRANSFERS:
         raise UnreadableImageError("is HDR (PQ or HLG); save it with the ordinary range (sRGB)")
     return header
+
+
+def _read_tiff(file: BinaryIO) -> Image.Exif:
+    """The directory of a TIFF; UnreadableImageError for camera raw and LAB."""
+    tiff = Image.Exif()
+    with suppress(*DAMAGE_ERRORS):
+        tiff.load_from_fp(file)
+    # in a camera's TIFF (reduced image, or a DNG version) the first picture is a preview
+    if tiff.get(_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in tiff:
+        raise UnreadableImageError(refusal("camera raw", ""))
+    if tiff.get(_PHOTOMETRIC) in _LAB:
+        raise UnreadableImageError("holds LAB colours; save it as RGB")
+    return tiff
 
 
 def _open_with_libvips(path: Path) -> pyvips.Image:
@@ -222,8 +224,8 @@ def _open_with_libvips(path: Path) -> pyvips.Image:
     return pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error")
 
 
-def _png_chunks(file: BinaryIO) -> list[tuple[bytes, bytes]]:
-    """Kind and bytes of each chunk that holds no pixels."""
+def _png_chunks(file: BinaryIO) -> list[bytes]:
+    """The chunks that hold no pixels, whole."""
     chunks = []
     file.seek(len(_PNG_START))
     while len(header := file.read(8)) == 8:
@@ -231,32 +233,10 @@ def _png_chunks(file: BinaryIO) -> list[tuple[bytes, bytes]]:
         if kind in _PNG_PIXELS:
             file.seek(length + 4, io.SEEK_CUR)
         else:
-            chunks.append((kind, header + file.read(length + 4)))
+            chunks.append(header + file.read(length + 4))
         if kind == b"IEND":
             break
     return chunks
-
-
-def _numbers(content: bytes) -> npt.NDArray[np.uint32]:
-    return np.frombuffer(content[: len(content) // 4 * 4], ">u4")
-
-
-def _colour(kind: str, file: BinaryIO, chunks: dict[bytes, bytes]) -> tuple[int, int] | None:
-    """Primaries and transfer of a PNG or AVIF that states them, by the numbers of H.273."""
-    if len(cicp := chunks.get(b"cICP", b"")) == 4:
-        return cicp[0], cicp[1]
-    file.seek(0)
-    stated = re.search(rb"colrnclx\0(.)\0(.)", file.read(2**16), re.DOTALL) if kind == "AVIF" else None
-    return (stated[1][0], stated[2][0]) if stated else None
-
-
-def _describe(header: _Header) -> tuple[Metadata, list[str]]:
-    if header.described is None:
-        return Metadata(dpi=header.image.info.get("dpi")), []
-    metadata, damaged = read_metadata(header.described, header.size, header.tiff)
-    if header.described.interpretation == "cmyk":
-        metadata = replace(metadata, icc_profile=None)  # the colours were converted through it
-    return metadata, damaged
 
 
 def _decode(header: _Header, file: BinaryIO) -> tuple[Pixels, bool, list[str]]:
@@ -264,6 +244,7 @@ def _decode(header: _Header, file: BinaryIO) -> tuple[Pixels, bool, list[str]]:
     if header.kind in ("BMP", "GIF", "WEBP"):
         # libvips has no BMP, makes every animation transparent, and decodes WebP in threads, which are gone
         # after the fork of a data loader: it would wait for ever
+        file.seek(0)
         image = Image.OPEN[header.kind][0](file, "")
         has_alpha = image.has_transparency_data
         mode = ("L" if image.mode in {"1", "L"} else "RGB") + ("A" if has_alpha else "")

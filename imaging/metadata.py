@@ -1,13 +1,12 @@
 """What an image file says besides its pixels, as libvips reads and writes it."""
 
-import io
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import pyvips
-from PIL import Image, ImageCms
+from PIL import Image
 
 _ORIENTATION, _EXIF_DIRECTORY, _COLOUR_SPACE = 0x0112, 0x8769, 0xA001
 _UNKNOWN_DPI = (72.0, 72.0)  # as libvips reads a file that states none; its savers always state one
@@ -40,7 +39,7 @@ class Metadata:
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None  # horizontal, vertical
     text: Mapping[str, str] = field(default_factory=dict)  # of a PNG, by keyword
-    size: tuple[int, int] | None = None  # (height, width) that the above speaks of
+    size: tuple[int, int] | None = field(default=None, compare=False)  # (height, width) of the picture
 
     def fitted(self, name: str, height: int, width: int, colours: int) -> tuple["Metadata", list[str]]:
         """Metadata that is true of a picture in the format `name`, and what had to be left out.
@@ -118,9 +117,9 @@ def read_metadata(
     xmp = found.get("xmp")
     comments = [name for name in image.get_fields() if name.startswith("png-comment-")]
     text = {name.split("-", 3)[3]: image.get(name) for name in comments}
-    known = (image.xres, image.yres) != (1, 1)
+    known = {round(image.xres, 2), round(image.yres, 2)} - {1.0, round(_UNKNOWN_DPI[0] / 25.4, 2)}
     metadata = Metadata(
-        found.get("icc_profile") or None,
+        None if image.interpretation == "cmyk" else found.get("icc_profile") or None,  # RGB is made of it
         xmp=_set_in_xmp(xmp, rb"tiff:Orientation", 1) if xmp else None,
         dpi=(image.xres * 25.4, image.yres * 25.4) if known else None,
         text=text,
@@ -143,12 +142,9 @@ def _is_plain(key: str, value: str) -> bool:
 
 
 def _describes(profile: bytes, colours: int) -> bool:
-    """Whether an ICC profile is whole and of grey or RGB as the picture is."""
-    try:
-        space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
-    except OSError:
-        return False
-    return len(profile) == int.from_bytes(profile[:4], "big") and space == {1: "GRAY", 3: "RGB"}[colours]
+    """Whether an ICC profile is whole and of grey or RGB as the picture is (ICC.1, section 7.2)."""
+    whole = len(profile) == int.from_bytes(profile[:4], "big") and profile[36:40] == b"acsp"
+    return whole and profile[16:20] == {1: b"GRAY", 3: b"RGB "}[colours]
 
 
 def _true_xmp(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import infer
 from degradation import Degradation
@@ -29,6 +29,7 @@ from tests.networks import PROCESS, random_model
 from tests.test_restoration import psnr
 from unet import UNet
 
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ROOT = Path(__file__).parent.parent
 
 
@@ -87,7 +88,7 @@ def test_a_folder_with_a_bad_file_in_it(weights, picture, tmp_path, capsys):
     (folder / "bad.png").write_bytes((folder / "a.png").read_bytes()[:200])
     assert here("--weights_path", weights, folder, "--output", tmp_path / "out", "--mode", "fidelity") == 1
     _, first, last = capsys.readouterr().err.splitlines()
-    assert "bad.png: damaged or cut short" in first
+    assert "bad.png: PNG that is damaged" in first
     assert last == "infer.py: 1 of 3 images not restored"
     written = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").glob("**/*.*"))
     assert written == [Path("a_x4.png"), Path("more/b_x4.png")]
@@ -120,7 +121,7 @@ def test_grey_alpha_16_bit_palette_and_rotated_files(weights, picture, tmp_path)
     folder.mkdir()
     write_image(folder / "grey.png", grey)
     alpha = np.where(np.arange(28) < 10, 0, 255) * np.ones((20, 1))
-    write_image(folder / "alpha.png", picture, alpha.astype(np.uint8), metadata=Metadata(b"profile"))
+    write_image(folder / "alpha.png", picture, alpha.astype(np.uint8), metadata=Metadata(PROFILE))
     write_image(folder / "deep.tif", picture.astype(np.uint16) * 250)
     Image.fromarray(picture).convert("P").save(folder / "palette.png")
     Image.fromarray(picture).convert("CMYK").save(folder / "cmyk.jpg")
@@ -133,7 +134,7 @@ def test_grey_alpha_16_bit_palette_and_rotated_files(weights, picture, tmp_path)
     assert set(results) == {f"{name}_x4" for name in ("grey", "alpha", "deep", "palette", "cmyk", "turned")}
     assert results["grey_x4"].pixels.shape == (80, 112)
     assert results["alpha_x4"].alpha.shape == (80, 112)
-    assert results["alpha_x4"].metadata.icc_profile == b"profile"
+    assert results["alpha_x4"].metadata.icc_profile == PROFILE
     assert results["deep_x4"].pixels.dtype == np.uint16
     assert results["palette_x4"].pixels.shape == results["cmyk_x4"].pixels.shape == (80, 112, 3)
     turned = results["turned_x4"]
@@ -525,11 +526,11 @@ def test_a_background_is_seen_by_what_alpha_leaves(pixels, colour, expected):
 
 
 def test_metadata_can_be_stripped(weights, picture, tmp_path):
-    write_image(tmp_path / "a.png", picture, metadata=Metadata(b"profile", text={"Comment": "mine"}))
+    write_image(tmp_path / "a.png", picture, metadata=Metadata(PROFILE, text={"Comment": "mine"}))
     flags = ("--weights_path", weights, tmp_path / "a.png", "--output")
     assert here(*flags, tmp_path / "kept.png") == 0
     assert here(*flags, tmp_path / "bare.png", "--strip") == 0
-    assert decode_image(tmp_path / "kept.png").metadata.icc_profile == b"profile"
+    assert decode_image(tmp_path / "kept.png").metadata.icc_profile == PROFILE
     assert decode_image(tmp_path / "bare.png").metadata == Metadata()
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from bicubic import exact_scale, resize, upscale_image
 from degradation import Degradation
@@ -40,6 +40,7 @@ from samplers import SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, random_model
 from unet import UNet
 
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 CPU = torch.device("cpu")
 
 
@@ -475,11 +476,11 @@ def test_grey_16_bits_and_alpha_stay_what_they_are(model, picture, tmp_path):
     alpha = np.full((96, 80), 1, np.uint8)  # hardly seen, but not hidden
     alpha[20:60, 30:70] = 255
     path = tmp_path / "cut.png"
-    write_image(path, picture, alpha, metadata=Metadata(b"profile"))
+    write_image(path, picture, alpha, metadata=Metadata(PROFILE))
     cut = run(path, model, mode="fidelity")
     assert cut.alpha.shape == (384, 320)
     assert cut.alpha.dtype == np.uint8
-    assert cut.metadata.icc_profile == b"profile"
+    assert cut.metadata.icc_profile == PROFILE
     assert np.array_equal(cut.pixels, coarse)
     opaque = tmp_path / "opaque.png"
     write_image(opaque, picture, np.full_like(alpha, 200))
