@@ -1,5 +1,7 @@
 """Dead leaves: the laws of the model (radius, spectrum), reproducible images, folders."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -51,26 +53,15 @@ def test_the_power_spectrum_falls_as_in_photos():
     assert -2.4 < slope < -1.6
 
 
-def test_a_generator_in_the_same_state_gives_the_same_image_and_another_does_not():
-    first, again, other = (dead_leaves(48, np.random.default_rng(seed)) for seed in (11, 11, 12))
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-@pytest.mark.parametrize(("size", "shape"), [(1, (1, 1, 3)), ((20, 33), (20, 33, 3))])
-def test_size_and_type(size, shape):
-    image = dead_leaves(size, np.random.default_rng(13), max_radius=1e5)
-    assert image.shape == shape
-    assert image.dtype == np.uint8
-
-
 def test_image_i_depends_on_seed_and_index_alone(tmp_path):
     few = draw_dead_leaves_folder(tmp_path / "few", 1, (16, 24), seed=3)
     many = draw_dead_leaves_folder(tmp_path / "many", 3, (16, 24), seed=3)
     assert [path.name for path in many] == ["0000.png", "0001.png", "0002.png"]
-    np.testing.assert_array_equal(read_rgb(few[0]), read_rgb(many[0]))
-    np.testing.assert_array_equal(read_rgb(many[1]), dead_leaves((16, 24), np.random.default_rng([3, 1])))
-    assert len({read_rgb(path).tobytes() for path in many}) == 3
+    images = [read_rgb(path) for path in many]
+    np.testing.assert_array_equal(read_rgb(few[0]), images[0])
+    np.testing.assert_array_equal(images[1], dead_leaves((16, 24), np.random.default_rng([3, 1])))
+    assert (images[0].shape, images[0].dtype) == ((16, 24, 3), np.uint8)
+    assert len({image.tobytes() for image in images}) == 3
 
 
 def test_a_second_call_keeps_what_is_right_and_draws_what_is_not(tmp_path):
@@ -84,25 +75,18 @@ def test_a_second_call_keeps_what_is_right_and_draws_what_is_not(tmp_path):
 
 def test_a_file_of_someone_else_is_never_overwritten(tmp_path):
     (tmp_path / "0000.png").write_bytes(b"someone's")
-    with pytest.raises(ValueError, match=str(tmp_path)):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         draw_dead_leaves_folder(tmp_path, 1, 16, seed=0)
     assert (tmp_path / "0000.png").read_bytes() == b"someone's"
 
 
 @pytest.mark.parametrize(
-    ("size", "options", "value"),
-    [
-        (0, {}, "0"),
-        ((8, -1), {}, "-1"),
-        (8, {"min_radius": 0}, "0"),
-        (8, {"min_radius": float("nan")}, "nan"),
-        (8, {"min_radius": 4, "max_radius": 3}, "3"),
-        (8, {"max_radius": float("inf")}, "inf"),
-    ],
+    ("size", "radii", "value"),
+    [((8, -1), (1, 2), "-1"), (8, (0, 2), "0"), (8, (float("nan"), 2), "nan"), (8, (4, 3), "3")],
 )
-def test_wrong_arguments_are_refused(size, options, value):
+def test_wrong_sizes_and_radii_are_refused(size, radii, value):
     with pytest.raises(ValueError, match=value):
-        dead_leaves(size, np.random.default_rng(0), **options)
+        dead_leaves(size, np.random.default_rng(0), min_radius=radii[0], max_radius=radii[1])
 
 
 @pytest.mark.parametrize(("count", "seed"), [(0, 0), (1, -1)])

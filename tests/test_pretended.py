@@ -19,7 +19,7 @@ from training import MicroBatch, TrainingConfig, new_state, train_step
 from util import Crops, ImageDataset
 
 pytestmark = pytest.mark.slow
-PREDICTOR = pytest.mark.parametrize("predictor_blocks", [0, 2], ids=["without predictor", "with predictor"])
+CONDITIONINGS = ("none", "concat", "cross_attention", "both", "tokens")
 SCALE, SIZE = 2.0, 32
 
 
@@ -48,10 +48,9 @@ def reads_between_evaluations(network, pretended):
     return counts
 
 
-@PREDICTOR
 @pytest.mark.parametrize(
-    ("conditioning", "mode"),
-    [*zip(("none", "concat", "cross_attention", "both", "tokens"), itertools.cycle(MODES), strict=False)],
+    ("conditioning", "mode", "predictor_blocks"),
+    [*zip(CONDITIONINGS, itertools.cycle(MODES), itertools.cycle((0, 2)), strict=False)],
 )
 def test_the_loss_reads_nothing(pretended, conditioning, mode, predictor_blocks):
     network = small_unet(predictor_blocks, conditioning=conditioning).to(pretended.device)
