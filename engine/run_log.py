@@ -19,8 +19,12 @@ class RunLogger:
 
     def __init__(self, log_dir: Path, is_main: bool, step: int, record: Mapping[str, object]) -> None:
         self._writer: Any = None
+        self._errors: tuple[type[Exception], ...] = (OSError,)
         tensorboard = import_optional("torch.utils.tensorboard", "no curves are logged") if is_main else None
         if tensorboard is not None:
+            from tensorboard.compat import tf
+
+            self._errors = (OSError, tf.errors.OpError)  # TensorFlow, where it is installed, writes the files
             with self._warning_once():
                 self._writer = tensorboard.SummaryWriter(str(log_dir), purge_step=step + 1 if step else None)
         rows = [
@@ -66,7 +70,7 @@ class RunLogger:
     def _warning_once(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # a full disk ends the log, and not the run
+        except self._errors as error:  # a full disk ends the log, and not the run
             self._writer = None
             logger.warning("the log is not written any more, training goes on: %s", error)
 

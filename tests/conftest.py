@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from imaging.files import write_image
 torch.set_num_threads(1)
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MPLBACKEND"):
     os.environ.pop(name, None)  # of a job or a notebook in which the tests are started
+signal.signal(signal.SIGINT, signal.default_int_handler)  # is ignored where the tests run in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("tests")
