@@ -30,7 +30,7 @@ from engine.options import OptionError, Options, option
 from engine.processes import Processes
 from engine.run import RunFiles
 from imaging.pixels import to_unit_range
-from network import Condition, Network
+from network import Condition, Network, name_of
 from samplers import (
     DEFAULT_SCHEDULER,
     Scales,
@@ -310,7 +310,8 @@ class DiffusionModel:
         _check_scale(network_of(model), dataset)
         options = {"process": self.process, "objective": self.objective, "degradation": dataset.degradation}
         options |= {"network": network_of(model).config, "training": resolved}
-        sections = {name: one.to_dict() for name, one in options.items()}
+        sections: dict[str, object] = {name: one.to_dict() for name, one in options.items()}
+        sections["network_class"] = name_of(type(network_of(model)))
         run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", {**sections, **record})
         return run, train(state, step, CropDataset(dataset), resolved, run, processes, validate)
 

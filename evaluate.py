@@ -27,8 +27,10 @@ from evaluation.measure import Method, describe_model, evaluate, model_method
 from evaluation.report import Json, Report
 from imaging.atomic import check_outputs, write_atomically
 from models import load_model
+from network import name_of, network_class
 from restoration import PRESETS, RestoreConfig
 from restoration.weights import find_weights
+from unet import UNet
 
 ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
 OUTPUTS: dict[str, tuple[str, Callable[[Report], str | bytes]]] = {
@@ -56,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         "flag of restoring is given, else bicubic alone)"
     )
     add("--weights", "--weights_path", dest="weights_path", type=path, help=weights)
+    network = "class of a network of your own that the weights are of (default: unet:UNet)"
+    add("--network", default=name_of(UNet), metavar="MODULE:CLASS", help=network)
     add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     precision = "number format: auto is bf16 where the device has it natively (default: auto)"
     add("--precision", choices=get_args(Precision), default="auto", help=precision)
@@ -119,7 +123,7 @@ def open_model(
         return [], {}
     precision = autocast_dtype(device, args.precision)
     paths = find_weights(args.weights_path, scale)
-    models = [load_model(path, device=device) for path in paths]
+    models = [load_model(path, network_class(args.network), device) for path in paths]
     methods = [model_method(models, one, scale, device, precision) for one in how]
     # without sampling steps, all samples are the same
     methods = [method for method in methods if method.steps or method.samples == min(args.num_images)]

@@ -32,10 +32,12 @@ from imaging.atomic import check_outputs, is_disk_error
 from imaging.kinds import WRITABLE_SUFFIXES, list_images
 from imaging.pairs import find_original
 from models import LoadedModel, export_safetensors, load_model
+from network import name_of, network_class
 from restoration import RestoreConfig, Restorer, blend
 from restoration.files import FILE_ERRORS, Task, describe_failure, restore_file
 from restoration.scales import Chain, chain_to, check
 from restoration.weights import find_weights, released_model
+from unet import UNet
 
 SCRIPT = "infer.py"
 
@@ -62,6 +64,8 @@ def _add_file_flags(add: Callable[..., object]) -> None:
     )
     name = "photo|clean|FILE"
     add("--weights", "--weights_path", dest="weights_path", type=path, metavar=name, help=weights)
+    network = "class of a network of your own that the weights are of (default: unet:UNet)"
+    add("--network", default=name_of(UNet), metavar="MODULE:CLASS", help=network)
     strength = "blend of two weights, from 0, as the clean ones restore, to 1, as those of --weights do"
     add("--strength", type=float, help=strength)
     add("--scale", type=float, help="enlargement, above 1 and at most 16 (default: the model's)")
@@ -223,7 +227,8 @@ def restore_all(tasks: Sequence[Task], chain: Chain, args: argparse.Namespace, p
 def open_models(args: argparse.Namespace) -> tuple[list[LoadedModel], str]:
     """The models that the flags name, and which these are."""
     paths = find_weights(args.weights_path, args.scale)
-    models, names = [load_model(file) for file in paths], ", ".join(map(str, paths))
+    network, names = network_class(args.network), ", ".join(map(str, paths))
+    models = [load_model(file, network) for file in paths]
     if args.strength is None:
         return models, names
     clean = released_model(float(models[0].network.scale))

@@ -1,14 +1,14 @@
 """A finished model: its network, and the process and degradation that it was trained with, in one file."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from degradation import Degradation
 from diffusion import ProcessConfig
 from engine.checkpoint import CheckpointError, ModelFile, export_model, load_weights, read_model
-from network import Network
+from network import Network, name_of
 from unet import UNet
 
 
@@ -24,8 +24,11 @@ class LoadedModel(NamedTuple):
 def load_model(
     path: str | Path, network: type[Network] = UNet, device: torch.device | str = "cpu"
 ) -> LoadedModel:
-    """Load a checkpoint or an exported model, rebuilt by `network.from_config`; CheckpointError."""
+    """Load a checkpoint or an exported model of this class of network; CheckpointError."""
     file = read_model(path)
+    name = file.sections.get("network_class", name_of(UNet))
+    if name.partition(":")[2] != network.__qualname__:  # the module may have moved, or be a script
+        raise CheckpointError(f"{path} is of the network {name}, not {name_of(network)}: give the former")
     try:
         rebuilt = network.from_config(network.Config.from_dict(file.sections["network"]))
         process = ProcessConfig.from_dict(file.sections["process"])
@@ -42,5 +45,6 @@ def load_model(
 def export_safetensors(model: LoadedModel, path: str | Path) -> None:
     """Write a model to a .safetensors file in half precision; CheckpointError."""
     parts = {"network": model.network.config, "process": model.process, "degradation": model.degradation}
-    sections = {name: part.to_dict() for name, part in parts.items()}
+    sections: dict[str, Any] = {name: part.to_dict() for name, part in parts.items()}
+    sections["network_class"] = name_of(type(model.network))
     export_model(path, ModelFile(sections, model.network.state_dict(), model.step))

@@ -1,8 +1,11 @@
-"""What a network must be to be trained and restored with.
+"""What a network must be to be trained and restored with, and how one is found by its name.
 
 Shapes: B batch, C channels, H x W high-resolution pixels, h x w low-resolution ones, N tokens of width E.
 """
 
+import importlib
+import os
+import sys
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -28,6 +31,10 @@ class Network(nn.Module, ABC):
     """
 
     Config: ClassVar[type[Options]]
+    image_channels = 3
+    window_multiple = 1  # pixels at whose multiples the windows of a large image begin, to equal the whole
+    mean_reach = 0  # pixels from a window's edge from where its mean is the whole image's; 0: no mean
+    checkpoint_activations: bool | None = None  # whether it saves memory in training; None: it cannot
     residual_std: Tensor
     scale: Tensor
     predictor: nn.Module | None  # of the mean and of what the context has of it; sharpening freezes it
@@ -44,21 +51,6 @@ class Network(nn.Module, ABC):
         """Build a network, untrained, of its options."""
         return cls(config)
 
-    @property
-    def image_channels(self) -> int:
-        """Channels of the images, 3 for RGB."""
-        return 3
-
-    @property
-    def window_multiple(self) -> int:
-        """Pixels at whose multiples the windows of a large image begin, so that they equal the whole."""
-        return 1
-
-    @property
-    def mean_reach(self) -> int:
-        """Pixels from a window's edge from where its mean is the whole image's; 0 without a mean."""
-        return 0
-
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:
         """(B, C, h, w) in [-1, 1] -> (B, N, E) that all windows of an image share, or None."""
         return None
@@ -70,3 +62,22 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def forward(self, noisy: Tensor, t: Tensor, context: Any) -> Tensor:  # noqa: ANN401
         """(B, C, H, W) of unit variance, (B,), an encoded condition -> (B, C, H, W)."""
+
+
+def network_class(name: str) -> type[Network]:
+    """Import "module:Class", also from the working folder; ValueError where there is no such network."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"network {name!r}: {error}; give module:Class, as unet:UNet") from error
+    if not (isinstance(found, type) and issubclass(found, Network)):
+        raise ValueError(f"network {name!r} is no network: derive the class from network.Network")
+    return found
+
+
+def name_of(network: type[Network]) -> str:
+    """The name by which network_class finds a class."""
+    return f"{network.__module__}:{network.__qualname__}"

@@ -37,7 +37,7 @@ from evaluation.validation import Validator
 from imaging.cache import CachedReader, default_cache_dir
 from imaging.kinds import list_images
 from models import LoadedModel
-from network import Condition, Network
+from network import Condition, Network, name_of, network_class
 from restoration.weights import load_model
 from sharpening import Sharpening, SharpeningConfig
 from training import (
@@ -49,7 +49,7 @@ from training import (
     learning_rate_at,
     optimizer_for,
 )
-from unet import UNet, UNetConfig
+from unet import UNet
 from util import Augmentation, ImageDataset
 
 logger = logging.getLogger(__name__)
@@ -109,19 +109,25 @@ class Settings(NamedTuple):
 
     data: DataOptions
     degradation: Degradation
-    network: UNetConfig
+    network: Options
     process: ProcessConfig
     objective: ObjectiveConfig
     sharpening: SharpeningConfig
     training: TrainingConfig
     run: RunOptions
+    network_class: type[Network] = UNet
+
+    @staticmethod
+    def sections(network: type[Network] = UNet) -> dict[str, type[Options]]:
+        """The class of each section's options, which make its flags."""
+        kinds = {**get_type_hints(Settings), "network": network.Config}
+        return {name: kinds[name] for name in Settings._fields if name != "network_class"}
 
 
-SECTIONS: dict[str, type[Options]] = get_type_hints(Settings)
 ADDED = {"sharpening"}  # sections that checkpoints of earlier versions lack
 
 
-def build_parser(given_only: bool = True, show_rare: bool = False) -> argparse.ArgumentParser:
+def build_parser(given_only: bool = True, show_rare: bool = False, network: type[Network] = UNet) -> Parser:
     """Recipes (@file) are expanded before; `given_only`: what is not given has no value."""
     parser = Parser(
         description=(__doc__ or "").split("\n", maxsplit=1)[0],
@@ -131,7 +137,9 @@ def build_parser(given_only: bool = True, show_rare: bool = False) -> argparse.A
     )
     parser.add_argument("--help-all", action="help", help="all flags, those that are rarely set, too")
     parser.add_argument("--weights_path", type=path, help="checkpoint to resume from; needs no other flag")
-    for section, kind in SECTIONS.items():
+    own = "class of a network of your own, whose options become flags (default: unet:UNet)"
+    parser.add_argument("--network", metavar="MODULE:CLASS", help=own)
+    for section, kind in Settings.sections(network).items():
         group = parser.add_argument_group(section)
         add_flags(group, kind, given_only=given_only, show_rare=show_rare)
     return parser
@@ -140,7 +148,10 @@ def build_parser(given_only: bool = True, show_rare: bool = False) -> argparse.A
 def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
     """The values of the flags that are given, also in recipes."""
     words = expand_recipes(argv)
-    return vars(build_parser(show_rare="--help-all" in words).parse_args(words))
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--network", default=name_of(UNet))
+    network = network_class(first.parse_known_args(words)[0].network)
+    return vars(build_parser(show_rare="--help-all" in words, network=network).parse_args(words))
 
 
 def parse(argv: Sequence[str]) -> tuple[Settings, Checkpoint | None]:
@@ -153,10 +164,12 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None
     ValueError names the flag of a wrong value, or of one that contradicts the checkpoint.
     """
     checkpoint = read_for_resume(given["weights_path"]) if "weights_path" in given else None
-    if checkpoint is not None and not set(SECTIONS) - ADDED <= set(checkpoint.content):
+    content = {} if checkpoint is None else checkpoint.content
+    network = network_class(given.get("network", content.get("network_class", name_of(UNet))))
+    kinds, sections = Settings.sections(network), dict[str, Options]()
+    if checkpoint is not None and not kinds.keys() - ADDED <= content.keys():
         raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
-    sections: dict[str, Options] = {}
-    for section, kind in SECTIONS.items():
+    for section, kind in kinds.items():
         own = {name: given[flag_of(kind, name)] for name in specs(kind) if flag_of(kind, name) in given}
         if checkpoint is None:
             defaults = {name: spec.of_flag() for name, spec in specs(kind).items() if spec.differs()}
@@ -169,7 +182,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None
             if section == "run":
                 former["init_weights"] = None
             sections[section] = kind.from_dict({**former, **own})
-    settings = Settings(**sections)  # type: ignore[arg-type]  # each of its own class
+    settings = Settings(**sections, network_class=network)  # type: ignore[arg-type]  # each of its class
     if settings.process.levels and checkpoint is None and settings.run.init_weights is None:
         raise ValueError("--levels sharpen a diffusion model: give its file as --init_weights")
     return settings, checkpoint
@@ -230,7 +243,8 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
     `held_out` names, below the image folder, what a resumed run validates on; None chooses.
     """
     data = settings.data
-    if data.tokens is not None and (kind := settings.network.conditioning) != "tokens":
+    kind = getattr(settings.network, "conditioning", "tokens")
+    if data.tokens is not None and kind != "tokens":
         raise OptionError("conditioning", kind, "choose tokens where there are --tokens")
     cache_dir = default_cache_dir() if data.cache_dir is None else Path(data.cache_dir)
     dataset = functools.partial(
@@ -294,16 +308,19 @@ def digest_of(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape")).digest()
 
 
-def make_model(settings: Settings, device: torch.device) -> UNet:
+def make_model(settings: Settings, device: torch.device) -> Network:
     """The network on its device; ValueError for initial weights of another scale, process or network."""
     torch.manual_seed(settings.training.seed)
-    model, run = UNet.from_config(settings.network), settings.run
+    kind, run = settings.network_class, settings.run
+    model = kind.from_config(settings.network)
     if run.init_weights is not None:
-        loaded = load_model(path(run.init_weights), settings.degradation.scale)
+        loaded = load_model(path(run.init_weights), settings.degradation.scale, kind)
         _check_start(loaded, settings, run.init_weights)
         load_weights(model, loaded.network.state_dict(), run.init_weights)
     if run.residual_std is not None:
         model.residual_std.fill_(run.residual_std)
+    if run.checkpoint_activations and model.checkpoint_activations is None:
+        raise OptionError("checkpoint_activations", True, f"{name_of(kind)} cannot; leave it out")
     model.checkpoint_activations = run.checkpoint_activations
     return model.to(memory_format=torch.channels_last).to(device)
 
@@ -502,7 +519,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_script(
         "train_diffusion.py",
         lambda: run(sys.argv[1:] if argv is None else argv),
-        options=list(SECTIONS.values()),
+        options=list(Settings.sections().values()),
         failures=(NonFiniteError, WorkerError, LostProcessError, MetricUnavailableError),
         out_of_memory="lower --batch_size and raise --accumulation_steps as much, or add "
         "--checkpoint_activations; the checkpoints are as they were",

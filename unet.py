@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.options import OptionError, Options, Plain, option, rare_option, takes_fields_of
 from network import Condition, Network
-from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation, zero_
+from util import Norm, ResidualBlock, SinusoidalPositionEmbeddings, normalisation, zeroed
 
 Conditioning = Literal["none", "concat", "cross_attention", "both", "tokens"]
 
@@ -63,10 +63,6 @@ class UNetConfig(Options):
             raise OptionError("attention_levels", self.attention_levels, f"there are {depth} levels")
 
     @property
-    def concatenates(self) -> bool:
-        return self.conditioning in ("concat", "both", "tokens")
-
-    @property
     def cross_attends(self) -> bool:
         return self.conditioning in ("cross_attention", "both", "tokens")
 
@@ -95,17 +91,14 @@ class Attention(nn.Module):
         self.heads = next(heads for heads in range(most, 0, -1) if dim % heads == 0)
         self.to_query = nn.Linear(dim, dim, bias=False)
         self.to_key_value = nn.Linear(source_dim, 2 * dim, bias=False)
-        self.out = nn.Linear(dim, dim)
-        zero_(self.out)
+        self.out = zeroed(nn.Linear(dim, dim))
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         """(B k, M, dim), (B, N, source_dim) -> (B k, M, dim): k windows of an image attend to its source."""
         query = self.to_query(x).reshape(len(source), -1, x.shape[-1])  # (B, k M, dim)
         key, value = self.to_key_value(source).chunk(2, dim=-1)  # (B, N, dim) each
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, k M, dim / heads)
+        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
+        attended = F.scaled_dot_product_attention(*heads)  # (B, heads, k M, dim / heads)
         result: Tensor = self.out(attended.transpose(1, 2).reshape(x.shape))
         return result
 
@@ -203,14 +196,8 @@ class Predictor(nn.Module):
         self.blocks = nn.Sequential(
             *(ResidualBlock(width, width, norm=config.norm) for _ in range(config.predictor_blocks))
         )
-        self.to_mean = nn.Conv2d(width, config.out_channels * config.patch_size**2, 3, padding=1)
+        self.to_mean = zeroed(nn.Conv2d(width, config.out_channels * config.patch_size**2, 3, padding=1))
         self.to_features = nn.Conv2d(width, config.base_dim * config.dim_mults[0], 3, padding=1)
-        zero_(self.to_mean)
-
-    @property
-    def reach(self) -> int:
-        """Pixels from a window's edge where, with pixel norm, its mean is the image's."""
-        return self.patch_size * (2 * len(self.blocks) + 2)  # the radius of all 3x3 convolutions
 
     def forward(self, folded: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C p p, H / p, W / p) upscaled -> mean (B, C, H, W), features (B, D_0, H / p, W / p)."""
@@ -236,10 +223,7 @@ class ResidualStage(nn.Module):
 
 
 class Upsample(nn.Conv2d):
-    """(B, D_i, h, w) -> (B, D_i-1, 2h, 2w), by sub-pixel convolution (Shi et al. 2016)."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, 4 * out_channels, 1)
+    """(B, D, h, w) -> (B, out_channels / 4, 2h, 2w), by sub-pixel convolution (Shi et al. 2016)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pixel_shuffle(super().forward(x), 2)
@@ -269,12 +253,15 @@ class UNet(Network):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         self.checkpoint_activations = False
+        self.image_channels = config.in_channels
+        self.window_multiple = config.size_multiple * max(1, config.attention_window)
+        if config.predictor_blocks:  # of two convolutions each, whose radius is a folded pixel
+            self.mean_reach = config.patch_size * (2 * config.predictor_blocks + 2)
         dims = [config.base_dim * mult for mult in config.dim_mults]
         self._build_inputs(config, dims[0])
         self._build_levels(config, dims)
         self.out_norm = normalisation(config.norm, dims[0])
-        self.out = nn.Conv2d(dims[0], config.out_channels * config.patch_size**2, 3, padding=1)
-        zero_(self.out)
+        self.out = zeroed(nn.Conv2d(dims[0], config.out_channels * config.patch_size**2, 3, padding=1))
 
     @classmethod
     def from_config(cls, config: UNetConfig) -> Self:
@@ -293,8 +280,8 @@ class UNet(Network):
         # A convolution of the concatenation [noisy, upscaled] is the sum of two convolutions; the second does
         # not change from step to step.
         self.predictor = Predictor(config) if config.predictor_blocks else None
-        plain = config.concatenates and self.predictor is None
-        self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if plain else None
+        concatenates = config.conditioning in ("concat", "both", "tokens") and self.predictor is None
+        self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if concatenates else None
         extracts = config.conditioning in ("cross_attention", "both")
         self.context_extractor = (
             ImageContextExtractor(config.in_channels, config.context_dim) if extracts else None
@@ -313,7 +300,7 @@ class UNet(Network):
             ResidualStage(2 * width, width, time_dim, config) for width in dims[::-1]
         )
         self.upsample = nn.ModuleList(
-            Upsample(deeper, wide) for deeper, wide in itertools.pairwise(dims[::-1])
+            Upsample(deeper, 4 * wide, 1) for deeper, wide in itertools.pairwise(dims[::-1])
         )
         context_dim = config.context_dim if config.cross_attends else None
         attended = [dims[level] for level in self._order() if config.attends(level)]
@@ -330,18 +317,6 @@ class UNet(Network):
         """The levels in the order in which they may attend: encoder, bottleneck, decoder."""
         levels = list(range(len(self.config.dim_mults)))
         return [*levels, levels[-1], *levels[::-1]]
-
-    @property
-    def window_multiple(self) -> int:
-        return self.config.size_multiple * max(1, self.config.attention_window)
-
-    @property
-    def image_channels(self) -> int:
-        return self.config.in_channels
-
-    @property
-    def mean_reach(self) -> int:
-        return 0 if self.predictor is None else self.predictor.reach
 
     def encode_tokens(self, low_res: Tensor) -> Tensor | None:
         """(B, C, h, w) in [-1, 1] -> (B, N, E), or None where the network makes no tokens."""
@@ -416,8 +391,3 @@ class UNet(Network):
             image = F.pad(image, (0, right, 0, bottom), mode="replicate")
         folded = F.pixel_unshuffle(image, self.config.patch_size)
         return folded.contiguous(memory_format=torch.channels_last)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Count the trainable values of a network."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

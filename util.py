@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,11 @@ from imaging.tokens import check_tokens, read_tokens
 logger = logging.getLogger(__name__)
 
 Norm = Literal["group", "pixel"]
+LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """Of t (Vaswani et al. 2017, section 3.5), of wavelengths 2 pi to 2 pi max_period."""
+    """Embeds timesteps by waves of lengths 2 pi to 2 pi max_period (Vaswani et al. 2017, section 3.5)."""
 
     frequencies: Tensor
 
@@ -75,7 +76,7 @@ def normalisation(norm: Norm, channels: int) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with normalisation and SiLU, added to the input (He et al. 2016), at first 0.
+    """Adds two 3x3 convolutions with normalisation and SiLU, at first 0 (He et al. 2016).
 
     A time embedding scales and shifts the second normalisation (Dhariwal & Nichol 2021, section 3).
     """
@@ -87,11 +88,10 @@ class ResidualBlock(nn.Module):
         self.norm1 = normalisation(norm, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = normalisation(norm, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.modulation = None if time_dim is None else nn.Linear(time_dim, 2 * out_channels)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-        zero_(self.conv2)
 
     def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """(B, C_in, H, W), (B, time_dim) or None -> (B, C_out, H, W)."""
@@ -108,30 +108,29 @@ class ResidualBlock(nn.Module):
 
 
 class MultiHeadAttentionBlock(nn.Module):
-    """Pre-normalised self-attention over all pixels, added (Vaswani et al. 2017)."""
+    """Adds self-attention over all pixels, normalised before and at first 0 (Vaswani et al. 2017)."""
 
     def __init__(self, channels: int, num_heads: int = 4, *, norm: Norm = "group") -> None:
         super().__init__()
         if num_heads < 1 or channels % num_heads:
             raise ValueError(f"{channels} channels do not split into {num_heads} heads")
-        self.num_heads = num_heads
         self.norm = normalisation(norm, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        zero_(self.out)
+        self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True)
+        zeroed(self.attention.out_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        heads = (batch, 3, self.num_heads, channels // self.num_heads, height * width)
-        query, key, value = self.qkv(self.norm(x)).reshape(heads).transpose(-1, -2).unbind(1)
-        attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, H W, C / heads)
-        added: Tensor = x + self.out(attended.transpose(-1, -2).reshape(x.shape))
+        """(B, C, H, W) -> the same shape."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+        attended = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        added: Tensor = x + attended.transpose(1, 2).reshape(x.shape)
         return added
 
 
-def zero_(layer: nn.Module) -> None:
+def zeroed(layer: LayerT) -> LayerT:
+    """Set all weights of a layer to 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+    return layer
 
 
 UpscaleFunction = Callable[[Tensor, float], Tensor]

@@ -22,12 +22,12 @@ from torch import nn
 
 from bench import data, networks
 from bench.contenders import NAMES, OURS, RECIPE, contenders, enlargers, our_network
+from bench.networks import parameter_count
 from bench.tables import table
 from bench.timing import Timing, in_turns
 from engine.device import autocast_dtype, select_device
 from evaluation.images import EvaluationConfig, ImageSet
 from imaging.atomic import check_outputs, write_text_atomically
-from unet import parameter_count
 
 RESULTS = Path("bench/RESULTS.md")
 NEEDED = ("diffusers", "denoising_diffusion_pytorch", "spandrel")

@@ -84,6 +84,11 @@ def restoration(network: Network, size: int, steps: int, device: torch.device) -
     return lambda: generator.generate_images(network, torch.zeros(1, 3, size, size), 1, steps, seed=0)
 
 
+def parameter_count(network: nn.Module) -> int:
+    """Count the trainable values of a network."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
 def floating_point_operations(work: Work) -> int:
     """Count the operations of the convolutions and matrix products of a work."""
     with FlopCounterMode(display=False) as counter:

@@ -16,14 +16,13 @@ from typing import NamedTuple
 import torch
 
 import train_diffusion
-from bench.networks import floating_point_operations, training_step
+from bench.networks import floating_point_operations, parameter_count, training_step
 from bench.tables import table
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import evaluate, model_method
 from imaging.atomic import write_text_atomically
 from models import load_model
 from restoration import RestoreConfig
-from unet import parameter_count
 
 RECIPE = "recipes/x4.args"
 IMAGES = 12  # of the held-out photos

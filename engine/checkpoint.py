@@ -4,6 +4,7 @@ A checkpoint (.pth) is a dict that loads with `weights_only=True`:
 
     format, version    of this layout, and of the project
     network, process, objective, degradation, training, data, run     a section per class of options
+    network_class      "module:Class"; without it, unet:UNet
     model, ema         state dicts: trained and averaged weights
     optimizer          {"name", "state"}
     step, best_score, skipped       see training.TrainState; once best_psnr
@@ -191,7 +192,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        names = {"network", "unet", "process", "degradation", "format", "step"} & set(header)
+        names = {"network", "network_class", "unet", "process", "degradation", "format", "step"} & set(header)
         sections = {name: json.loads(header[name]) for name in names}
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}, or is damaged: {error}") from error

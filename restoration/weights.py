@@ -7,7 +7,9 @@ from engine.checkpoint import CheckpointError, load_weights
 from engine.options import OptionError
 from models import LoadedModel
 from models import load_model as load_file
+from network import Network
 from restoration.scales import plan_chain
+from unet import UNet
 
 RELEASED = Path(__file__).parent.parent / "weights"
 KINDS = {"clean": "x", "photo": "photo_x"}  # released weights, and how their names begin
@@ -54,9 +56,11 @@ def find_weights(name: str | Path | None = None, scale: float | None = None) -> 
     return [released_model(*each) for each in zip(chain, kinds, strict=True)]
 
 
-def load_model(name: str | Path = "photo", scale: float | None = None) -> LoadedModel:
+def load_model(
+    name: str | Path = "photo", scale: float | None = None, network: type[Network] = UNet
+) -> LoadedModel:
     """Load "photo", "clean" or a file, as find_weights chooses it; CheckpointError."""
-    return load_file(find_weights(name, scale)[0])
+    return load_file(find_weights(name, scale)[0], network)
 
 
 def blend(clean: LoadedModel, photo: LoadedModel, strength: float) -> LoadedModel:

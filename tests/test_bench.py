@@ -7,7 +7,13 @@ from torch import nn
 
 from bench.contenders import Peer, enlargers, our_network
 from bench.data import resizers
-from bench.networks import denoising_step, fidelity_psnr, floating_point_operations, training_step
+from bench.networks import (
+    denoising_step,
+    fidelity_psnr,
+    floating_point_operations,
+    parameter_count,
+    training_step,
+)
 from bench.sweep import CHANGES, RECIPE, run
 from bench.timing import Timing, in_turns
 from bicubic import downscale_image
@@ -16,7 +22,6 @@ from examples.dead_leaves import dead_leaves
 from imaging.files import write_image
 from tests.networks import tiny_unet
 from train_diffusion import parse
-from unet import parameter_count
 
 CPU = torch.device("cpu")
 

@@ -61,7 +61,7 @@ def test_the_defaults_are_the_ones_the_mission_names():
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.args")), ids=lambda path: path.name)
 def test_every_recipe_is_understood(recipe):
-    settings, checkpoint = parse([f"@{recipe}"])
+    settings, checkpoint = parse([f"@{recipe}", "--init_weights", "clean"])  # which a last phase needs
     assert settings.training.max_steps
     assert checkpoint is None
 

@@ -14,7 +14,6 @@ from unet import (
     UNet,
     UNetConfig,
     WindowTransformer,
-    parameter_count,
 )
 
 
@@ -300,9 +299,3 @@ def test_a_network_is_rebuilt_from_a_record_also_of_retired_options():
 def test_an_impossible_configuration_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(UNetConfig(), **{field: value})
-
-
-def test_parameter_count_counts_weights_but_not_buffers():
-    unet = tiny_unet()
-    assert parameter_count(torch.nn.Linear(3, 4)) == 16
-    assert parameter_count(unet) == sum(p.numel() for p in unet.parameters())

@@ -105,17 +105,11 @@ def test_a_missing_or_unexpected_time_embedding_is_refused(time_dim, time):
         ResidualBlock(8, 8, time_dim)(torch.zeros(1, 8, 4, 4), time)
 
 
-def test_attention_equals_torch_multi_head_attention():
-    block = randomised(MultiHeadAttentionBlock(12, num_heads=3))
-    reference = torch.nn.MultiheadAttention(12, 3, batch_first=True)
-    reference.in_proj_weight.data = block.qkv.weight[:, :, 0, 0]
-    reference.in_proj_bias.data = block.qkv.bias
-    reference.out_proj.weight.data = block.out.weight[:, :, 0, 0]
-    reference.out_proj.bias.data = block.out.bias
-    x = torch.randn(2, 12, 4, 5)
-    tokens = block.norm(x).flatten(2).transpose(1, 2)
-    expected = reference(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).reshape(x.shape)
-    torch.testing.assert_close(block(x), x + expected, rtol=1e-4, atol=1e-5)
+def test_attention_starts_as_the_identity_and_moves_with_the_pixels():
+    block, x = MultiHeadAttentionBlock(12, num_heads=3, norm="pixel"), torch.randn(2, 12, 4, 5)
+    torch.testing.assert_close(block(x), x)
+    assert not torch.allclose(randomised(block)(x), x)
+    torch.testing.assert_close(block(x.flip(-1)), block(x).flip(-1), rtol=1e-4, atol=1e-5)
 
 
 def test_attention_refuses_heads_that_do_not_divide_the_channels():
