@@ -31,7 +31,7 @@ from imaging.atomic import check_outputs, write_text_atomically
 
 RESULTS = Path("bench/RESULTS.md")
 NEEDED = ("diffusers", "denoising_diffusion_pytorch", "spandrel")
-PACKAGES = "torch diffusers denoising-diffusion-pytorch spandrel Pillow opencv-python-headless numpy".split()
+PACKAGES = "torch diffusers denoising-diffusion-pytorch spandrel pillow opencv-python-headless numpy".split()
 CONVOLUTION = "import torch; torch.conv2d(torch.ones(4, 16, 64, 64), torch.ones(16, 16, 3, 3))"
 
 
@@ -52,7 +52,7 @@ def machine(device: torch.device) -> list[str]:
     )
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     capability = torch.backends.cpu.get_cpu_capability()
-    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    installed = {one.name.lower(): one.version for one in importlib.metadata.distributions()}
     versions = (f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     return [
         f"- {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads; {gpu}",
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = select_device(args.device)
     photos = Path(os.environ["SR_DATA"]).expanduser() if "SR_DATA" in os.environ else None
     lines = ["# Measured side by side", "", *machine(device), ""]
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
     for name in args.only:
         for line in SECTIONS[name](args, device, photos):
             print(line, flush=True)
