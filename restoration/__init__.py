@@ -7,10 +7,9 @@ from torch import Tensor
 from engine.device import autocast_dtype, select_device
 from models import LoadedModel
 from restoration.pictures import Restorable
-from restoration.restorer import PRESETS, Restoration, RestoreConfig, Restorer
+from restoration.restorer import PRESETS, Progress, Restoration, RestoreConfig, Restorer, no_progress
 from restoration.scales import chain_to, restore_to
 from restoration.weights import blend, find_weights, load_model
-from restoration.windows import Progress, no_progress
 
 __all__ = ["PRESETS", "Restoration", "RestoreConfig", "Restorer", "blend", "load_model", "restore"]
 

@@ -15,9 +15,8 @@ from imaging.metadata import Metadata
 from imaging.panels import comparison_picture
 from imaging.pixels import Pixels
 from imaging.tokens import read_tokens
-from restoration.restorer import Restoration
+from restoration.restorer import Progress, Restoration
 from restoration.scales import Chain, restore_to
-from restoration.windows import Progress
 
 FILE_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # what one picture may fail with
 

@@ -9,33 +9,32 @@ import itertools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bicubic import Border
-from degradation import Degradation
 from diffusion import Contexts, ResidualGenerator
+from engine.device import is_out_of_memory
 from engine.options import OptionError, Options, option
 from imaging.files import write_image
 from imaging.metadata import Metadata
 from imaging.pixels import Pixels, to_model_range, to_unit_range
 from models import LoadedModel
 from network import Condition
-from restoration.fields import check_room, row_bands, zeros
+from restoration.fields import check_room, release_pages, row_bands, zeros
 from restoration.pictures import Restorable, to_deviation, to_picture
-from restoration.tiling import Scale, Window
-from restoration.windows import WHOLE_PIXELS, Progress, Windows, no_progress
+from restoration.tiling import Scale, Tile, Window, plan_windows, rounded_side
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
 
 Preset = Literal["fidelity", "balanced", "detail"]
+Progress: TypeAlias = Callable[[float], object]  # called with the finished part of the work, up to 1
 logger = logging.getLogger(__name__)
 
 # The mean has the highest PSNR and no texture it is unsure of; a sample has the texture and, for a perfect
@@ -44,6 +43,12 @@ logger = logging.getLogger(__name__)
 PRESETS: dict[Preset, float] = {"fidelity": 0.0, "balanced": 0.3, "detail": 1.0}
 SAMPLED_STEPS = 6
 CONSISTENCY_ROUNDS = 10
+AUTOMATIC_TILE = 512
+WHOLE_PIXELS = 2**20  # an image of no more is restored in one piece unless told otherwise
+
+
+def no_progress(_: float) -> None:
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +110,6 @@ class Restoration:
         write_image(path, pixels, self.alpha, metadata=self.metadata)
 
 
-class Sampling(NamedTuple):
-    """How a sample is made: `gain` times what the steps make of noise of this scale; 0 without steps."""
-
-    steps: tuple[Step, ...]
-    initial_scale: float = 1.0
-    gain: float = 1.0
-
-
 class Inputs(NamedTuple):
     """What all samples of an image have in common."""
 
@@ -152,28 +149,24 @@ class Restorer:
         if config.self_ensemble and not self.network.mean_reach:
             raise OptionError("self_ensemble", True, "this network predicts no mean; leave it out")
         self.scale = Scale(factor)
-        self.border = _border(model.degradation) if config.consistency else None
-        self.step_count, self.sampling = self._sampling()
-        multiple = self.network.window_multiple
-        self.windows = Windows(config.tile, config.overlap, multiple, device)
-        if config.tile and (side := self.windows.rounded(config.tile)) != config.tile:
+        if config.consistency and model.degradation.random:
+            rule = f"this model undoes {model.degradation.kind}: take the clean weights, or leave it out"
+            raise OptionError("consistency", True, rule)
+        self.border = model.degradation.border
+        count, detail = config.steps_and_detail(len(model.process.levels) or SAMPLED_STEPS)
+        if not count and not self.network.mean_reach:
+            if config.steps == 0:
+                raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
+            count = 1
+        self.step_count, self.steps = count, self.generator.plan(count, config.eta, detail)
+        self.side, multiple = config.tile, self.network.window_multiple
+        if config.tile and (side := rounded_side(config.tile, multiple)) != config.tile:
             needed = f"a multiple of {multiple} pixels, at least {2 * multiple}"
             logger.warning("tile %d: this network needs %s; going on with %d", config.tile, needed, side)
 
-    def _sampling(self) -> tuple[int, Sampling]:
-        """The number of steps, and the steps; OptionError for what network or sampler cannot do."""
-        levels = self.generator.diffusion.process.levels
-        count, detail = self.config.steps_and_detail(len(levels) or SAMPLED_STEPS)
-        if not count and not self.network.mean_reach:
-            if self.config.steps == 0:
-                raise OptionError("steps", 0, "this network predicts no mean; give 1 or more")
-            count = 1
-        steps = self.generator.plan(count, self.config.eta, detail)
-        return count, Sampling(steps, self.generator.initial_scale)
-
     def check(self, *, deviation: bool = False, tokens: bool = False) -> None:
         """Raise OptionError for what cannot be done to any picture."""
-        config, steps = self.config, self.sampling.steps
+        config, steps = self.config, self.steps
         if deviation and not steps:
             raise OptionError("mode", config.mode or "fidelity", "the predicted mean has no uncertainty")
         if deviation and config.num_images < 2:
@@ -205,7 +198,8 @@ class Restorer:
         self.check(deviation=deviation, tokens=tokens is not None)
         picture = to_picture(image)
         described = None if tokens is None else tokens[None]
-        mean, variance = self._restore(picture.low_res[None], described, deviation, progress)
+        mean, variance = self._restore(picture.low_res[None], self.steps, described, deviation, progress)
+        self._make_consistent(mean, picture.low_res[None])
         return Restoration(
             picture.to_pixels(mean),
             None if picture.alpha is None else self._restore_alpha(picture.alpha),
@@ -219,71 +213,131 @@ class Restorer:
         Unlike `restore`, it rounds nothing; all images have the same noise.
         """
         self.check(tokens=tokens is not None)
-        return self._restore(to_model_range(low_res), tokens)[0].cpu().clone()  # no inference tensor
+        restored, _ = self._restore(to_model_range(low_res), self.steps, tokens)
+        self._make_consistent(restored, to_model_range(low_res))
+        return restored.cpu().clone()  # no tensor of inference mode
+
+    def tiles(self, height: int, width: int, overlap: int) -> list[Tile]:
+        """Cover a result with windows, as large as memory allowed so far; the largest first."""
+        side = self.side
+        if side is None:
+            side = 0 if height * width <= WHOLE_PIXELS else AUTOMATIC_TILE
+        tiles = plan_windows(height, width, side, overlap, self.network.window_multiple)
+        return sorted(tiles, key=lambda tile: tile.window.shape, reverse=True)
 
     @torch.inference_mode()
     def _restore(
         self,
         low_res: Tensor,
+        steps: Sequence[Step],
         tokens: Tensor | None = None,
         deviation: bool = False,
         progress: Progress = no_progress,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mean and variance of the samples, (B, C, H, W) in [0, 1], of (B, C, h, w) in [-1, 1]."""
-        count, steps = self.config.num_images, self.sampling.steps
+        """Mean and variance of the samples, (B, C, H, W) in [0, 1], of (B, C, h, w) in [-1, 1].
+
+        Where memory runs out, windows get smaller, and stay so.
+        """
+        size = self.scale.high_size(*low_res.shape[-2:])
+        while True:
+            try:
+                return self._average(low_res.to(self.device), steps, tokens, deviation, progress)
+            except (RuntimeError, MemoryError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Behind the handler, which holds on to the tensors that filled the memory.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            side, smallest = (
+                max(self.tiles(*size, 0)[0].window.shape),
+                rounded_side(1, self.network.window_multiple),
+            )
+            if side <= smallest:
+                raise torch.OutOfMemoryError(f"out of memory even with windows of {smallest} pixels")
+            self.side = max(smallest, side // 2)
+            logger.warning("out of memory: going on with windows of %d pixels", self.side)
+
+    def _average(
+        self,
+        low_res: Tensor,
+        steps: Sequence[Step],
+        tokens: Tensor | None,
+        deviation: bool,
+        progress: Progress,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Average samples (Welford 1962); without steps there is one."""
+        count = self.config.num_images if steps else 1
         remembered = max((len(step.clean_weights) + 1 for step in steps), default=0)
         size = self.scale.high_size(*low_res.shape[-2:])
         check_room((*low_res.shape[:2], *size), 1 + remembered + (count > 1) + deviation)
-        # Without steps, the mean is all that is computed.
-        inputs = self._inputs(low_res, tokens, no_progress if steps else progress)
-
-        def make(number: int) -> Tensor:
-            return self._sample(inputs, self.sampling, number, lambda done: progress((number + done) / count))
-
-        samples = map(make, range(count if steps else 1))
-        mean, variance = mean_and_variance(samples, count, deviation, self.device)
-        if self.border is not None:
-            project(mean, to_unit_range(inputs.low_res), self.scale, self.border)
+        with self.generator.autocast():
+            tokens = self.network.encode_tokens(low_res) if tokens is None else tokens.to(self.device)
+        inputs = Inputs(low_res, tokens, self._base(low_res, tokens, no_progress if steps else progress))
+        mean = self._sample(inputs, steps, 0, lambda done: progress(done / count))
+        variance = zeros(mean.shape, self.device) if deviation else None
+        for number in range(1, count):
+            one = self._sample(inputs, steps, number, lambda done: progress(done / count))
+            for band in row_bands(*size):
+                before, new = (band.cut(image).to(self.device) for image in (mean, one))
+                after = before + (new - before) / (number + 1)
+                if variance is not None:
+                    added = (new - before) * (new - after) / (count - 1)
+                    band.cut(variance).add_(added.to(variance.device))
+                band.cut(mean).copy_(after)
+            del one  # its memory is free before the next is made
         progress(1.0)
         return mean, variance
 
-    @torch.inference_mode()
     def _restore_alpha(self, alpha: Pixels) -> Pixels:
         if alpha.min() == alpha.max():
             return np.full(self.scale.high_size(*alpha.shape), alpha.flat[0], alpha.dtype)
         mask = to_picture(alpha)
-        inputs = self._inputs(mask.low_res[None], None, no_progress)
         # The posterior mean: a mask has edges and no texture to invent.
-        steps = self.generator.plan(0 if self.network.mean_reach else 1)
-        return mask.to_pixels(self._sample(inputs, self.sampling._replace(steps=steps), 0))
+        steps = () if self.network.mean_reach else self.generator.plan(1)
+        return mask.to_pixels(self._restore(mask.low_res[None], steps)[0])
 
-    def _inputs(self, low_res: Tensor, tokens: Tensor | None, progress: Progress) -> Inputs:
-        """Upscale images, and add the mean where the network predicts one."""
-        low_res = low_res.to(self.device)
-        with self.generator.autocast():
-            tokens = self.network.encode_tokens(low_res) if tokens is None else tokens.to(self.device)
+    @torch.inference_mode()
+    def _make_consistent(self, restored: Tensor, low_res: Tensor) -> None:
+        """Make (B, C, H, W) in [0, 1] shrink to (B, C, h, w), if asked to (Irani & Peleg 1991)."""
+        target = to_unit_range(low_res.to(self.device))
+        for _ in range(CONSISTENCY_ROUNDS if self.config.consistency else 0):
+            error = target.clone()
+            for low in row_bands(*target.shape[-2:]):
+                high = self.scale.high_window(low, *restored.shape[-2:])
+                seen = high.cut(restored).to(self.device)
+                low.cut(error).sub_(self.scale.downscale(seen, high, low, self.border))
+            for band in row_bands(*restored.shape[-2:]):
+                corrected = band.cut(restored).to(self.device) + self.scale.upscale(error, band)
+                band.cut(restored).copy_(corrected.clamp(0, 1))
+
+    def _base(self, low_res: Tensor, tokens: Tensor | None, progress: Progress) -> Tensor:
+        """Upscale images to (B, C, H, W), and add the mean where the network predicts one."""
 
         def predict(upscaled: Tensor) -> Tensor:
             _, mean = self.generator.encode(self.network, Condition(upscaled, tokens=tokens))
             return cast(Tensor, mean).float()
 
-        def work(window: Window) -> Tensor:
-            upscaled = self.scale.upscale(low_res, window).clamp(-1, 1)
-            if not self.network.mean_reach:
-                return upscaled
-            mean = self_ensembled(predict, upscaled) if self.config.self_ensemble else predict(upscaled)
-            return upscaled + self.residual_std * mean
-
         # The predictor sees all that it reaches, from where the whole image would be padded and folded alike.
         multiple = self.network.window_multiple
         halo = math.ceil(self.network.mean_reach / multiple) * multiple
-        shape = (*low_res.shape[:2], *self.scale.high_size(*low_res.shape[-2:]))
-        return Inputs(low_res, tokens, self.windows.blend(shape, work, progress, halo))
+        size = self.scale.high_size(*low_res.shape[-2:])
+        base, tiles = zeros((*low_res.shape[:2], *size), self.device), self.tiles(*size, overlap=0)
+        for number, (window, *_) in enumerate(tiles, start=1):
+            seen = window.grown(halo, *size)
+            image = self.scale.upscale(low_res, seen).clamp(-1, 1)
+            if self.network.mean_reach:
+                mean = self_ensembled(predict, image) if self.config.self_ensemble else predict(image)
+                image = image + self.residual_std * mean
+            window.cut(base).copy_(window.seen_from(seen.top, seen.left).cut(image))
+            release_pages()
+            progress(number / len(tiles))
+        return base
 
-    def _sample(
-        self, inputs: Inputs, sampling: Sampling, number: int, progress: Progress = no_progress
-    ) -> Tensor:
-        """Make the sample of this number, (B, C, H, W) in [0, 1]; without steps, base is overwritten."""
+    def _sample(self, inputs: Inputs, steps: Sequence[Step], number: int, progress: Progress) -> Tensor:
+        """Make the sample of this number, (B, C, H, W) in [0, 1]; without steps, base is overwritten.
+
+        `progress` is called with the number of finished samples.
+        """
         streams = [noise_stream(self.config.seed, number) for _ in inputs.base]
         _, channels, height, width = inputs.base.shape
 
@@ -297,17 +351,17 @@ class Restorer:
                 band.cut(noisy).copy_(step.advance(now, estimates, fresh))
             return noisy
 
-        restored, steps = inputs.base, sampling.steps
+        restored = inputs.base
         if steps:
             restored = zeros(inputs.base.shape, self.device)
             for band in row_bands(height, width):
-                band.cut(restored).copy_(sampling.initial_scale * noise(band))
-            denoise = self._denoiser(inputs, lambda evaluations: progress(evaluations / len(steps)))
+                band.cut(restored).copy_(self.generator.initial_scale * noise(band))
+            denoise = self._denoiser(inputs, lambda done: progress(number + done / len(steps)))
             restored = deque(sample(steps, restored, denoise, advance), maxlen=1).pop()
         for band in row_bands(height, width):
             image = band.cut(inputs.base)
             if steps:
-                image = image + self.residual_std * sampling.gain * band.cut(restored)
+                image = image + self.residual_std * band.cut(restored)
             band.cut(restored).copy_(to_unit_range(image.clamp(-1, 1)))
         return restored
 
@@ -316,7 +370,8 @@ class Restorer:
 
         `progress` is called with the number of finished evaluations.
         """
-        finished = itertools.count()
+        height, width = inputs.base.shape[-2:]
+        tiles, finished = self.tiles(height, width, self.config.overlap), itertools.count()
 
         # Encoding costs little next to the network; kept for a large image, it would fill the memory.
         @lru_cache(maxsize=None if inputs.base.numel() <= 3 * WHOLE_PIXELS else 0)
@@ -324,13 +379,16 @@ class Restorer:
             upscaled = self.scale.upscale(inputs.low_res, window).clamp(-1, 1)
             return self.generator.encode(self.network, Condition(upscaled, tokens=inputs.tokens))[0]
 
+        # All windows see one noise field and are averaged before the next step begins, so no seam can grow.
         def denoise(noisy: Tensor, timestep: int) -> Tensor:
-            def work(window: Window) -> Tensor:
-                now, base = (window.cut(one).to(self.device) for one in (noisy, inputs.base))
-                return self.generator.estimate(self.network, now, timestep, encode(window), base)
-
-            number = next(finished)
-            return self.windows.blend(noisy.shape, work, lambda part: progress(number + part))
+            clean, evaluation = zeros(noisy.shape, self.device), next(finished)
+            for number, tile in enumerate(tiles, start=1):
+                now, base = (tile.window.cut(one).to(self.device) for one in (noisy, inputs.base))
+                estimate = self.generator.estimate(self.network, now, timestep, encode(tile.window), base)
+                tile.window.cut(clean).add_(tile.weighted(estimate).to(clean.device))
+                release_pages()
+                progress(evaluation + number / len(tiles))
+            return clean
 
         return denoise
 
@@ -343,45 +401,3 @@ def self_ensembled(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor
         made = predict(turned.flip(-1) if mirrored else turned)
         total += (made.flip(-1) if mirrored else made).rot90(-turns, (-2, -1))
     return total / 8
-
-
-def mean_and_variance(
-    samples: Iterator[Tensor], count: int, deviation: bool, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Average `count` samples (B, C, H, W), the first of which becomes the mean (Welford 1962)."""
-    mean = next(samples)
-    variance = zeros(mean.shape, device) if deviation else None
-    for number, one in enumerate(samples, start=2):
-        for band in row_bands(*mean.shape[-2:]):
-            before, new = (band.cut(image).to(device) for image in (mean, one))
-            after = before + (new - before) / number
-            if variance is not None:
-                added = (new - before) * (new - after) / (count - 1)
-                band.cut(variance).add_(added.to(variance.device))
-            band.cut(mean).copy_(after)
-        del one  # its memory is free before the next is made
-    return mean, variance
-
-
-def project(restored: Tensor, target: Tensor, scale: Scale, border: Border) -> None:
-    """Make images (B, C, H, W) shrink to their inputs (B, C, h, w): back-projection (Irani & Peleg 1991)."""
-    for _ in range(CONSISTENCY_ROUNDS):
-        error = target.clone()
-        for low in row_bands(*target.shape[-2:]):
-            high = scale.high_window(low, *restored.shape[-2:])
-            shrunk = scale.downscale(high.cut(restored).to(target.device), high, low, border)
-            low.cut(error).sub_(shrunk)
-        for band in row_bands(*restored.shape[-2:]):
-            corrected = band.cut(restored).to(target.device) + scale.upscale(error, band)
-            band.cut(restored).copy_(corrected.clamp(0, 1))
-
-
-def _border(degradation: Degradation) -> Border:
-    """The border that bicubic had in training; OptionError for another degradation."""
-    if degradation.random:
-        raise OptionError(
-            "consistency",
-            True,
-            f"this model undoes {degradation.kind}, not bicubic; take the clean weights, or leave it out",
-        )
-    return degradation.border

@@ -18,9 +18,8 @@ from engine.options import OptionError
 from imaging.files import DecodedImage
 from restoration.fields import row_bands
 from restoration.pictures import Restorable
-from restoration.restorer import Restoration, Restorer
+from restoration.restorer import Progress, Restoration, Restorer, no_progress
 from restoration.tiling import Scale
-from restoration.windows import Progress, no_progress
 
 LARGEST_SCALE = 16.0
 ArrayT = TypeVar("ArrayT", bound=npt.NDArray[Any])

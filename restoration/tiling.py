@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bicubic import Border, exact_scale, resize
 
+MARGIN = 16  # pixels at the inner edge of a window that see most of the padding beyond it
 _BICUBIC_REACH = 3  # low-resolution pixels beyond a window that its upscaled pixels depend on
 
 
@@ -47,6 +48,20 @@ class Tile(NamedTuple):
     def weighted(self, image: Tensor) -> Tensor:
         """(..., height, width)."""
         return image * self.row_weights.to(image) * self.column_weights.to(image)
+
+
+def plan_windows(height: int, width: int, side: int, overlap: int, multiple: int) -> list[Tile]:
+    """Plan windows whose sides, overlaps and beginnings are multiples of `multiple`; side 0 is one piece."""
+    if side == 0:
+        return plan_tiles(height, width, max(height, width), 0, 0)
+    side = rounded_side(side, multiple)
+    overlap = min(math.ceil(overlap / multiple), side // multiple // 2) * multiple
+    return plan_tiles(height, width, side, overlap, min(MARGIN, max(0, overlap - 1) // 2))
+
+
+def rounded_side(side: int, multiple: int) -> int:
+    """Return the next side that windows can have: two multiples or more, so that one can be shared."""
+    return max(2, math.ceil(side / multiple)) * multiple
 
 
 def plan_tiles(height: int, width: int, tile: int, overlap: int, margin: int) -> list[Tile]:

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from engine.cli import Parser, check_folder, expand, run_script, say
 from engine.options import OptionError, Options, option, path
@@ -38,6 +39,7 @@ def raising(error):
         (HardError("it failed"), 1, "error: it failed"),
         (MemoryError(), 1, "lower it"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "lower it"),
+        (torch.AcceleratorError("CUDA error: no kernel image is available\nmore"), 1, "--device cpu"),
         (KeyboardInterrupt(), 130, "SIGINT; nothing"),
     ],
     ids=str,

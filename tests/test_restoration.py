@@ -34,8 +34,7 @@ from models import LoadedModel, export_safetensors
 from network import Condition
 from restoration import PRESETS, RestoreConfig, Restorer, blend, restore
 from restoration.fields import bytes_on_disk, release_pages, row_bands, zeros
-from restoration.tiling import Scale, Window, plan_tiles
-from restoration.windows import Windows
+from restoration.tiling import Scale, Window, plan_tiles, plan_windows
 from samplers import SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, random_model
 from unet import UNet
@@ -217,25 +216,23 @@ def test_windows_work_with_every_scheduler(scheduler, model, picture):
 
 @given(side=st.integers(1, 300), overlap=st.integers(2, 300), multiple=st.sampled_from([4, 16, 64]))
 def test_windows_begin_at_multiples_and_are_as_large_as_was_asked(side, overlap, multiple):
-    for tile in Windows(side, overlap, multiple, CPU).plan(200, 350):
+    for tile in plan_windows(200, 350, side, overlap, multiple):
         assert tile.window.top % multiple == tile.window.left % multiple == 0
         assert max(tile.window.shape) <= max(2 * multiple, side + multiple - 1)
 
 
-def test_a_network_says_where_windows_begin_and_a_tile_that_none_can_have_is_said(model, caplog):
-    config = model.network.config
-    multiple = config.size_multiple * config.attention_window
+def test_a_tile_that_no_window_can_have_is_said(model, caplog):
     for tile in (None, 0, 128, 192):
-        assert Restorer(model, RestoreConfig(tile=tile), CPU).windows.multiple == multiple
+        Restorer(model, RestoreConfig(tile=tile), CPU)
     assert not caplog.text
     Restorer(model, RestoreConfig(tile=64), CPU)
     assert "at least 128; going on with 128" in caplog.text
 
 
 def test_a_large_image_is_cut_by_itself_and_a_small_one_is_not(model):
-    windows = Restorer(model, RestoreConfig(), CPU).windows
-    assert len(windows.plan(1024, 1024)) == 1
-    assert max(tile.window.shape for tile in windows.plan(1024, 1200)) == (512, 512)
+    restorer = Restorer(model, RestoreConfig(), CPU)
+    assert len(restorer.tiles(1024, 1024, 64)) == 1
+    assert max(tile.window.shape for tile in restorer.tiles(1024, 1200, 64)) == (512, 512)
 
 
 OUT_OF_MEMORY = [
@@ -247,33 +244,39 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("halo", [None, 16])
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:16])
-def test_windows_get_smaller_where_memory_runs_out_and_stay_so(error, halo, caplog):
-    image, seen = torch.rand(2, 3, 384, 320), []
-    windows, limit = Windows(0, 64, 16, CPU), 230
+def test_windows_get_smaller_where_memory_runs_out_and_stay_so(error, model, caplog, monkeypatch):
+    """With estimates that do not depend on their windows."""
+    low_res, seen, limit = torch.rand(1, 3, 96, 80), [], 200
+    restorer = Restorer(model, RestoreConfig(tile=0, steps=2), CPU)
 
-    def work(window):
-        seen.append(max(window.shape))
-        if seen[-1] > limit:
+    def estimate(network, noisy, timestep, context, base):
+        seen.append(max(noisy.shape[-2:]))
+        if timestep != 999 and seen[-1] > limit:  # at first all is well
             raise error
-        return window.cut(image)
+        return noisy / 2
 
-    torch.testing.assert_close(windows.blend(image.shape, work, halo=halo), image)
-    assert seen[:2] == [384, 192 + (halo or 0)]
-    assert windows.side == 192
+    monkeypatch.setattr(restorer.generator, "estimate", estimate)
+    restored = restorer(low_res)
+    assert seen[:3] == [384, 384, 192]
+    assert restorer.side == 192
     assert "192" in caplog.text
+    limit = 400
+    restorer.side = 0
+    torch.testing.assert_close(restored, restorer(low_res))
     limit = 0
-    with pytest.raises(torch.OutOfMemoryError, match="32"):
-        windows.blend(image.shape, work)
+    with pytest.raises(torch.OutOfMemoryError, match="128"):
+        restorer(low_res)
 
 
-def test_another_error_is_not_taken_for_missing_memory():
-    def fail(window):
+def test_another_error_of_the_network_is_not_taken_for_missing_memory(model, picture, monkeypatch):
+    def fail(*_):
         raise RuntimeError("shape mismatch")
 
+    restorer = Restorer(model, RestoreConfig(), CPU)
+    monkeypatch.setattr(restorer.generator, "estimate", fail)
     with pytest.raises(RuntimeError, match="mismatch"):
-        Windows(None, 64, 16, CPU).blend((1, 3, 64, 64), fail)
+        restorer.restore(picture)
 
 
 MEASURE = """
