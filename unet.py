@@ -241,8 +241,8 @@ def unchanged(x: Tensor, context: Tensor | None = None) -> Tensor:
 class UNet(Network):
     """Predicts a diffusion target (Ronneberger et al. 2015; Ho et al. 2020, appendix B).
 
-    `scale` and `residual_std` (of residuals in [-2, 2]) are 0 until trained. With `checkpoint_activations`,
-    stages are computed again in the backward pass (Chen et al. 2016).
+    It is built from the fields of UNetConfig. With `checkpoint_activations`, stages are computed again in the
+    backward pass (Chen et al. 2016).
     """
 
     Config = UNetConfig

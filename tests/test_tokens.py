@@ -54,17 +54,13 @@ def test_tokens_are_read_by_the_name_of_the_image(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros(3), np.full((2, 3), np.nan), np.array([[None]]), np.zeros((0, 4))]
+    "array", [None, np.zeros(3), np.full((2, 3), np.nan), np.array([[None]]), np.zeros((0, 4))]
 )
-def test_a_file_without_tokens_is_named(tmp_path, array):
-    np.save(tmp_path / "wrong.npy", array)
+def test_what_holds_no_tokens_is_named(tmp_path, array):
+    if array is not None:
+        np.save(tmp_path / "wrong.npy", array)
     with pytest.raises(ValueError, match=r"wrong\.npy"):
         read_tokens(tmp_path, tmp_path / "wrong.png")
-
-
-def test_missing_tokens_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"lost\.npy"):
-        read_tokens(tmp_path, tmp_path / "lost.png")
 
 
 @pytest.mark.slow
@@ -183,7 +179,7 @@ def test_a_network_learns_what_only_tokens_tell(stripes, tmp_path_factory):
     restorer = Restorer(LoadedModel(unet.eval(), diffusion.process, BICUBIC, 60), RestoreConfig(), CPU)
 
     def error(tokens):
-        return float((restorer((low_res + 1) / 2, tokens) - (original + 1) / 2).square().mean())
+        return float((restorer((low_res[None] + 1) / 2, tokens)[0] - (original + 1) / 2).square().mean())
 
     tokens = dataset.crop(0).tokens[None]
     assert error(tokens) < 0.1 * error(None)
@@ -193,28 +189,10 @@ def test_a_network_learns_what_only_tokens_tell(stripes, tmp_path_factory):
 @pytest.mark.slow
 def test_the_scripts_train_and_restore_with_tokens(stripes, tmp_path_factory, capsys):
     folder = tmp_path_factory.mktemp("run")
-    size = "--img_size 32 --downscale_factor 2 --predictor_blocks 0".split()
-    size += "--unet_base_dim 8 --unet_dim_mults 1 2".split()
-    places = [
-        "--image_folder",
-        str(stripes),
-        "--checkpoint_dir",
-        str(folder),
-        "--log_dir",
-        str(folder / "logs"),
-    ]
-    run = [
-        *size,
-        *places,
-        "--max_steps",
-        "2",
-        "--batch_size",
-        "4",
-        "--tokens",
-        str(stripes),
-        "--device",
-        "cpu",
-    ]
+    run = "--img_size 32 --downscale_factor 2 --predictor_blocks 0 --unet_base_dim 8 --unet_dim_mults 1 2"
+    run = f"{run} --max_steps 2 --batch_size 4 --device cpu".split()
+    run += ["--image_folder", str(stripes), "--tokens", str(stripes)]
+    run += ["--checkpoint_dir", str(folder), "--log_dir", str(folder / "logs")]
     assert train_diffusion.main([*run, "--context_dim", "16"]) == 2
     assert "--conditioning is 'both'" in capsys.readouterr().err
     assert train_diffusion.main([*run, "--context_dim", "16", "--conditioning", "tokens"]) == 0
