@@ -24,6 +24,7 @@ from engine.options import add_flags, from_args, path
 from engine.processes import Processes, started_processes
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import Method, describe_model, evaluate, model_method
+from evaluation.metrics import BROKEN_PACKAGE
 from evaluation.report import Json, Report
 from imaging.atomic import check_outputs, write_atomically
 from models import load_model
@@ -39,7 +40,6 @@ OUTPUTS: dict[str, tuple[str, Callable[[Report], str | bytes]]] = {
     "markdown": ("the table, which is printed anyway", Report.to_markdown),
     "plot": ("PSNR against LPIPS or, without it, HF energy, as .png", Report.to_png),
 }
-BROKEN_PACKAGE = (ImportError, AttributeError, RuntimeError)  # what an import may raise
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,20 +28,16 @@ class EvaluationConfig(Options):
     """The options of an evaluation; the scale may be a fraction such as 1.5."""
 
     scale: float = option(MISSING, "the enlargement, such as 4", above=1)
-    border: Border = option("mirror", "what bicubic sees beyond the edge; mirror is today's MATLAB")
+    border: Border = option("mirror", "border that bicubic sees beyond the edge; today's MATLAB mirrors")
     degradation: str = option(
         "bicubic", "kind of the low resolution, unless it is given; drawn by the seed", choices=KINDS
     )
     channel: Channel = option("luma", "channels that PSNR and SSIM compare")
-    crop: int | None = option(
-        None, "pixels that PSNR and SSIM leave out at each border; without it, the scale", low=0
-    )
+    crop: int | None = option(None, "border that PSNR and SSIM leave out (default: the scale)", low=0)
     seed: int = option(0, "seed of the noise and of the degradation", low=0, high=2**63 - 1)
     lpips: bool = option(True, "measure LPIPS")
     lpips_weights: str | None = option(
-        None,
-        "AlexNet's features for LPIPS, .pth or .safetensors; without it, SR_LPIPS_WEIGHTS or a download",
-        path=True,
+        None, "file of AlexNet's features for LPIPS (default: SR_LPIPS_WEIGHTS, or a download)", path=True
     )
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.cli import one_line
-from evaluation.metrics import check_pair
+from evaluation.metrics import BROKEN_PACKAGE, check_pair
 
 WEIGHTS_VARIABLE = "SR_LPIPS_WEIGHTS"
 BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, TypeError)
@@ -121,7 +121,7 @@ def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
         from torchmetrics.functional.image.lpips import _LPIPS
 
         network: nn.Module = _LPIPS(net=kind, pnet_rand=not fetch)
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+    except (OSError, *BROKEN_PACKAGE) as error:
         # Not installed; no network, no space or no permission; a download that fails its checksum.
         remedy = f"give the features as a file, by {WEIGHTS_VARIABLE}" if kind == "alex" else "give a file"
         raise MetricUnavailableError(f"{type(error).__name__}: {one_line(error)}; {remedy}") from error

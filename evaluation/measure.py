@@ -17,7 +17,7 @@ from engine.processes import Processes
 from evaluation.images import EvaluationConfig, ImageSet, Pair, printable
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
 from evaluation.metrics import METRICS, Comparison, to_uint8
-from evaluation.report import Json, Report, Row
+from evaluation.report import LABEL, Json, Report, Row
 from imaging.pixels import pixels_to_unit, unit_to_pixels
 from models import LoadedModel
 from restoration import RestoreConfig
@@ -40,12 +40,7 @@ class Method:
     device: torch.device = CPU
 
     def label(self) -> Row:
-        return {
-            "method": self.name,
-            "scheduler": self.scheduler,
-            "steps": self.steps,
-            "samples": self.samples,
-        }
+        return dict(zip(LABEL, (self.name, self.scheduler, self.steps, self.samples), strict=True))
 
 
 def bicubic_method(config: EvaluationConfig) -> Method:

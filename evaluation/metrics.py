@@ -18,6 +18,7 @@ from bicubic import Border, resize
 from engine.options import Options, option
 
 Channel: TypeAlias = Literal["luma", "rgb"]
+BROKEN_PACKAGE = (ImportError, AttributeError, RuntimeError)  # errors of an import that does not fit
 SSIM_WINDOW = 11
 DETAIL_BAND = (0.35, 0.9)  # of Nyquist; from x3 up the low resolution has none of it
 _SMALLEST_SPECTRUM = 16
@@ -82,8 +83,10 @@ def psnr(restored: Tensor, truth: Tensor, comparison: Comparison) -> Tensor:
 
 def ssim(restored: Tensor, truth: Tensor, comparison: Comparison) -> Tensor:
     """(B,) of Wang et al. 2004, Eq. 13: Gaussian windows 11x11 of sigma 1.5 that lie inside the image."""
-    from skimage.metrics import structural_similarity
-
+    try:
+        from skimage.metrics import structural_similarity
+    except BROKEN_PACKAGE as error:
+        raise ValueError(f"SSIM needs scikit-image, which does not import: {error}") from error
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     pairs = zip(*_compared(restored, truth, comparison, smallest=SSIM_WINDOW), strict=True)
     values = [

@@ -513,14 +513,17 @@ def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, mo
     assert b"| bicubic |" in screen.getvalue()
 
 
+@pytest.mark.parametrize("package", ["matplotlib", "skimage"])
 @pytest.mark.parametrize("error", [ImportError("no such library"), RuntimeError("another NumPy")])
-def test_a_plot_that_cannot_be_drawn_is_refused_before_the_work(leaves, tmp_path, monkeypatch, capsys, error):
+def test_a_package_that_does_not_import_costs_a_sentence(
+    leaves, tmp_path, monkeypatch, capsys, package, error
+):
     class Broken:
         def find_spec(self, name, path=None, target=None):
-            if name.startswith("matplotlib"):
+            if name.split(".")[0] == package:
                 raise error
 
-    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     assert run_main("--data", leaves, "--plot", tmp_path / "plot.png") == 2
