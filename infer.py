@@ -245,7 +245,8 @@ def export(args: argparse.Namespace, models: Sequence[LoadedModel], names: str) 
         raise ValueError(f"--export: --scale {args.scale:g} takes several models; give one of theirs")
     if target.suffix != ".safetensors":
         raise ValueError(f"--export {target}: the name must end in .safetensors")
-    check_outputs([target], inputs=[Path(args.weights_path or "")], overwrite=args.overwrite)
+    sources = find_weights(args.weights_path, args.scale)
+    check_outputs([target], inputs=sources, overwrite=args.overwrite)
     export_safetensors(models[0], target)
     say(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {names}")
 
