@@ -21,7 +21,7 @@ from degradation import Degradation
 from imaging.cache import image_sizes
 from imaging.files import UnreadableImageError, read_rgb
 from imaging.kinds import list_images
-from imaging.pixels import to_model_range
+from imaging.pixels import from_uint8, to_model_range
 from imaging.tokens import check_tokens, read_tokens
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class Crops(NamedTuple):
     def sample(self, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image) -> Sample:
         """Make what the loss compares; ValueError unless the sides are whole multiples of the scale."""
         low_res = degradation(self.high_res) if self.low_res is None else self.low_res
-        low_res, original = (to_model_range(image.float() / 255) for image in (low_res, self.high_res))
+        low_res, original = (to_model_range(from_uint8(image)) for image in (low_res, self.high_res))
         upscaled = upscale_function(low_res, degradation.scale).clamp(-1, 1)
         if upscaled.shape != original.shape:
             raise ValueError(

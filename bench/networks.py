@@ -18,7 +18,7 @@ from engine.checkpoint import load_checkpoint, load_weights
 from engine.device import autocast_dtype
 from evaluation.images import Pair
 from evaluation.metrics import Comparison, psnr
-from imaging.pixels import to_model_range
+from imaging.pixels import from_uint8, to_model_range
 from network import Condition, Network
 from training import TrainingConfig
 from util import Crops, ImageDataset
@@ -134,9 +134,9 @@ def fidelity_psnr(network: Network, images: Iterable[Pair], device: torch.device
     steps = 0 if network.mean_reach else 1
     values = []
     for pair in images:
-        low_res = to_model_range(pair.low_res[None].float() / 255)
+        low_res = to_model_range(from_uint8(pair.low_res[None]))
         restored = generator.generate_images(network, low_res, 1, steps, seed=0).cpu()
-        values.append(float(psnr(restored, pair.truth[None].float() / 255, Comparison(SCALE))))
+        values.append(float(psnr(restored, from_uint8(pair.truth[None]), Comparison(SCALE))))
     return sum(values) / len(values)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from bicubic import Border
 from degradation import KINDS, Degradation
 from engine.options import Options, option
-from evaluation.metrics import SSIM_WINDOW, Channel, Comparison, to_uint8
+from evaluation.metrics import SSIM_WINDOW, Channel, Comparison
 from imaging.files import decode_image
 from imaging.kinds import list_images
 from imaging.pairs import find_low_resolution
-from imaging.pixels import pixels_to_unit
+from imaging.pixels import pixels_to_unit, to_uint8
 
 SMALLEST_SIDE = 32  # that LPIPS and the spectrum need
 

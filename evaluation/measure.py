@@ -16,9 +16,9 @@ from engine.device import synchronize
 from engine.processes import Processes
 from evaluation.images import EvaluationConfig, ImageSet, Pair, printable
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
-from evaluation.metrics import METRICS, Comparison, to_uint8
+from evaluation.metrics import METRICS, Comparison
 from evaluation.report import LABEL, Json, Report, Row
-from imaging.pixels import pixels_to_unit, unit_to_pixels
+from imaging.pixels import from_uint8, pixels_to_unit, to_uint8, unit_to_pixels
 from models import LoadedModel
 from restoration import RestoreConfig
 from restoration.files import FILE_ERRORS, describe_failure
@@ -47,7 +47,7 @@ def bicubic_method(config: EvaluationConfig) -> Method:
     """Enlarge 8-bit images by MATLAB's bicubic, on the CPU."""
 
     def restore(low_res: Tensor) -> Tensor:
-        return resize(to_uint8(low_res), scale=config.scale, border=config.border).float() / 255
+        return from_uint8(resize(to_uint8(low_res), scale=config.scale, border=config.border))
 
     return Method("bicubic", restore)
 
@@ -142,7 +142,7 @@ def _measure_part(
             pair = images.read(path)
             if not warm:  # what the first call alone has to set up belongs to no row
                 quickest = min(methods[1:], key=lambda one: one.steps or 0, default=methods[0])
-                quickest.restore(_unit(pair.low_res)[0, :, :16, :16])
+                quickest.restore(from_uint8(pair.low_res[:, :16, :16]))
                 warm = True
             yield number, [_measure(method, pair, comparison) for method in methods]
         except FILE_ERRORS as error:
@@ -151,7 +151,7 @@ def _measure_part(
 
 def _measure(method: Method, pair: Pair, comparison: Comparison) -> Row:
     """Score one image by one method, its result rounded as an 8-bit file holds it."""
-    low_res, truth = _unit(pair.low_res), _unit(pair.truth)
+    low_res, truth = from_uint8(pair.low_res[None]), from_uint8(pair.truth[None])
     synchronize(method.device)
     start = time.perf_counter()
     found = method.restore(low_res[0])
@@ -166,11 +166,6 @@ def _measure(method: Method, pair: Pair, comparison: Comparison) -> Row:
             score = metric.score(restored, truth, low_res, comparison).item()
             row[metric.name] = None if math.isnan(score) else score
     return row
-
-
-def _unit(pixels: Tensor) -> Tensor:
-    """(C, H, W) uint8 to (1, C, H, W) float32 in [0, 1]."""
-    return pixels[None].float() / 255
 
 
 def _with_lpips(config: EvaluationConfig, device: torch.device) -> Comparison:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bicubic import Border, resize
 from engine.options import Options, option
+from imaging.pixels import to_uint8
 
 Channel: TypeAlias = Literal["luma", "rgb"]
 BROKEN_PACKAGE = (ImportError, AttributeError, RuntimeError)  # errors of an import that does not fit
@@ -38,11 +39,6 @@ class Comparison(Options):
     def __str__(self) -> str:
         channel = "luma (BT.601, 16-235, not rounded)" if self.channel == "luma" else "RGB"
         return f"{channel}; images rounded to uint8; {self.crop} pixels cropped from each border"
-
-
-def to_uint8(image: Tensor) -> Tensor:
-    """Round [0, 1] to uint8 on the CPU, as an 8-bit file holds it; halves go up, as in MATLAB."""
-    return (image.cpu().double() * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 def to_luma(image: Tensor) -> Tensor:

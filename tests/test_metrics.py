@@ -28,8 +28,8 @@ from evaluation.metrics import (
     psnr,
     ssim,
     to_luma,
-    to_uint8,
 )
+from imaging.pixels import to_uint8
 
 SR_DATA = os.environ.get("SR_DATA")
 needs_photos = pytest.mark.skipif(SR_DATA is None, reason="SR_DATA does not name the folder of test photos")
