@@ -103,7 +103,10 @@ def test_the_traced_network_has_the_gradients_of_the_eager_one():
     generator = torch.Generator().manual_seed(0)
     noisy, upscaled = torch.randn(2, 2, 3, 16, 16, generator=generator)
     condition = Condition(upscaled, upscaled[..., ::2, ::2])
-    assert_equal_gradients(eager, traced, lambda network: network(noisy, torch.tensor([3, 900]), condition))
+    t = torch.tensor([3, 900])
+    assert_equal_gradients(
+        eager, traced, lambda network: network(noisy, t, network.encode_context(condition)[0])
+    )
 
 
 @pytest.mark.slow
