@@ -1,4 +1,4 @@
-"""The writer of every output: a file has its old content or all of the new, wherever its path leads."""
+"""Writes every output: a file has its old content or all of the new, wherever its path leads."""
 
 import errno
 import io
@@ -19,7 +19,7 @@ _DESCRIPTOR = re.compile(r"/dev/(?:stdout|stderr|fd/(\d+))|/proc/self/fd/(\d+)")
 
 
 def write_atomically(path: Path, write: Write) -> None:
-    """Replace a file by what `write` puts into a stream, and its folders are made; an error changes nothing.
+    """Replace a file by what `write` puts into a stream; folders are made, and an error changes nothing.
 
     A link stays and its target is replaced; a file keeps its permissions and owner, a new one follows the
     umask. A device, a pipe or an open descriptor such as /dev/stdout is written to.
@@ -87,7 +87,7 @@ def check_outputs(
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether further files would fail, too: the disk is full, over its quota, read-only or broken."""
+    """Tell whether further files would fail, too: the disk is full, over its quota, read-only or broken."""
     return isinstance(error, OSError) and error.errno in _DISK_ERRORS
 
 
@@ -100,7 +100,7 @@ def _check_room(path: Path, target: Path) -> None:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """The status of what a path leads to, or None where nothing is."""
+    """Return the status of what a path leads to, or None where nothing is."""
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -108,7 +108,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
-    """The same for all names of a file: links, hard links, and letters of another case."""
+    """Return what all names of a file share: links, hard links, and letters of another case."""
     return status.st_dev, status.st_ino
 
 

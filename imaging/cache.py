@@ -1,4 +1,4 @@
-"""A folder that the user owns, of decoded images and of sizes: deleting it costs time, and nothing else.
+"""Keeps decoded images and sizes in a folder of the user's: deleting it costs time, and nothing else.
 
 `images/` has a memory-mapped array for each image, of which a crop reads only the pixels that it needs, and
 `sizes.npy` the sizes of all images ever listed.
@@ -30,7 +30,7 @@ Size = tuple[int, int]
 
 
 def default_cache_dir() -> Path | None:
-    """A folder in the user's cache, or None, with a warning, for a user without a home."""
+    """Find a folder in the user's cache; None, with a warning, for a user without a home."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:  # a user that the system does not know
@@ -111,10 +111,13 @@ class CachedReader:
 
 
 def image_sizes(paths: Sequence[Path], cache_dir: Path | None = None) -> list[Size | UnreadableImageError]:
-    """The upright (height, width) of each file, or why it cannot be read; remembered in `cache_dir`."""
+    """Read the upright (height, width) of each file, or why it has none; `cache_dir` remembers them."""
     index = None if cache_dir is None else cache_dir / "sizes.npy"
     known = _load_sizes(index)
-    identities = {path: _identity(path) for path in paths if path.is_file()}
+    identities: dict[Path, int] = {}
+    for path in paths:
+        with suppress(OSError):
+            identities[path] = _identity(path)
     unread = [path for path in paths if identities.get(path) not in known]
     read = thread_map(_read_size, unread, max_workers=THREADS, desc="image sizes", disable=len(unread) < MANY)
     sizes = dict(zip(unread, read, strict=True))
@@ -129,7 +132,7 @@ def image_sizes(paths: Sequence[Path], cache_dir: Path | None = None) -> list[Si
 
 
 def _load_sizes(index: Path | None) -> dict[int, Size]:
-    """Sizes by identity; a damaged or missing file has none."""
+    """Read the sizes by identity; a damaged or missing file has none."""
     with suppress(OSError, ValueError, EOFError):
         if index is not None and (rows := np.load(index)).dtype == np.uint64:
             return {key: (height, width) for key, height, width in rows.reshape(-1, 3).tolist()}
@@ -144,7 +147,7 @@ def _read_size(path: Path) -> Size | UnreadableImageError:
 
 
 def _identity(path: Path) -> int:
-    """A hash of a file's name, time and length, below 2^64; OSError where there is no such file."""
+    """Hash a file's name, time and length, below 2^64; OSError where there is no such file."""
     status = path.stat()
     name = os.fsencode(f"{os.path.abspath(path)}|{status.st_mtime_ns}|{status.st_size}|{_VERSION}")
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big")

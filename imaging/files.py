@@ -1,4 +1,4 @@
-"""Image files in and out, by libvips; Pillow decodes BMP, GIF and WebP."""
+"""Reads and writes image files by libvips; Pillow decodes BMP, GIF and WebP."""
 
 import io
 import logging
@@ -49,7 +49,7 @@ class UnreadableImageError(ValueError):
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """One upright picture at the bit depth of its file."""
+    """Holds one upright picture at the bit depth of its file."""
 
     path: Path
     pixels: Pixels  # (H, W) grey or (H, W, 3) RGB, without the effect of alpha
@@ -59,13 +59,13 @@ class DecodedImage:
 
     @property
     def visible(self) -> Pixels:
-        """The pixels with hidden colours, under full transparency, replaced by the nearest that are seen."""
+        """Replace hidden colours, under full transparency, by the nearest that are seen."""
         return self.pixels if self.alpha is None else spread_colours(self.pixels, self.alpha)
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file says before its pixels are decoded."""
+    """Holds what a file says before its pixels are decoded."""
 
     kind: str
     image: pyvips.Image | ImageFile
@@ -74,22 +74,22 @@ class _Header:
     chunks: dict[bytes, bytes]  # the contents of a PNG's that hold no pixels, by kind
 
     def number(self, field: str) -> int:
-        """A field of libvips, or 1 where there is none."""
+        """Return a field of libvips, or 1 where there is none."""
         return int(self.described.get(field)) if self.described.get_typeof(field) else 1
 
     @property
     def orientation(self) -> int:
-        """The orientation from 1 to 8; libvips has turned an AVIF already."""
+        """Return the orientation from 1 to 8; libvips has turned an AVIF already."""
         return 1 if self.kind == "AVIF" else self.number("orientation")
 
     @property
     def size(self) -> tuple[int, int]:
-        """The upright height and width."""
+        """Return the upright height and width."""
         size = self.image.height, self.image.width
         return size[::-1] if self.orientation >= 5 else size
 
     def extra_bands(self, count: int) -> list[bool]:
-        """Whether each of `count` bands beyond the colours is alpha."""
+        """Tell whether each of `count` bands beyond the colours is alpha."""
         if self.tiff is None:
             return [True] * count
         if _EXTRA_SAMPLES not in self.tiff:  # OpenCV writes alpha so
@@ -98,7 +98,7 @@ class _Header:
         return (said + [False] * count)[:count]
 
     def other_colour_space(self) -> list[str]:
-        """What the file says of a colour space other than sRGB, without a profile."""
+        """List what the file says of a colour space other than sRGB, without a profile."""
         if len(cicp := self.chunks.get(b"cICP", b"")) >= 2:
             primaries, transfer = cicp[:2]
             ordinary = primaries in _SRGB_LIKE_PRIMARIES and transfer in _SRGB_LIKE_TRANSFERS
@@ -148,7 +148,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[_Header, BinaryIO]]:
-    """Errors until the end name ``path`` and say why."""
+    """Open a file; errors until the end name ``path`` and say why."""
     kind: str | None = None
     try:
         with path.open("rb") as file:
@@ -204,7 +204,7 @@ def _read_header(path: Path, file: BinaryIO, kind: str) -> _Header:
 
 
 def _read_tiff(file: BinaryIO) -> Image.Exif:
-    """The directory of a TIFF; UnreadableImageError for camera raw and LAB."""
+    """Read the directory of a TIFF; UnreadableImageError for camera raw and LAB."""
     tiff = Image.Exif()
     with suppress(*DAMAGE_ERRORS):
         tiff.load_from_fp(file)
@@ -225,7 +225,7 @@ def _open_with_libvips(path: Path) -> pyvips.Image:
 
 
 def _png_chunks(file: BinaryIO) -> list[bytes]:
-    """The chunks that hold no pixels, whole."""
+    """Read the whole chunks that hold no pixels."""
     chunks = []
     file.seek(len(_PNG_START))
     while len(header := file.read(8)) == 8:
@@ -281,7 +281,7 @@ def _fetch(image: pyvips.Image) -> Pixels:
 def check_format(
     path: str | Path, height: int, width: int, dtype: npt.DTypeLike = np.uint8, *, has_alpha: bool = False
 ) -> str:
-    """The name of the suffix's format, such as "JPEG"; ValueError where it cannot hold such a picture."""
+    """Name the format of the suffix, such as "JPEG"; ValueError where it cannot hold such a picture."""
     path = Path(path)
     if path.suffix.lower() not in WRITABLE_SUFFIXES:
         known = ", ".join(sorted(WRITABLE_SUFFIXES))
@@ -357,7 +357,7 @@ def _encode(name: str, samples: Pixels, metadata: Metadata, quality: int) -> byt
 
 
 def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
-    """(H, W, 1 to 4)."""
+    """Join colours and alpha to (H, W, 1 to 4); ValueError unless they fit together."""
     check_dtype(pixels.dtype)
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3), alpha in alpha=")

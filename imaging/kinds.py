@@ -1,4 +1,4 @@
-"""Kinds of files by their first bytes, and the images of a folder."""
+"""Tells files apart by their first bytes, and lists the images of a folder."""
 
 import logging
 import os
@@ -46,13 +46,13 @@ FIRST_BYTES = 64  # enough to tell the kinds apart
 
 
 def kind_of(start: bytes) -> str | None:
-    """A kind such as "JPEG" by the first 64 bytes of a file, or None for what is no image."""
+    """Name the kind, such as "JPEG", by the first 64 bytes of a file, or None for what is no image."""
     kinds = (kind for kind, begin in _FIRST_BYTES.items() if re.match(begin, start, re.DOTALL))
     return next(kinds, None)
 
 
 def refusal(kind: str | None, suffix: str) -> str | None:
-    """The reason why a file cannot be read, with a remedy, or None if it can."""
+    """Say the reason why a file cannot be read, with a remedy, or None if it can."""
     if kind == "camera raw" or (kind in (None, "TIFF") and suffix in RAW_SUFFIXES):
         return DEVELOP
     if kind is None and suffix in _OTHER_SUFFIXES:
@@ -63,7 +63,7 @@ def refusal(kind: str | None, suffix: str) -> str | None:
 
 
 def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
-    """The images of a folder, sorted, without hidden ones; ValueError where there is none.
+    """List the images of a folder, sorted, without hidden ones; ValueError where there is none.
 
     Files named as images are taken, whatever they hold; those named as kinds that cannot be read are taken
     if their first bytes say otherwise, and are else passed over with a warning.

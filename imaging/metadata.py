@@ -1,4 +1,4 @@
-"""What an image file says besides its pixels, as libvips reads and writes it."""
+"""Hands on what an image file says besides its pixels, as libvips reads and writes it."""
 
 import re
 import struct
@@ -42,7 +42,7 @@ class Metadata:
     size: tuple[int, int] | None = field(default=None, compare=False)  # (height, width) of the picture
 
     def fitted(self, name: str, height: int, width: int, colours: int) -> tuple["Metadata", list[str]]:
-        """Metadata that is true of a picture in the format `name`, and what had to be left out.
+        """Return metadata that is true of a picture in the format `name`, and what had to be left out.
 
         `colours` is 1 for grey and 3 for RGB.
         """
@@ -70,7 +70,7 @@ class Metadata:
         return fitted, lost
 
     def _resized(self, name: str, height: int, width: int, lost: list[str]) -> "Metadata":
-        """Metadata whose EXIF and XMP state this size; what they say no longer goes to `lost`."""
+        """Return metadata whose EXIF and XMP state this size; what they say no longer goes to `lost`."""
         xmp, gone = _true_xmp(self.xmp, self.size or (height, width), (height, width))
         if gone:
             lost.append(f"what XMP says of parts that are not handed on ({', '.join(gone)})")
@@ -90,7 +90,7 @@ class Metadata:
             return replace(self, xmp=xmp, exif=None)
 
     def attach(self, image: pyvips.Image) -> pyvips.Image:
-        """The image with this description, for a saver whose `keep` is `self.keep`."""
+        """Give the image this description, for a saver whose `keep` is `self.keep`."""
         horizontal, vertical = self.dpi or _UNKNOWN_DPI
         image = image.copy(xres=horizontal / 25.4, yres=vertical / 25.4)  # pixels per mm
         for name, vips_name in _BLOBS.items():
@@ -109,7 +109,7 @@ class Metadata:
 def read_metadata(
     image: pyvips.Image, size: tuple[int, int], tiff: Image.Exif | None
 ) -> tuple[Metadata, list[str]]:
-    """Metadata of an upright picture (height, width), and what is damaged in it.
+    """Read the metadata of an upright picture (height, width), and what is damaged in it.
 
     `tiff` is the directory of a TIFF, in which libvips sees no EXIF.
     """
@@ -137,12 +137,12 @@ def read_metadata(
 
 
 def _is_plain(key: str, value: str) -> bool:
-    """Whether libvips writes a PNG's text so that others read it: no Latin-1, no iTXt, no space in a key."""
+    """Tell whether others read a PNG's text that libvips writes: one of ASCII, by a key of one word."""
     return bool(re.fullmatch(r"[!-~]{1,79}", key)) and value.isascii()
 
 
 def _describes(profile: bytes, colours: int) -> bool:
-    """Whether an ICC profile is whole and of grey or RGB as the picture is (ICC.1, section 7.2)."""
+    """Tell whether an ICC profile is whole and of grey or RGB as the picture is (ICC.1, section 7.2)."""
     whole = len(profile) == int.from_bytes(profile[:4], "big") and profile[36:40] == b"acsp"
     return whole and profile[16:20] == {1: b"GRAY", 3: b"RGB "}[colours]
 
@@ -150,7 +150,7 @@ def _describes(profile: bytes, colours: int) -> bool:
 def _true_xmp(
     xmp: bytes | None, old: tuple[int, int], new: tuple[int, int]
 ) -> tuple[bytes | None, list[str]]:
-    """XMP of a picture that was resized from one (height, width) to another, and what left it."""
+    """Return XMP that is true after a resize from one (height, width) to another, and what left it."""
     if xmp is None:
         return None, []
     kinds = (_GONE_ELEMENT, _GONE_ATTRIBUTE)

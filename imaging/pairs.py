@@ -1,4 +1,4 @@
-"""Which low-resolution file belongs to which high-resolution one: the same name, or with x4, _LRx4 or so."""
+"""Pairs low-resolution files with high-resolution ones: the same name, or with x4, _LRx4 or so."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Labelled panels side by side, to look at."""
+"""Draws labelled panels side by side, to look at."""
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ _GAP, _LABEL = 8, 24  # pixels between panels, and above them
 def comparison_picture(
     source: Pixels, bicubic: Pixels, restored: Pixels, truth: Pixels | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Input (h, w[, 3]) and the others (H, W[, 3]), side by side."""
+    """Draw the input (h, w[, 3]) and the others (H, W[, 3]) side by side."""
     height, width = restored.shape[:2]
     rows = np.arange(height) * len(source) // height
     columns = np.arange(width) * source.shape[1] // width

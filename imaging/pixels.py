@@ -1,4 +1,4 @@
-"""Value ranges: files hold uint8 or uint16, metrics [0, 1], the model [-1, 1]; and hidden colours."""
+"""Converts value ranges: files hold uint8 or uint16, metrics [0, 1], the model [-1, 1]."""
 
 from typing import Any, TypeAlias
 
