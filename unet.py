@@ -283,6 +283,7 @@ class UNet(Network):
         concatenates = config.conditioning in ("concat", "both", "tokens") and self.predictor is None
         self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if concatenates else None
         extracts = config.conditioning in ("cross_attention", "both")
+        self.takes_tokens = config.cross_attends
         self.context_extractor = (
             ImageContextExtractor(config.in_channels, config.context_dim) if extracts else None
         )
