@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ def opened(tmp_path, reads):
 
 
 @pytest.fixture
-def paths(photo_folder):
-    return sorted(photo_folder.iterdir())
+def paths(photo_folder, tmp_path):
+    return sorted(shutil.copytree(photo_folder, tmp_path / "photos").iterdir())
 
 
 def test_a_file_is_decoded_once_for_all_runs(opened, paths, reads):
