@@ -14,10 +14,11 @@ import itertools
 import logging
 import math
 import multiprocessing
+import multiprocessing.util
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -464,13 +465,23 @@ def read_batches(
         worker_init_fn=leave_stopping_to_the_parent,
         timeout=SECONDS_BETWEEN_LOOKS if workers else 0,
     )
+    others = set(multiprocessing.active_children())
     try:
         loaded = iter(loader)
     except OSError as error:
         raise WorkerError(f"no process to read images can start ({error}): use num_workers 0") from error
+    # They ignore requests to stop, and one that is stuck would keep this process from ending.
+    started = set(multiprocessing.active_children()) - others
+    multiprocessing.util.Finalize(None, _kill, (started,), exitpriority=0)
     for part in micro_batches():
         batch = _next_batch(loaded, watched, signals)
         yield part, pickle.loads(batch) if isinstance(batch, bytes) else batch
+
+
+def _kill(workers: Iterable[multiprocessing.Process]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a failure
+    for worker in workers:
+        worker.kill()
 
 
 def _next_batch(loaded: Iterator[Batch | bytes], watched: "_Watched", signals: StopSignals) -> Batch | bytes:

@@ -3,8 +3,10 @@
 Shapes: B batch, C channels, H x W pixels of the high resolution, h x w of the low one, D width.
 """
 
+import ctypes
 import logging
 import math
+import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -238,7 +240,7 @@ class ImageDataset(Dataset[Sample]):
         self.token_folder = tokens
         if tokens is not None:
             check_tokens(tokens, self.paths)
-        self.failed = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
+        self.failed = multiprocessing.RawArray(ctypes.c_bool, len(self.paths))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -319,7 +321,7 @@ class CropDataset(Dataset[object]):
         return str(self.images.paths[index])
 
     def failures(self) -> int:
-        return int(self.images.failed.sum())
+        return sum(self.images.failed)
 
 
 def _cut(image: Tensor, place: Sequence[int], size: int) -> Tensor:
@@ -334,9 +336,11 @@ def _usable(
     left_out: dict[Path, str] = {}
     for path, size in zip(paths, image_sizes(paths, cache_dir), strict=True):
         if isinstance(size, UnreadableImageError):
-            left_out[path] = str(size)
+            left_out[path] = str(size).removeprefix(f"{path}: ")
         elif min(size) < img_size:
             left_out[path] = f"{size[1]}x{size[0]} is smaller than the crop of {img_size}"
-    for path, reason in left_out.items():
-        logger.warning("left out: %s (%s)", path, reason)
+    if left_out:
+        first = "; ".join(f"{path} ({reason})" for path, reason in [*left_out.items()][:3])
+        more = " and others" if len(left_out) > 3 else ""
+        logger.warning("%d of %d images are left out: %s%s", len(left_out), len(paths), first, more)
     return [path for path in paths if path not in left_out], left_out

@@ -1,6 +1,7 @@
 """Tests of train_diffusion.py: as a user runs it, and every way to get it wrong."""
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -12,21 +13,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from degradation import Degradation
 from diffusion import DiffusionModel, ProcessConfig
 from engine.checkpoint import load_checkpoint, save_checkpoint
-from engine.run import locked
-from models import load_model
-from tests.runs import start, wait_for
-from train_diffusion import build_parser, choose_held_out, main, make_datasets, parse
+from engine.processes import Processes
+from engine.run import RunFiles, locked
+from models import export_safetensors, load_model
+from tests.runs import start
+from train_diffusion import (
+    build_parser,
+    describe_end,
+    flags_for_few_images,
+    keep_global_batch,
+    main,
+    make_datasets,
+    parse,
+    parse_flags,
+    read_settings,
+)
 from training import TrainingConfig, new_state, optimizer_for
-from unet import UNet
 
 ROOT = Path(__file__).parent.parent
 TINY = "--img_size 32 --downscale_factor 2 --batch_size 2 --accumulation_steps 1 --unet_base_dim 8".split()
 TINY += "--unet_dim_mults 1 2 --context_dim 16 --blocks_per_level 1 --predictor_blocks 1".split()
 TINY += "--device cpu --precision fp32 --learning_rate 1e-3".split()
+CPU = torch.device("cpu")
 
 
 def flags(photo_folder, folder, *more):
@@ -36,6 +49,16 @@ def flags(photo_folder, folder, *more):
 
 def newest(folder, kind="last"):
     return next((folder / "checkpoints").glob(f"*/diffusion_model_*_{kind}.pth"))
+
+
+def logged(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((folder / "logs").iterdir()))).Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+# ------------------------------------------------------------------------------------------------- flags
 
 
 def test_the_defaults_are_the_ones_the_mission_names():
@@ -54,33 +77,16 @@ def test_the_defaults_are_the_ones_the_mission_names():
         "unet_dim_mults": (1, 2, 4),
         "log_dir": os.path.abspath("logs"),
         "checkpoint_dir": os.path.abspath("checkpoints"),
-        "weights_path": None,
     }
     assert {name: getattr(args, name) for name in expected} == expected
+    assert parse([])[0].training.accumulation_steps == 64
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.args")), ids=lambda path: path.name)
 def test_every_recipe_is_understood(recipe):
-    settings, checkpoint = parse([f"@{recipe}", "--init_weights", "clean"])  # which a last phase needs
+    settings, checkpoint = parse([f"@{recipe}", "--init_weights", "clean"])
     assert settings.training.max_steps
     assert checkpoint is None
-
-
-@pytest.mark.slow  # bitsandbytes takes seconds to import
-def test_eight_bit_adamw_is_the_default_on_cuda_only():
-    config = parse([])[0].training
-    for device, expected in (("cuda", "adamw8bit"), ("cpu", "adamw"), ("mps", "adamw")):
-        assert optimizer_for(config, torch.device(device)) == expected
-
-
-def test_the_split_is_disjoint_complete_and_repeatable(photo_folder):
-    settings, _ = parse([*TINY, "--image_folder", str(photo_folder), "--val_fraction", "0.3"])
-    training, validation = make_datasets(settings, None)
-    assert len(validation) == 2
-    assert not set(training.paths) & set(validation.paths)
-    assert len(set(training.paths) | set(validation.paths)) == 6
-    assert make_datasets(settings, None)[1].paths == validation.paths
-    assert not validation.train
 
 
 def test_epochs_become_steps():
@@ -89,100 +95,257 @@ def test_epochs_become_steps():
     assert config.resolved(20, world_size=2).max_steps == 6
 
 
-@pytest.fixture(scope="module")
-def finished(photo_folder, tmp_path_factory):
-    """A run of the script: its folder, and what it printed."""
-    folder = tmp_path_factory.mktemp("finished")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert main(flags(photo_folder, folder, "--max_steps", "6", "--validate_every", "3")) == 0
-    return folder, printed.getvalue()
+@pytest.mark.slow  # bitsandbytes takes seconds to import
+def test_eight_bit_adamw_is_the_default_on_cuda_only():
+    for device, expected in (("cuda", "adamw8bit"), ("cpu", "adamw"), ("mps", "adamw")):
+        assert optimizer_for(TrainingConfig(), torch.device(device)) == expected
 
 
-@pytest.mark.slow
-def test_a_run_says_what_it_does_and_what_comes_next(finished):
-    folder, printed = finished
-    assert "UNet" in printed  # torchinfo's table
-    assert "5 training and 1 validation images" in printed
-    assert f"tensorboard --logdir {folder / 'logs'}" in printed
-    assert f"--weights_path {newest(folder, 'best')}" in printed
+def test_eight_bit_adamw_that_does_not_import_is_replaced_where_nobody_asked_for_it(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    assert optimizer_for(TrainingConfig(), torch.device("cuda")) == "adamw"
+    assert "bitsandbytes" in caplog.text
+    with pytest.raises(ValueError, match="adamw8bit"):
+        new_state(torch.nn.Linear(2, 2), TrainingConfig(optimizer="adamw8bit"))
 
 
-def test_files_are_where_the_mission_says(finished):
-    folder, _ = finished
-    path = newest(folder, "best")
-    assert re.fullmatch(r"v_prediction_\d{8}-\d{6}", path.parent.name)
-    assert path.name == "diffusion_model_v_prediction_best.pth"
-    assert list((folder / "logs" / path.parent.name).glob("events.*"))
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--strength", "0.5"], "--strength"),
+        (["--degradation", "photo", "--blur_sigma", "3", "1"], "--blur_sigma"),
+        (["--degradation", "fog"], "--degradation is 'fog'"),
+        (["--image_folder", "/nowhere"], "/nowhere"),
+        (["--img_size", "31"], "31"),
+        (["--img_size", "64"], "64"),
+        (["--device", "quantum"], "--device is 'quantum'"),
+        (["--device", "cpu:x"], "--device is 'cpu:x'"),
+        (["--weights_path", "gone.pth"], "gone.pth"),
+        (["--weights_path", ""], "--weights_path"),
+        (["--weights_path", str(ROOT / "weights" / "x4.safetensors")], "init_weights"),
+        (["--init_weights", "gone.pth"], "gone.pth"),
+        (["--init_weights", "sharp"], "clean, photo"),
+        (["--val_fraction", "2"], "--val_fraction"),
+        (["--val_folder", "/nowhere"], "/nowhere"),
+        (["--learning_rate", "-1"], "--learning_rate"),
+        (["--residual_std", "0"], "--residual_std"),
+        (["--unet_base_dim", "7"], "--unet_base_dim"),
+        (["--diffusion_mode", "magic"], "magic"),
+        (["--timesteps", "0"], "--timesteps"),
+        (["--max_steps", "0"], "--max_steps"),
+        (["--cache_gb", "nan"], "--cache_gb"),
+        (["--seed", "-1"], "--seed"),
+        (["--checkpoint_dir", f"{__file__}/runs"], "--checkpoint_dir"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(photo_folder, tmp_path, capsys, more, message):
+    assert main([*flags(photo_folder, tmp_path), *more]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.strip().count("\n") == 0
+    assert printed.err.startswith("train_diffusion.py: error: ")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_checkpoint_rebuilds_the_network(finished):
-    loaded = load_model(newest(finished[0]), UNet)
-    assert loaded.network.config.base_dim == 8
-    assert loaded.process == ProcessConfig()
-    assert float(loaded.network.scale) == 2
+# ------------------------------------------------------------------------------------------------- the images
 
 
-def test_the_optimizer_is_decided_once_and_recorded(finished):
-    assert load_checkpoint(newest(finished[0]))["training"]["optimizer"] == "adamw"
+@pytest.fixture
+def photos(photo_folder, tmp_path):
+    return Path(shutil.copytree(photo_folder, tmp_path / "photos"))
 
 
-def logged(folder, tag="train/loss"):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def split(folder, *more, held_out=None):
+    """The names that are trained on, and those that are validated on, of six images."""
+    datasets = make_datasets(parse([*TINY, "--image_folder", str(folder), *more])[0], held_out)
+    return [[path.relative_to(folder).as_posix() for path in dataset.paths] for dataset in datasets]
 
-    events = EventAccumulator(str(next((folder / "logs").iterdir()))).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+def test_the_split_is_disjoint_complete_and_belongs_to_the_names(photos):
+    training, validation = split(photos, "--val_fraction", "0.3")
+    assert len(validation) == 2
+    assert sorted(training + validation) == [f"{number}.png" for number in range(6)]
+    assert split(photos, "--val_fraction", "0.3") == [training, validation]
+    assert split(photos, "--val_fraction", "0.3", "--seed", "1") != [training, validation]
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        shutil.copy(photos / "0.png", photos / name)
+    assert split(photos, held_out=validation)[1] == validation  # a resumed run, after the folder has grown
+
+
+def test_validation_images_that_are_gone_are_counted_and_refused_when_none_is_left(photos, caplog):
+    names = ["0.png", "1.png"]
+    (photos / "1.png").rename(photos / "renamed.png")
+    assert split(photos, held_out=names)[1] == ["0.png"]
+    assert "1 of 2 validation images are gone, such as 1.png" in caplog.text
+    (photos / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"none of the 2 images .*0\.png"):
+        split(photos, held_out=names)
+
+
+def test_nothing_of_the_validation_folder_is_trained_on_and_all_is_validated_on(photos):
+    (photos / "val").mkdir()
+    for number in range(70):  # more than are held out of a folder
+        shutil.copy(photos / "0.png", photos / "val" / f"{number}.png")
+    (photos / "link.png").symlink_to(photos / "val" / "0.png")
+    training, validation = split(photos, "--val_folder", str(photos / "val"))
+    assert training == [f"{number}.png" for number in range(6)]
+    assert len(validation) == 70
+    with pytest.raises(ValueError, match="--val_folder"):
+        split(photos, "--val_folder", str(photos))
+
+
+def test_images_that_are_left_out_are_a_count_and_three_names(photos, caplog):
+    for number in range(5):
+        (photos / f"broken_{number}.png").write_bytes(b"no image")
+    split(photos)
+    warning = [record.message for record in caplog.records if "left out" in record.message]
+    assert len(warning) == 1
+    assert warning[0].startswith("5 of 11 images")
+    assert warning[0].count("broken_") == 3
+
+
+# ------------------------------------------------------------------------------------------------- a run
 
 
 LENGTH = "--max_steps 10 --save_every 4 --log_every 1 --validate_every 5 --warmup_steps 1".split()
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(photo_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    assert main(flags(photo_folder, folder, *LENGTH)) == 0
-    return folder
+def finished(photo_folder, tmp_path_factory):
+    """A run of the script: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(flags(photo_folder, folder, *LENGTH)) == 0
+    return folder, printed.getvalue()
+
+
+def test_a_run_says_what_it_does_and_writes_what_the_mission_says(finished):
+    folder, printed = finished
+    path = newest(folder, "best")
+    assert re.fullmatch(r"v_prediction_\d{8}-\d{6}", path.parent.name)
+    assert path.name == "diffusion_model_v_prediction_best.pth"
+    assert list((folder / "logs" / path.parent.name).glob("events.*"))
+    for said in (
+        "UNet",
+        f"tensorboard --logdir {folder / 'logs'}",
+        f"--weights_path {path}",
+        "warning: 10 steps",
+    ):
+        assert said in printed
+    assert printed.isascii() or not str(folder).isascii()
+
+
+def test_a_checkpoint_rebuilds_its_network_and_says_how_it_was_trained(finished):
+    loaded, content = load_model(newest(finished[0])), load_checkpoint(newest(finished[0]))
+    assert loaded.network.config.base_dim == 8
+    assert loaded.process == ProcessConfig(1000, "v_prediction", "cosine")
+    assert float(loaded.network.scale) == 2
+    assert content["training"]["optimizer"] == "adamw"  # what auto was
+    assert (content["images"], content["world_size"], len(content["held_out"])) == (5, 1, 1)
+
+
+def test_a_resumed_run_takes_its_flags_from_the_checkpoint(finished):
+    path = ["--weights_path", str(newest(finished[0]))]
+    settings, checkpoint = parse([*path, "--unet_base_dim", "8", "--max_steps", "20"])
+    assert settings.network.dim_mults == (1, 2)
+    assert (settings.data.img_size, settings.training.max_steps) == (32, 20)
+    assert checkpoint.content["step"] == 10
+    assert parse([*path, "--epochs", "2"])[0].training.max_steps is None
+    with pytest.raises(ValueError, match=r"--unet_base_dim is 16, .* with 8"):
+        parse([*path, "--unet_base_dim", "16"])
+
+
+def test_another_number_of_processes_keeps_the_global_batch_or_is_refused(finished):
+    settings, checkpoint = parse(["--weights_path", str(newest(finished[0]))])
+    checkpoint.content["world_size"] = 6
+    assert keep_global_batch(settings, checkpoint, Processes(CPU, 1, 6)) == settings
+    assert keep_global_batch(settings, checkpoint, Processes(CPU, 1, 2)).training.accumulation_steps == 3
+    with pytest.raises(ValueError, match="4 processes"):
+        keep_global_batch(settings, checkpoint, Processes(CPU, 1, 4))
+
+
+def test_the_printed_line_starts_the_run_as_it_was_started(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for world_size, start_line in ((1, "python"), (2, "torchrun --nproc_per_node 2")):
+        *_, line = describe_end(RunFiles(tmp_path, tmp_path, "m"), signal.SIGTERM, world_size)
+        assert line == f"resume: {start_line} train_diffusion.py --weights_path {tmp_path}/m_last.pth"
+
+
+def test_a_checkpoint_from_before_a_flag_existed_had_its_default(finished, tmp_path):
+    content = load_checkpoint(newest(finished[0]))
+    del content["objective"]["token_dropout"]
+    save_checkpoint(tmp_path / "old_last.pth", content)
+    path = ["--weights_path", str(tmp_path / "old_last.pth")]
+    assert parse([*path, "--token_dropout", "0.1"])[0].objective.token_dropout == 0.1
+    with pytest.raises(ValueError, match=r"--token_dropout is 0\.5.*0\.1"):
+        parse([*path, "--token_dropout", "0.5"])
+
+
+def test_a_checkpoint_without_settings_cannot_be_resumed(tmp_path):
+    save_checkpoint(tmp_path / "bare.pth", {"step": 3})
+    with pytest.raises(ValueError, match=r"bare\.pth"):
+        parse(["--weights_path", str(tmp_path / "bare.pth")])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "status", "saved"),
-    [(signal.SIGTERM, 128 + signal.SIGTERM, 7), (signal.SIGKILL, -signal.SIGKILL, 4)],
-)
+@pytest.mark.parametrize(("number", "saved"), [(signal.SIGTERM, 7), (signal.SIGKILL, 4)])
 def test_resume_is_bit_exact_and_needs_only_the_checkpoint(
-    number, status, saved, uninterrupted, photo_folder, tmp_path, monkeypatch
+    number, saved, finished, photo_folder, tmp_path, monkeypatch
 ):
-    """A request to stop, and an end as by a power cut, during step 7: in the middle of an epoch of three."""
+    """A signal to the whole job, as SLURM or systemd send it, and a power cut: in the middle of an epoch."""
     loss, calls = DiffusionModel.loss, []
 
     def interrupted(self, *arguments, **keywords):
         if "t" not in keywords:  # not the curve of a validation
             calls.append(1)
             if len(calls) == 7:
-                os.kill(os.getpid(), number)
+                os.killpg(os.getpid(), number)
         return loss(self, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
         patch.setattr(DiffusionModel, "loss", interrupted)
-        process = start(main, flags(photo_folder, tmp_path, *LENGTH), tmp_path / "printed")
+        more = [*LENGTH, "--num_workers", "2"]
+        process = start(main, flags(photo_folder, tmp_path, *more), tmp_path / "printed")
     process.join(60)
-    assert process.exitcode == status
+    said = (tmp_path / "printed").read_text()
+    assert process.exitcode == (-number if number == signal.SIGKILL else 128 + number), said
+    assert ("resume: python train_diffusion.py" in said) == (number == signal.SIGTERM)
+    assert "Traceback" not in said
     assert load_checkpoint(newest(tmp_path))["step"] == saved
     time.sleep(1)  # TensorBoard orders the logs of two processes by the second in their names
-    assert main(["--weights_path", str(newest(tmp_path))]) == 0
-    ours, theirs = load_checkpoint(newest(tmp_path)), load_checkpoint(newest(uninterrupted))
-    assert ours["step"] == 10
-    assert ours["best_score"] == theirs["best_score"]
+    assert main(["--weights_path", str(newest(tmp_path)), "--num_workers", "0"]) == 0
+    ours, theirs = load_checkpoint(newest(tmp_path)), load_checkpoint(newest(finished[0]))
+    assert (ours["step"], ours["best_score"]) == (10, theirs["best_score"])
     for content in (ours, theirs):
-        content["moments"] = {
-            f"{number} {name}": value
-            for number, moments in content["optimizer"]["state"]["state"].items()
-            for name, value in moments.items()
-        }
+        moments = content["optimizer"]["state"]["state"]
+        content["moments"] = {(n, name): value for n in moments for name, value in moments[n].items()}
     for part in ("model", "ema", "moments"):
         assert ours[part].keys() == theirs[part].keys()
         assert all(torch.equal(ours[part][name], value) for name, value in theirs[part].items())
-    assert logged(tmp_path) == logged(uninterrupted)
+    assert logged(tmp_path) == logged(finished[0])
     assert [step for step, _ in logged(tmp_path)] == list(range(1, 11))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_another_folder_says_what_changed_and_is_held_by_one_process(
+    finished, photos, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(photos.parent)
+    places = ["--log_dir", str(tmp_path / "logs"), "--checkpoint_dir", str(tmp_path / "checkpoints")]
+    assert main([*TINY, "--image_folder", photos.name, *places, "--max_steps", "2"]) == 0
+    monkeypatch.chdir("/")
+    shutil.copy(photos / "0.png", photos / "another.png")
+    path = newest(tmp_path)
+    capsys.readouterr()
+    assert main(["--weights_path", str(path)]) == 0
+    assert "finished" in capsys.readouterr().out
+    with locked(path.parent):
+        assert main(["--weights_path", str(path), "--max_steps", "3"]) == 2
+    assert str(path.parent) in capsys.readouterr().err
+    assert main(["--weights_path", str(path), "--max_steps", "3"]) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("3 steps long instead of 2", "6 training images instead of 5"))
+    assert len(list((tmp_path / "logs").iterdir())) == 1
 
 
 @pytest.mark.slow
@@ -199,83 +362,27 @@ def test_bf16_and_fp32_learn_alike(photo_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_the_whole_job_saves_and_prints_how_to_go_on(photo_folder, tmp_path, number):
-    """As a terminal, SLURM or systemd send it: the workers that read images get it, too."""
-    more = ["--max_steps", "100000", "--num_workers", "2", "--save_every", "2"]
-    printed = tmp_path / "printed"
-    job = start(main, flags(photo_folder, tmp_path, *more), printed)
-    wait_for(lambda: list(tmp_path.glob("checkpoints/*/*_last.pth")), job)
-    os.killpg(job.pid, number)
-    job.join(60)
-    assert job.exitcode == 128 + number
-    said = printed.read_text()
-    assert f"resume: python train_diffusion.py --weights_path {newest(tmp_path)}" in said
-    assert "Traceback" not in said
-    assert load_checkpoint(newest(tmp_path))["step"] >= 2
-
-
-def test_a_flag_that_contradicts_the_checkpoint_is_refused(finished, capsys):
-    path = str(newest(finished[0]))
-    assert main(["--weights_path", path, "--unet_base_dim", "16"]) == 2
-    error = capsys.readouterr().err
-    assert "--unet_base_dim is 16" in error
-    assert "trained with 8" in error
+def test_a_new_run_may_start_from_weights_of_its_kind(finished, photo_folder, tmp_path, capsys):
+    beginning = tmp_path / "model.safetensors"
+    export_safetensors(load_model(newest(finished[0])), beginning)
+    begun = flags(photo_folder, tmp_path, "--init_weights", str(beginning), "--max_steps", "1")
+    for flag, value, named in (("downscale_factor", "4", "by 2"), ("diffusion_mode", "clean", "clean")):
+        assert main([*begun, f"--{flag}", value]) == 2
+        assert named in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
+    assert main([*begun, "--learning_rate", "1e-12", "--residual_std", "1"]) == 0
+    after = load_checkpoint(newest(tmp_path))
+    for name, value in load_model(beginning).network.state_dict().items():
+        expected = torch.ones(()) if name == "residual_std" else value
+        torch.testing.assert_close(after["model"][name], expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.slow
-def test_a_resumed_run_takes_its_flags_from_the_checkpoint(finished):
-    path = ["--weights_path", str(newest(finished[0]))]
-    settings, checkpoint = parse([*path, "--unet_base_dim", "8", "--max_steps", "20"])
-    assert settings.network.dim_mults == (1, 2)
-    assert settings.data.img_size == 32
-    assert settings.training.max_steps == 20
-    assert checkpoint.content["step"] == 6
-    assert parse([*path, "--epochs", "2"])[0].training.max_steps is None
-
-
-@pytest.mark.slow
-def test_a_profile_is_written_beside_the_curves(photo_folder, tmp_path):
-    small = "--unet_dim_mults 1 --conditioning concat --attention_levels --max_steps 11 --profile".split()
-    assert main(flags(photo_folder, tmp_path, *small)) == 0
-    trace = next((tmp_path / "logs").glob("*/*.pt.trace.json")).read_text()
-    assert "aten::mkldnn_convolution" in trace or "aten::convolution" in trace
-    assert trace.count('"ProfilerStep#') == 5
-
-
-@pytest.mark.slow
-def test_a_checkpoint_from_before_a_flag_existed_had_its_default(finished, tmp_path):
-    content = load_checkpoint(newest(finished[0]))
-    content["objective"] |= {"timestep_density": "uniform", "perceptual_weight": 0.0}
-    del content["objective"]["token_dropout"]
-    save_checkpoint(tmp_path / "old_last.pth", content)
-    path = ["--weights_path", str(tmp_path / "old_last.pth")]
-    assert parse([*path, "--token_dropout", "0.1"])[0].objective.token_dropout == 0.1
-    with pytest.raises(ValueError, match=r"--token_dropout.*0\.2.*0\.1"):
-        parse([*path, "--token_dropout", "0.2"])
-    content["objective"]["perceptual_weight"] = 1.0
-    save_checkpoint(tmp_path / "old_last.pth", content)
-    with pytest.raises(ValueError, match=r"perceptual_weight.*1\.0"):
-        parse(path)
-
-
-@pytest.mark.slow
-def test_a_new_run_may_start_from_trained_weights(finished, photo_folder, tmp_path):
-    start = newest(finished[0])
-    more = ["--init_weights", str(start), "--max_steps", "1", "--learning_rate", "1e-12"]
-    assert main(flags(photo_folder, tmp_path, *more)) == 0
-    before, after = load_model(start, UNet).network.state_dict(), load_checkpoint(newest(tmp_path))
-    assert after["step"] == 1
-    for name, value in before.items():
-        torch.testing.assert_close(after["model"][name], value, atol=1e-9, rtol=0)
-
-
-@pytest.mark.slow
-def test_a_run_on_photos_records_what_it_undoes_and_goes_on_with_it(photo_folder, tmp_path, capsys):
+def test_a_run_on_photos_records_what_it_undoes_and_goes_on_with_it(photo_folder, tmp_path):
     photo = ["--degradation", "photo", "--strength", "0.4", "--noise_sigma", "2", "20"]
     assert main(flags(photo_folder, tmp_path, *photo, "--max_steps", "2", "--num_workers", "1")) == 0
     path = newest(tmp_path)
-    expected = Degradation("photo", scale=2.0, strength=0.4, noise_sigma=(2.0, 20.0))
+    expected = Degradation.of(kind="photo", scale=2.0, strength=0.4, noise_sigma=(2.0, 20.0))
     assert load_model(path).degradation == expected
     resume = ["--weights_path", str(path)]
     assert parse([*resume, "--degradation", "photo", "--strength", "0.4"])[0].degradation == expected
@@ -286,183 +393,81 @@ def test_a_run_on_photos_records_what_it_undoes_and_goes_on_with_it(photo_folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--strength", "0.5"], "--strength"),
-        (["--degradation", "photo", "--blur_sigma", "3", "1"], "--blur_sigma"),
-        (["--image_folder", "/nowhere"], "/nowhere"),
-        (["--img_size", "31"], "31"),
-        (["--img_size", "64"], "64"),
-        (["--device", "quantum"], "quantum"),
-        (["--weights_path", "gone.pth"], "gone.pth"),
-        (["--init_weights", "gone.pth"], "gone.pth"),
-        (["--val_fraction", "2"], "val_fraction"),
-        (["--val_folder", "/nowhere"], "/nowhere"),
-        (["--learning_rate", "-1"], "learning_rate"),
-        (["--residual_std", "0"], "residual_std"),
-        (["--unet_base_dim", "7"], "base_dim"),
-        (["--timesteps", "0"], "timesteps"),
-        (["--max_steps", "0"], "max_steps"),
-        (["--cache_gb", "-1"], "cache_gb"),
-        (["--cache_gb", "nan"], "cache_gb"),
-        (["--seed", "-1"], "--seed"),
-        (["--diffusion_mode", "magic"], "magic"),
-        (["--device", "cpu:x"], "--device is 'cpu:x'"),
-    ],
-)
-def test_wrong_input_is_one_line_and_leaves_nothing(photo_folder, tmp_path, capsys, more, message):
-    assert main([*flags(photo_folder, tmp_path), *more]) == 2
-    printed = capsys.readouterr()
-    assert message in printed.err
-    assert printed.err.strip().count("\n") == 0
-    assert printed.err.startswith("train_diffusion.py: error: ")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_checkpoint_without_settings_cannot_be_resumed(tmp_path, capsys):
-    save_checkpoint(tmp_path / "bare.pth", {"step": 3})
-    assert main(["--weights_path", str(tmp_path / "bare.pth")]) == 2
-    assert "bare.pth" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_noise_that_never_ends_is_not_hidden(photo_folder, tmp_path, capsys):
-    more = ["--learning_rate", "1e30", "--max_steps", "60", "--max_grad_norm", "1e30", "--warmup_steps", "0"]
-    assert main(flags(photo_folder, tmp_path, *more)) == 1
+def test_two_runs_of_one_second_have_a_folder_each_and_each_failure_is_a_line(
+    photo_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
+    wild = ["--learning_rate", "1e30", "--max_grad_norm", "1e30", "--warmup_steps", "0", "--max_steps", "60"]
+    assert main(flags(photo_folder, tmp_path, *wild)) == 1
     assert "finite" in capsys.readouterr().err
 
+    def out_of_memory(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-@pytest.mark.slow
-def test_the_split_belongs_to_the_file_and_a_resumed_run_keeps_it(photo_folder, tmp_path):
-    folder = tmp_path / "photos"
-    shutil.copytree(photo_folder, folder)
-    assert main(flags(folder, tmp_path, "--max_steps", "2", "--val_fraction", "0.3")) == 0
-    former = load_checkpoint(newest(tmp_path))["held_out"]
-    assert len(former) == 2
-    for name in ("a.png", "b.png", "c.png", "d.png"):
-        shutil.copy(folder / "0.png", folder / name)
-    settings, checkpoint = parse(["--weights_path", str(newest(tmp_path))])
-    training, validation = make_datasets(settings, checkpoint.content["held_out"])
-    assert sorted(path.name for path in validation.paths) == sorted(former)
-    assert len(training) == 8
-    names = [f"{number}.png" for number in range(100)]
-    assert choose_held_out(names, 0.1, 0) == choose_held_out(names[::-1], 0.1, 0)
-    assert choose_held_out(names, 0.1, 0) != choose_held_out(names, 0.1, 1)
-
-
-def test_validation_images_below_the_image_folder_are_not_trained_on(photo_folder, tmp_path):
-    folder = tmp_path / "photos"
-    shutil.copytree(photo_folder, folder)
-    shutil.copytree(photo_folder, folder / "val")
-    settings, _ = parse([*flags(folder, tmp_path), "--val_folder", str(folder / "val")])
-    training, validation = make_datasets(settings, None)
-    assert len(training) == len(validation) == 6
-    assert not set(training.paths) & set(validation.paths)
-
-
-@pytest.mark.slow
-def test_two_runs_of_one_second_have_a_folder_each(photo_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
-    for _ in range(2):
-        assert main(flags(photo_folder, tmp_path, "--max_steps", "1")) == 0
+    monkeypatch.setattr(DiffusionModel, "loss", out_of_memory)
+    assert main(flags(photo_folder, tmp_path, "--max_steps", "1")) == 1
+    assert "--batch_size" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "v_prediction_20260101-000000",
         "v_prediction_20260101-000000-2",
     ]
 
 
+def test_a_lock_clears_what_a_killed_save_left_and_a_file_system_without_locks_is_no_hindrance(
+    tmp_path, monkeypatch, caplog
+):
+    def without_locks(self, **_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for _ in range(2):
+        (tmp_path / ".0123.tmp").write_bytes(b"half a checkpoint")
+        with locked(tmp_path):
+            assert not (tmp_path / ".0123.tmp").exists()
+        monkeypatch.setattr(FileLock, "acquire", without_locks)
+    assert str(tmp_path) in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------- no flags
+
+
+def chosen(folder, *more):
+    given = parse_flags(["--image_folder", str(folder), *more])
+    return flags_for_few_images(given, read_settings(given)[0], Processes(CPU))
+
+
+def test_few_images_get_the_recipe_unless_a_length_is_given(photo_folder, tmp_path, capsys):
+    taken = chosen(photo_folder, "--img_size", "48")
+    assert taken[-2:] == ["--max_steps", "6000"]
+    assert "--predictor_blocks 12" in (said := capsys.readouterr().out)
+    assert said.startswith("6 images would be 40 steps")
+    settings, _ = parse([*taken, "--img_size", "48"])
+    assert (settings.training.optimizer, settings.data.img_size) == ("muon", 48)
+    for length in ("epochs", "max_steps", "accumulation_steps"):
+        assert chosen(photo_folder, f"--{length}", "1") == []
+
+
 @pytest.mark.slow
-def test_a_run_can_be_resumed_from_another_working_folder(photo_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(photo_folder.parent)
+def test_a_bare_command_learns(tmp_path, monkeypatch):
+    """Scaled down: no flag but those of a small network, and a short run, beat bicubic on held-out images."""
+    from examples.dead_leaves import draw_dead_leaves_folder
+
+    draw_dead_leaves_folder(tmp_path / "images", 24, 48, seed=0, min_radius=4)
+    monkeypatch.setattr("train_diffusion.LENGTHS", {"cpu": 100})
     places = ["--log_dir", str(tmp_path / "logs"), "--checkpoint_dir", str(tmp_path / "checkpoints")]
-    assert main([*TINY, "--image_folder", photo_folder.name, *places, "--max_steps", "2"]) == 0
-    monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    path = str(newest(tmp_path))
-    assert main(["--weights_path", path]) == 0
-    assert "finished" in capsys.readouterr().out
-    assert main(["--weights_path", path, "--max_steps", "3"]) == 0
-    assert "3 steps long instead of 2" in capsys.readouterr().out
-    assert len(list((tmp_path / "logs").iterdir())) == 1
+    small = "--img_size 48 --unet_base_dim 16 --predictor_blocks 3 --warmup_steps 20 --ema_decay 0.98"
+    argv = [
+        "--image_folder",
+        str(tmp_path / "images"),
+        *places,
+        *small.split(),
+        "--device",
+        "cpu",
+        "--validate_every",
+        "200",
+    ]
+    assert main(argv) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
-@pytest.mark.slow
-def test_a_run_that_another_process_holds_is_not_resumed(finished, capsys):
-    path = newest(finished[0])
-    with locked(path.parent):
-        assert main(["--weights_path", str(path), "--max_steps", "9"]) == 2
-    assert str(path.parent) in capsys.readouterr().err
-
-
-def test_what_a_killed_save_left_is_removed_by_the_next_run(finished):
-    folder = newest(finished[0]).parent
-    (folder / ".0123.tmp").write_bytes(b"half a checkpoint")
-    with locked(folder):
-        assert not (folder / ".0123.tmp").exists()
-
-
-@pytest.mark.slow
-def test_weights_of_another_enlargement_or_process_are_no_start(finished, photo_folder, tmp_path, capsys):
-    start = ["--init_weights", str(newest(finished[0])), "--max_steps", "1"]
-    assert main([*flags(photo_folder, tmp_path), *start, "--downscale_factor", "4"]) == 2
-    assert "enlarges by 2," in capsys.readouterr().err
-    assert main([*flags(photo_folder, tmp_path), *start, "--diffusion_mode", "clean"]) == 2
-    assert "clean" in capsys.readouterr().err
-    assert not (tmp_path / "checkpoints").exists()
-
-
-@pytest.mark.slow
-def test_memory_that_runs_out_is_one_line_with_the_remedy(photo_folder, tmp_path, capsys, monkeypatch):
-    def out_of_memory(*_, **__):
-        raise RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
-        )
-
-    monkeypatch.setattr(DiffusionModel, "loss", out_of_memory)
-    assert main(flags(photo_folder, tmp_path, "--max_steps", "1")) == 1
-    error = capsys.readouterr().err
-    assert "--batch_size" in error
-    assert "Traceback" not in error
-
-
-def test_a_run_too_short_to_learn_says_so_before_it_starts(finished):
-    assert "warning: 6 steps" in finished[1]
-
-
-@pytest.mark.slow
-def test_images_left_out_are_counted_and_the_measured_residual_std_can_be_overruled(
-    photo_folder, tmp_path, capsys
-):
-    folder = tmp_path / "photos"
-    shutil.copytree(photo_folder, folder)
-    (folder / "broken.png").write_bytes(b"no image")
-    assert main(flags(folder, tmp_path, "--max_steps", "1", "--residual_std", "1")) == 0
-    assert "1 left out" in capsys.readouterr().out
-    unet = load_model(newest(tmp_path), UNet).network
-    assert float(unet.residual_std) == 1
-    assert float(unet.scale) == 2
-
-
-def test_an_empty_path_is_refused(capsys):
-    assert main(["--weights_path", ""]) == 2
-    assert "--weights_path" in capsys.readouterr().err
-
-
-def test_eight_bit_adamw_that_does_not_import_is_replaced_where_nobody_asked_for_it(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    assert optimizer_for(TrainingConfig(), torch.device("cuda")) == "adamw"
-    assert "bitsandbytes" in caplog.text
-    with pytest.raises(ValueError, match="adamw8bit"):
-        new_state(torch.nn.Linear(2, 2), TrainingConfig(optimizer="adamw8bit"))
-
-
-@pytest.mark.slow
-def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(
-    photo_folder, tmp_path, capsys, monkeypatch
-):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(DiffusionModel, "loss", None)  # a step would fail
-    places = ["--checkpoint_dir", str(tmp_path / "file" / "runs"), "--max_steps", "1"]
-    assert main([*flags(photo_folder, tmp_path), *places]) == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    events = EventAccumulator(str(next((tmp_path / "logs").iterdir()))).Reload()
+    assert events.Scalars("validation/psnr_over_bicubic")[-1].value > 0.1  # 0.23 when written
+    assert load_checkpoint(newest(tmp_path))["training"]["optimizer"] == "muon"

@@ -270,7 +270,7 @@ def test_a_file_that_breaks_later_is_replaced_and_marked(tmp_path, caplog):
     dataset = ImageDataset(tmp_path, 16, 4)
     (tmp_path / "1.png").unlink()
     assert int(dataset.crop(1).high_res[0, 0, 0]) == 100
-    assert dataset.failed.tolist() == [False, True, False]
+    assert list(dataset.failed) == [False, True, False]
     assert "1.png" in caplog.text
 
 
