@@ -16,6 +16,7 @@ import torch
 
 from engine.device import is_out_of_memory
 from engine.options import OptionError, Options, flag_of, path, specs
+from engine.processes import LostProcessError
 from engine.signals import Stopped, stopping_at_signals
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def run_script(
     signal n; other exceptions are mistakes of the program, and pass. `options` translate the field of an
     OptionError to its flag; `out_of_memory` is a remedy, `stopped` the state of the work after a signal.
     """
+    failures = (*failures, LostProcessError)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
