@@ -10,9 +10,10 @@ diffusion weights, by a perceptual distance and a discriminator (adversarial dif
 al. 2023). What predicts the mean is left alone, so that `fidelity` stays the same to the bit.
 
 Shapes: B batch, H x W pixels; images (B, 3, H, W) in [-1, 1]. The features of an image are five tensors
-(B, D_i, H_i, W_i), one of each stage of VGG16, of length 1 at each place.
+(B, D_i, H_i, W_i), one of each stage of VGG16, of length 1 at each place; its views are itself and these.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,32 +43,46 @@ from training import (
 )
 from util import Crops, Sample
 
-Features = list[Tensor]
+Views = list[Tensor]  # an image, then its features
+PIXEL_WIDTHS = (3, 32, 48, 64, 96, 96, 1)  # channels between the convolutions that look at pixels
+HALVING = (1, 3)  # which of these halve the size
 
 
 @dataclass(frozen=True)
 class SharpeningConfig(Options):
     """Options of the last phase; its noise levels are the process's."""
 
-    pixel_weight: float = option(0.2, "weight of the absolute error beside the perceptual distance", low=0)
+    pixel_weight: float = option(0.1, "weight of the absolute error beside the perceptual distance", low=0)
     adversarial_share: float = option(
-        0.5, "size of the discriminator's gradient over that of the perceptual distance", low=0
+        1.0, "size of the discriminator's gradient over that of the perceptual distance", low=0
     )
-    adversarial_warmup: int = option(60, "optimiser steps in which that size grows from 0", low=0)
-    discriminator_dim: int = option(64, "width of the heads of the discriminator", low=1)
-    discriminator_learning_rate: float = option(5e-4, "peak learning rate of the discriminator", above=0)
+    adversarial_pixel_weight: float = option(
+        0.3,
+        "weight of an absolute error with as large a gradient as the discriminator's of pixels",
+        low=0,
+    )
+    adversarial_warmup: int = option(60, "optimiser steps in which both grow from 0", low=0)
+    discriminator_dim: int = option(64, "width of the discriminator's heads on features", low=1)
+    discriminator_learning_rate: float = option(1e-3, "peak learning rate of the discriminator", above=0)
     most_psnr_lost: float = option(2.0, "dB below the predicted mean that the best checkpoint may be", low=0)
 
 
 class Discriminator(nn.Module):
-    """Tells restored images from originals by features of VGG16 (projected GANs, Sauer et al. 2021).
+    """Tells restored images from originals by pixels and by features of VGG16.
 
-    The perceptual distance computes the features anyway, so the discriminator costs next to nothing. Spectral
-    normalisation (Miyato et al. 2018, Eq. 8) bounds its slope.
+    The perceptual distance computes the features anyway, so that heads on them cost next to nothing
+    (projected GANs, Sauer et al. 2021). They are blind to a faint grid on smooth skin, which the head on
+    pixels sees (PatchGAN, Isola et al. 2017). Spectral normalisation (Miyato et al. 2018, Eq. 8) bounds
+    their slope.
     """
 
     def __init__(self, stage_dims: Sequence[int], dim: int = 64) -> None:
         super().__init__()
+        layers: list[nn.Module] = []
+        for number, (width, following) in enumerate(itertools.pairwise(PIXEL_WIDTHS)):
+            size, stride = (4, 2) if number in HALVING else (3, 1)
+            layers += [nn.LeakyReLU(0.2), spectral_norm(nn.Conv2d(width, following, size, stride, padding=1))]
+        self.pixels = nn.Sequential(*layers[1:])
         self.heads = nn.ModuleList(
             nn.Sequential(
                 spectral_norm(nn.Conv2d(width, dim, 1)),
@@ -79,23 +94,25 @@ class Discriminator(nn.Module):
             for width in stage_dims
         )
 
-    def forward(self, features: Features) -> list[Tensor]:
-        """(B, 1, H_i, W_i) of each stage, above 0 where the image looks like an original."""
-        # Features of length 1 differ by so little that the slope of the heads would not tell them apart.
-        return [
-            head(stage * stage.shape[1] ** 0.5).float()
-            for head, stage in zip(self.heads, features, strict=True)
+    def forward(self, views: Views) -> list[Tensor]:
+        """(B, 1, H_i, W_i) of the pixels and of each stage, above 0 where they look like an original's."""
+        image, *features = views
+        # The slope is bounded, and so small differences, as of features of length 1, would hardly be told.
+        scores = [self.pixels(3 * image)]
+        scores += [
+            head(stage * stage.shape[1] ** 0.5) for head, stage in zip(self.heads, features, strict=True)
         ]
+        return [score.float() for score in scores]
 
 
 class Seen(NamedTuple):
-    """The features of restored crops and of their originals, which the discriminator learns to tell apart."""
+    """Views of restored crops and of their originals, which the discriminator learns to tell apart."""
 
-    restored: Features
-    original: Features
+    restored: Views
+    original: Views
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Seen":
-        """The features where they are: on the device that made them."""
+        """The views where they are: on the device that made them."""
         return self
 
 
@@ -107,30 +124,34 @@ def generator_loss(
     config: SharpeningConfig,
     share: float,
 ) -> tuple[Tensor, Seen]:
-    """(B,): perceptual distance, absolute error, and the discriminator's verdict; and what that has seen.
+    """(B,): perceptual distance, absolute error, and the discriminator's verdicts; and what that has seen.
 
-    The verdict is weighed so that its gradient with respect to the features of each sample has `share` times
-    the length of the distance's (the adaptive weight of VQGAN, Esser et al. 2021, Eq. 7).
+    Verdicts are weighed by the length of their gradients, sample by sample (the adaptive weight of VQGAN,
+    Esser et al. 2021, Eq. 7): of the features' it is `share` times the distance's, of the pixels' `share`
+    times that of an absolute error of weight `adversarial_pixel_weight`.
     """
     features, originals = perceptual(restored), perceptual(original)
     distance = perceptual.distance(features, originals)
-    realness = torch.stack([stage.mean((1, 2, 3)) for stage in discriminator(features)]).mean(0)
-    weight = share * _gradient_length(distance, features) / _gradient_length(realness, features).clamp(1e-12)
-    pixels = (restored - original).abs().mean((1, 2, 3))
-    seen = Seen([one.detach() for one in features], originals)
-    return distance + config.pixel_weight * pixels - weight * realness, seen
+    error = (restored - original).abs().mean((1, 2, 3))
+    by_pixels, *by_stages = (score.mean((1, 2, 3)) for score in discriminator([restored, *features]))
+    by_features = torch.stack(by_stages).mean(0)
+    of_features = _gradient_length(distance, features) / _gradient_length(by_features, features).clamp(1e-12)
+    of_pixels = restored[0].numel() ** -0.5 / _gradient_length(by_pixels, [restored]).clamp(1e-12)
+    verdict = of_features * by_features + config.adversarial_pixel_weight * of_pixels * by_pixels
+    seen = Seen([one.detach() for one in (restored, *features)], [original, *originals])
+    return distance + config.pixel_weight * error - share * verdict, seen
 
 
 def discriminator_loss(discriminator: nn.Module, seen: Seen) -> Tensor:
-    """(B,): the hinge loss (Lim & Ye 2017), mean over stages and places."""
-    restored = [F.relu(1 + stage).mean((1, 2, 3)) for stage in discriminator(seen.restored)]
-    original = [F.relu(1 - stage).mean((1, 2, 3)) for stage in discriminator(seen.original)]
+    """(B,): the hinge loss (Lim & Ye 2017), mean over heads and places."""
+    restored = [F.relu(1 + score).mean((1, 2, 3)) for score in discriminator(seen.restored)]
+    original = [F.relu(1 - score).mean((1, 2, 3)) for score in discriminator(seen.original)]
     return torch.stack(restored).mean(0) + torch.stack(original).mean(0)
 
 
-def _gradient_length(losses: Tensor, features: Features) -> Tensor:
-    """(B,): the length of each sample's gradient with respect to its features."""
-    gradients = torch.autograd.grad(losses.sum(), features, retain_graph=True)
+def _gradient_length(losses: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """(B,): the length of each sample's gradient with respect to its inputs."""
+    gradients = torch.autograd.grad(losses.sum(), inputs, retain_graph=True)
     return torch.stack([one.float().flatten(1).square().sum(1) for one in gradients]).sum(0).sqrt()
 
 
