@@ -493,6 +493,7 @@ def test_a_signal_is_heeded_while_waiting_for_a_worker_that_is_stuck(tmp_path):
     class Stuck(Numbers):
         def __getitem__(self, key):
             if key[0] == 1:
+                time.sleep(3)  # until the steps of the first epoch are done
                 os.kill(os.getppid(), signal.SIGTERM)
                 time.sleep(300)
             return super().__getitem__(key)
