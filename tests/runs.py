@@ -11,8 +11,8 @@ def start(main, argv, output, **environment):
 
     It leads a process group of its own, and its exitcode is what main returns, or minus a signal.
     """
-    # A fork needs no imports. But libvips keeps idle threads for a while after it has written a picture, and a
-    # fork of that process waits for them for ever: what writes pictures forks from a server that wrote none.
+    # A fork needs no imports. But libvips keeps idle threads for a while after it has written a picture, and
+    # a fork of that process waits for them for ever: such processes fork from a server that wrote none.
     method = "forkserver" if main.__module__ == "infer" else "fork"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
