@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -227,8 +228,8 @@ def test_a_run_says_what_it_does_and_writes_what_the_mission_says(finished):
     assert list((folder / "logs" / path.parent.name).glob("events.*"))
     for said in (
         "UNet",
-        f"tensorboard --logdir {folder / 'logs'}",
-        f"--weights_path {path}",
+        f"tensorboard --logdir {shlex.quote(str(folder / 'logs'))}",
+        f"--weights_path {shlex.quote(str(path))}",
         "warning: 10 steps",
     ):
         assert said in printed
@@ -268,7 +269,8 @@ def test_the_printed_line_starts_the_run_as_it_was_started(tmp_path, monkeypatch
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for world_size, start_line in ((1, "python"), (2, "torchrun --nproc_per_node 2")):
         *_, line = describe_end(RunFiles(tmp_path, tmp_path, "m"), signal.SIGTERM, world_size)
-        assert line == f"resume: {start_line} train_diffusion.py --weights_path {tmp_path}/m_last.pth"
+        path = shlex.quote(f"{tmp_path}/m_last.pth")
+        assert line == f"resume: {start_line} train_diffusion.py --weights_path {path}"
 
 
 def test_a_checkpoint_from_before_a_flag_existed_had_its_default(finished, tmp_path):
