@@ -263,9 +263,8 @@ class DiffusionModel:
             if tokens is not None:
                 draws = torch.rand(len(tokens), 1, 1, generator=generator, device=tokens.device)
                 tokens = tokens * (draws >= self.objective.token_dropout)
-            with torch.autocast(self.device.type, enabled=False):
-                low_res, upscaled, _, residual = crops.sample(degradation)
-                clean = residual / network.residual_std
+            low_res, upscaled, _, residual = crops.sample(degradation)
+            clean = residual / network.residual_std
             context, mean = network.encode_context(Condition(upscaled, low_res, tokens))
             if mean is None:
                 return self.loss(model, clean, context, generator)
@@ -423,13 +422,11 @@ class ResidualGenerator:
 
         ValueError: a wrong shape, range or step count, or an untrained network.
         """
-        residuals = self.generate_residuals(
-            model, low_resolution_image, num_images, num_inference_steps, seed=seed, tokens=tokens
+        upscaled, residuals = self._generate(
+            model, low_resolution_image, num_images, num_inference_steps, seed, tokens
         )
-        upscaled = self._upscaled(model, low_resolution_image).repeat_interleave(num_images, dim=0)
         return to_unit_range((upscaled + residuals).clamp(-1, 1))
 
-    @torch.inference_mode()
     def generate_residuals(
         self,
         model: Network,
@@ -441,43 +438,50 @@ class ResidualGenerator:
         tokens: Tensor | None = None,
     ) -> Tensor:
         """(B * num_images, C, H, W) in [-2, 2]: what generate_images adds to the upscaled image."""
+        return self._generate(model, low_resolution_image, num_images, num_inference_steps, seed, tokens)[1]
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        model: Network,
+        low_res: Tensor,
+        num_images: int,
+        num_steps: int,
+        seed: int | None,
+        tokens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Make the upscaled images and their residuals, each (B * num_images, C, H, W)."""
         if num_images < 1:
             raise ValueError(f"num_images is {num_images}: give at least 1")
         if self.guidance != 1 and tokens is None:
             raise ValueError(f"guidance is {self.guidance}, but there are no tokens to strengthen: give some")
-        steps = self.plan(num_inference_steps)
-        upscaled = self._upscaled(model, low_resolution_image)
-        low_res = low_resolution_image.to(upscaled)
-        contexts, mean = self.encode(model, Condition(upscaled, low_res, tokens))
+        steps = self.plan(num_steps)
+        upscaled = self._upscaled(model, low_res)
+        contexts, mean = self.encode(model, Condition(upscaled, low_res.to(upscaled), tokens))
         if mean is None and not steps:
             raise ValueError("0 steps: this network predicts no mean; give 1 step or more")
-        base = upscaled if mean is None else upscaled + model.residual_std * mean.float()
-        denoise, residuals = partial(self.estimate, model, contexts=contexts, base=base), []
+        base, residuals = with_mean(model, upscaled, mean), []
+        denoise = partial(self.estimate, model, contexts=contexts, base=base)
         seed = torch.seed() % 2**62 if seed is None else seed
         for number in range(num_images):
             streams = [noise_stream(seed, number) for _ in upscaled]
+            noise = partial(draw_noise, streams, *upscaled.shape[1:])
             residual = base - upscaled
             if steps:
-                residual = residual + self._sample(steps, streams, base.shape, denoise) * model.residual_std
+                residual = residual + self.sample(steps, noise, denoise) * model.residual_std
             residuals.append(residual)
-        return torch.stack(residuals, dim=1).flatten(0, 1)
+        return upscaled.repeat_interleave(num_images, dim=0), torch.stack(residuals, dim=1).flatten(0, 1)
 
-    def _sample(
-        self,
-        steps: Sequence[Step],
-        streams: Sequence[torch.Generator],
-        shape: torch.Size,
-        denoise: Callable[[Tensor, int], Tensor],
+    def sample(
+        self, steps: Sequence[Step], draw: Callable[[], Tensor], denoise: Callable[[Tensor, int], Tensor]
     ) -> Tensor:
-        """(B, C, H, W) of unit variance, from the noise of the streams."""
-
-        def noise() -> Tensor:
-            return draw_noise(streams, *shape[1:]).to(self.device)
+        """(B, C, H, W) of unit variance: what the steps make of the standard normal noise that is drawn."""
 
         def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
-            return step.advance(noisy, cleans, noise() if step.noise_weight else None)
+            return step.advance(noisy, cleans, draw().to(self.device) if step.noise_weight else None)
 
-        return deque(sample(steps, self.initial_scale * noise(), denoise, advance), maxlen=1).pop()
+        noisy = self.initial_scale * draw().to(self.device)
+        return deque(sample(steps, noisy, denoise, advance), maxlen=1).pop()
 
     def plan(self, steps: int, eta: float = 0.0, detail: float = 1.0) -> tuple[Step, ...]:
         """Plan the evaluations, none for 0 steps; OptionError as samplers.sampler_steps.
@@ -532,6 +536,11 @@ class ResidualGenerator:
             raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
         scale = exact_scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
         return upscale_image(low_res.to(self.device, torch.float32), float(scale)).clamp(-1, 1)
+
+
+def with_mean(network: Network, upscaled: Tensor, mean: Tensor | None) -> Tensor:
+    """(B, C, H, W): the upscaled images, plus what the network predicts of their residuals, if anything."""
+    return upscaled if mean is None else upscaled + network.residual_std * mean.float()
 
 
 def measure_residual_std(dataset: ImageDataset, samples: int = 256) -> float:

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from degradation import Degradation
-from diffusion import ResidualGenerator, network_of
+from diffusion import ResidualGenerator, network_of, with_mean
 from engine.options import Options, option
 from engine.processes import Processes
 from evaluation.lpips import PerceptualFeatures
 from network import Condition, Network
-from samplers import sample as sample_steps
 from training import (
     Batches,
     MicroBatch,
@@ -173,6 +172,7 @@ class Sharpening:
     ) -> None:
         self.generator, self.degradation = generator, degradation
         self.perceptual, self.config = perceptual, config
+        self.steps = generator.plan(len(generator.diffusion.process.levels))
 
     def __call__(self, state: TrainState, config: ResolvedConfig, processes: Processes) -> StepFunction:
         """Freeze what predicts the mean, add a discriminator; ValueError where nothing predicts it."""
@@ -219,7 +219,7 @@ class Sharpening:
         rival.model.requires_grad_(False)
         report = train_step(state, loss, noted(), config, processes)
         rival.model.requires_grad_(True)
-        pairs = iter(list(zip(micro_batches, seen, strict=True)))
+        pairs = zip(micro_batches, seen, strict=True)
         other = train_step(
             rival, lambda model, features, _: discriminator_loss(model, features), pairs, adversary, processes
         )
@@ -233,10 +233,6 @@ class Sharpening:
         """(B, 3, H, W) in [-1, 1], from noise of that shape; gradients reach the refiner, not the mean."""
         with torch.no_grad():
             contexts, mean = self.generator.encode(network, Condition(sample.upscaled, sample.low_res))
-            base = sample.upscaled if mean is None else sample.upscaled + network.residual_std * mean.float()
+            base = with_mean(network, sample.upscaled, mean)
         denoise = partial(self.generator.estimate, network, contexts=contexts, base=base)
-        steps = self.generator.plan(len(self.generator.diffusion.process.levels))
-        *_, clean = sample_steps(
-            steps, self.generator.initial_scale * noise, denoise, lambda step, *images: step.advance(*images)
-        )
-        return base + network.residual_std * clean
+        return base + network.residual_std * self.generator.sample(self.steps, lambda: noise, denoise)
