@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args
 
 import torch
 
-from engine.cli import Parser, run_script, say, warn
-from engine.device import Precision, autocast_dtype
+from engine.cli import Parser, add_computing_flags, run_script, say, warn
+from engine.device import autocast_dtype
 from engine.options import add_flags, from_args, path
 from engine.processes import Processes, started_processes
 from evaluation.images import EvaluationConfig, ImageSet
@@ -60,9 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", "--weights_path", dest="weights_path", type=path, help=weights)
     network = "class of a network of your own that the weights are of (default: unet:UNet)"
     add("--network", default=name_of(UNet), metavar="MODULE:CLASS", help=network)
-    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    precision = "number format: auto is bf16 where the device has it natively (default: auto)"
-    add("--precision", choices=get_args(Precision), default="auto", help=precision)
+    add_computing_flags(add)
     group = parser.add_argument_group("restoring", "as infer.py does; each mode and each number has a row")
     add = group.add_argument
     modes = "modes of infer.py (default, without --detail and --steps: all)"

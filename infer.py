@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports below take seconds, Ctrl-C just ends it
@@ -23,8 +22,8 @@ if __name__ == "__main__":
 import torch
 from PIL import ImageColor
 
-from engine.cli import Parser, expand, run_script, say, warn
-from engine.device import Precision, autocast_dtype, compile_network
+from engine.cli import Parser, add_computing_flags, expand, run_script, say, warn
+from engine.device import autocast_dtype, compile_network
 from engine.options import OptionError, add_flags, from_args, path
 from engine.processes import Processes, started_processes
 from engine.progress import progress
@@ -47,9 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_file_flags(parser.add_argument_group("files").add_argument)
     add_flags(parser.add_argument_group("restoring"), RestoreConfig)
     add = parser.add_argument_group("computing").add_argument
-    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    precision = "number format: auto is bf16 where the device has it natively (default: auto)"
-    add("--precision", choices=get_args(Precision), default="auto", help=precision)
+    add_computing_flags(add)
     compiled = "compilation by torch.compile: a minute per new size of image, no gain on CPUs"
     add("--compile", action="store_true", help=compiled)
     return parser
@@ -224,9 +221,8 @@ def restore_all(tasks: Sequence[Task], chain: Chain, args: argparse.Namespace, p
     return 0 if done == len(tasks) else 1 if done else 2
 
 
-def open_models(args: argparse.Namespace) -> tuple[list[LoadedModel], str]:
-    """The models that the flags name, and which these are."""
-    paths = find_weights(args.weights_path, args.scale)
+def open_models(args: argparse.Namespace, paths: Sequence[Path]) -> tuple[list[LoadedModel], str]:
+    """Load the models of these files, the first blended if asked to, and say which they are."""
     network, names = network_class(args.network), ", ".join(map(str, paths))
     models = [load_model(file, network) for file in paths]
     if args.strength is None:
@@ -238,15 +234,16 @@ def open_models(args: argparse.Namespace) -> tuple[list[LoadedModel], str]:
     return models, f"{args.strength:g} of the way from {clean} to {names}"
 
 
-def export(args: argparse.Namespace, models: Sequence[LoadedModel], names: str) -> None:
-    """Write the model; ValueError where there are several, or for a wrong name."""
+def export(
+    args: argparse.Namespace, paths: Sequence[Path], models: Sequence[LoadedModel], names: str
+) -> None:
+    """Write the model of these files; ValueError where there are several, or for a wrong name."""
     target = Path(args.export)
     if len(models) > 1:
         raise ValueError(f"--export: --scale {args.scale:g} takes several models; give one of theirs")
     if target.suffix != ".safetensors":
         raise ValueError(f"--export {target}: the name must end in .safetensors")
-    sources = find_weights(args.weights_path, args.scale)
-    check_outputs([target], inputs=sources, overwrite=args.overwrite)
+    check_outputs([target], inputs=paths, overwrite=args.overwrite)
     export_safetensors(models[0], target)
     say(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {names}")
 
@@ -255,9 +252,10 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     if args.overwrite and args.skip_existing:
         raise ValueError("--overwrite and --skip_existing: give one of the two")
     config, device = from_args(RestoreConfig, args), processes.device
-    models, names = open_models(args)
+    paths = find_weights(args.weights_path, args.scale)
+    models, names = open_models(args, paths)
     if args.export is not None:
-        export(args, models, names)
+        export(args, paths, models, names)
         if not args.inputs and not args.input:
             return 0
     precision = autocast_dtype(device, args.precision)

@@ -29,7 +29,7 @@ from engine.cli import Parser, check_folder, run_script, say
 from engine.device import Precision, autocast_dtype, tune_for_training
 from engine.options import OptionError, Options, add_flags, flag_of, option, path, specs
 from engine.packages import import_optional
-from engine.processes import LostProcessError, Processes, started_processes
+from engine.processes import Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
 from evaluation.lpips import Lpips, MetricUnavailableError, PerceptualFeatures
@@ -520,7 +520,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train_diffusion.py",
         lambda: run(sys.argv[1:] if argv is None else argv),
         options=list(Settings.sections().values()),
-        failures=(NonFiniteError, WorkerError, LostProcessError, MetricUnavailableError),
+        failures=(NonFiniteError, WorkerError),
         out_of_memory="lower --batch_size and raise --accumulation_steps as much, or add "
         "--checkpoint_activations; the checkpoints are as they were",
         stopped="the checkpoints are as they were",

@@ -3,9 +3,9 @@
 Data and random numbers are functions of (seed, step), so a resumed run is the uninterrupted one (as in EDM2,
 Karras et al. 2024).
 
-Another kind of training has a state of its own (a subclass of TrainState, say, with a second network and its
-optimiser in `content`) and a step function, which takes the batches of one step, changes the state and counts
-the step. `train` gives it data, validation, checkpoints, curves, signals, and other processes.
+Another kind of training has a step function of its own, which takes the batches of one step, changes the
+state and counts the step; a second network and its optimiser are a state among `TrainState.others`. `train`
+gives it data, validation, checkpoints, curves, signals, and other processes.
 """
 
 import copy

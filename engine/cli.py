@@ -10,12 +10,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 
-from engine.device import is_out_of_memory
-from engine.options import OptionError, Options, flag_of, path, specs
+from engine.device import Precision, is_out_of_memory
+from engine.options import OptionError, Options, flag_of, one_line, path, specs
 from engine.processes import LostProcessError
 from engine.signals import Stopped, stopping_at_signals
 
@@ -27,6 +27,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def add_computing_flags(add: Callable[..., object]) -> None:
+    """Add --device and --precision to a group, by its `add_argument`."""
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    precision = "number format: auto is bf16 where the device has it natively (default: auto)"
+    add("--precision", choices=get_args(Precision), default="auto", help=precision)
 
 
 def expand(names: Sequence[str]) -> list[str]:
@@ -111,8 +118,3 @@ def with_flag(error: OptionError, options: Sequence[type[Options]]) -> str:
     """The message of an OptionError, with the flag instead of the field."""
     flag = next((flag_of(kind, error.field) for kind in options if error.field in specs(kind)), error.field)
     return f"--{flag} is {error.value!r}: {error.rule}"
-
-
-def one_line(error: BaseException) -> str:
-    """The message without line breaks, or the kind of error where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -30,6 +30,11 @@ class OptionError(ValueError):
         self.field, self.value, self.rule = name, value, rule
 
 
+def one_line(error: BaseException) -> str:
+    """Join the lines of a message, or name the kind of error where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Spec(NamedTuple):
     """What is known of an option beside its name and type."""
 

@@ -4,6 +4,8 @@ import importlib
 import logging
 from types import ModuleType
 
+from engine.options import one_line
+
 logger = logging.getLogger(__name__)
 # What a package that is missing, or built for other versions, has been seen to raise when it is imported.
 IMPORT_ERRORS = (ImportError, RuntimeError, OSError, AttributeError, ValueError, TypeError)
@@ -14,6 +16,5 @@ def import_optional(name: str, instead: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except IMPORT_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        logger.warning("%s: %s cannot be imported (%s)", instead, name, reason)
+        logger.warning("%s: %s cannot be imported (%s)", instead, name, one_line(error))
         return None

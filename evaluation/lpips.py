@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from engine.cli import one_line
+from engine.options import one_line
 from evaluation.metrics import BROKEN_PACKAGE, check_pair
 
 WEIGHTS_VARIABLE = "SR_LPIPS_WEIGHTS"

@@ -7,8 +7,8 @@ from typing import cast
 import numpy as np
 
 from bicubic import upscale_image
-from engine.cli import one_line
 from engine.device import is_out_of_memory
+from engine.options import one_line
 from imaging.atomic import write_atomically
 from imaging.files import DecodedImage, check_format, decode_image, read_rgb, write_image
 from imaging.metadata import Metadata

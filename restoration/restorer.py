@@ -217,8 +217,9 @@ class Restorer:
         Unlike `restore`, it rounds nothing; all images have the same noise.
         """
         self.check(tokens=tokens is not None)
-        restored, _ = self._restore(to_model_range(low_res), self.steps, tokens)
-        self._make_consistent(restored, to_model_range(low_res))
+        low_res = to_model_range(low_res)
+        restored, _ = self._restore(low_res, self.steps, tokens)
+        self._make_consistent(restored, low_res)
         return restored.cpu().clone()  # no tensor of inference mode
 
     def tiles(self, height: int, width: int, overlap: int) -> list[Tile]:
@@ -252,10 +253,8 @@ class Restorer:
             # Behind the handler, which holds on to the tensors that filled the memory.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            side, smallest = (
-                max(self.tiles(*size, 0)[0].window.shape),
-                rounded_side(1, self.network.window_multiple),
-            )
+            side = max(self.tiles(*size, overlap=0)[0].window.shape)
+            smallest = rounded_side(1, self.network.window_multiple)
             if side <= smallest:
                 raise torch.OutOfMemoryError(f"out of memory even with windows of {smallest} pixels")
             self.side = max(smallest, side // 2)
