@@ -35,7 +35,7 @@ Result = tuple[tuple[Image.Image, Image.Image], str]
 
 @lru_cache(maxsize=1)
 def loaded(weights: Path, changed: int) -> LoadedModel:
-    """The model of a file, kept until another one is chosen or the file was `changed`, in nanoseconds."""
+    """Load a file's model, kept until another one is chosen or the file was `changed`, in nanoseconds."""
     return load_model(weights)
 
 
@@ -133,7 +133,7 @@ def serve(weights: Sequence[Path], host: str, port: int | None) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """ValueError where nothing can be served at this address."""
+    """Raise ValueError where nothing can be served at this address."""
     try:
         with socket.create_server((host, port)):
             pass

@@ -94,7 +94,7 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
 
 
 def planned_outputs(args: argparse.Namespace, images: ImageSet) -> dict[str, Path]:
-    """The files to write by their flags; ValueError, before the work, for what cannot be written or drawn."""
+    """List the files to write by flag; ValueError, before the work, for what cannot be written or drawn."""
     outputs = {name: Path(getattr(args, name)) for name in OUTPUTS if getattr(args, name) is not None}
     if "plot" in outputs:
         if outputs["plot"].suffix.lower() != ".png":
@@ -113,7 +113,7 @@ def planned_outputs(args: argparse.Namespace, images: ImageSet) -> dict[str, Pat
 def open_model(
     args: argparse.Namespace, scale: float, device: torch.device
 ) -> tuple[list[Method], dict[str, Json]]:
-    """The model's rows and its part of the protocol; none where no flag asks for a model."""
+    """Make the model's rows and its part of the protocol; none where no flag asks for a model."""
     how = restore_configs(args)
     plain = build_parser().parse_args(["--data", args.data, "--scale", "2", "--seed", str(args.seed)])
     if args.weights_path is None and how == restore_configs(plain):

@@ -105,7 +105,7 @@ def colour(text: str) -> tuple[int, ...]:
 
 
 def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
-    """The images that were named, each once, with its path below the output folder; ValueError for none."""
+    """List the named images, each once, with its path below the output folder; ValueError for none."""
     if not names:
         raise ValueError("no input: name images or folders, for example: infer.py photo.png")
     found: dict[Path, tuple[Path, Path]] = {}  # by what it is, however it was named
@@ -124,7 +124,7 @@ def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
 
 
 def names_a_file(output: str) -> bool:
-    """Whether --output means a file, not a folder; ValueError: one that cannot be written."""
+    """Tell whether --output means a file, not a folder; ValueError: one that cannot be written."""
     name = Path(output)
     if name.is_dir() or output.endswith(("/", os.sep)) or not (name.suffix or name.exists()):
         return False
@@ -138,7 +138,7 @@ def names_a_file(output: str) -> bool:
 
 
 def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
-    """Where everything goes: <name>_x<scale>.png, with the old suffix in it where two have one name.
+    """Plan where everything goes: <name>_x<scale>.png, with the old suffix in it where two have one name.
 
     ValueError: no input, a file where a folder is needed, or two results of one name.
     """
@@ -170,7 +170,7 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
 
 
 def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
-    """The named file, or the fitting one in the named folder; ValueError where none fits."""
+    """Return the named file, or the fitting one in the named folder; ValueError where none fits."""
     if named.is_file():
         if inputs > 1:
             raise ValueError(f"--compare {named} is one image, but there are {inputs} inputs: give a folder")
@@ -179,7 +179,7 @@ def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
 
 
 def map_of(base: Path, named: Path, inputs: int) -> Path:
-    """The name of an uncertainty map, without .png and .npy."""
+    """Return the name of an uncertainty map, without .png and .npy."""
     if inputs > 1:
         return named / base
     return named.with_suffix("") if named.suffix in (".png", ".npy") else named

@@ -1,4 +1,4 @@
-"""What a network must be to be trained and restored with, and how one is found by its name.
+"""Defines what a network must be to be trained and restored with, and how one is found by its name.
 
 Shapes: B batch, C channels, H x W high-resolution pixels, h x w low-resolution ones, N tokens of width E.
 """
@@ -80,5 +80,5 @@ def network_class(name: str) -> type[Network]:
 
 
 def name_of(network: type[Network]) -> str:
-    """The name by which network_class finds a class."""
+    """Return the name by which network_class finds a class."""
     return f"{network.__module__}:{network.__qualname__}"

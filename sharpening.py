@@ -111,7 +111,7 @@ class Seen(NamedTuple):
     original: Views
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Seen":
-        """The views where they are: on the device that made them."""
+        """Return the views where they are: on the device that made them."""
         return self
 
 

@@ -119,7 +119,7 @@ class Settings(NamedTuple):
 
     @staticmethod
     def sections(network: type[Network] = UNet) -> dict[str, type[Options]]:
-        """The class of each section's options, which make its flags."""
+        """Return the class of each section's options, which make its flags."""
         kinds = {**get_type_hints(Settings), "network": network.Config}
         return {name: kinds[name] for name in Settings._fields if name != "network_class"}
 
@@ -146,7 +146,7 @@ def build_parser(given_only: bool = True, show_rare: bool = False, network: type
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """The values of the flags that are given, also in recipes."""
+    """Return the values of the flags that are given, also in recipes."""
     words = expand_recipes(argv)
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--network", default=name_of(UNet))
@@ -159,7 +159,7 @@ def parse(argv: Sequence[str]) -> tuple[Settings, Checkpoint | None]:
 
 
 def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None]:
-    """The options of the run, from the checkpoint it resumes where not given, and that checkpoint.
+    """Read the options of the run, from the checkpoint it resumes where not given, and that checkpoint.
 
     ValueError names the flag of a wrong value, or of one that contradicts the checkpoint.
     """
@@ -191,7 +191,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None
 def check_fixed(
     kind: type[Options], recorded: Mapping[str, object], given: Mapping[str, object], path: Path
 ) -> None:
-    """ValueError for an option that a resumed run must keep and that is given otherwise."""
+    """Raise ValueError for an option that a resumed run must keep and that is given otherwise."""
     former = {**kind().to_dict(), **recorded}
     for name, value in given.items():
         if specs(kind)[name].fixed and value not in (former[name], "auto"):
@@ -202,7 +202,7 @@ def check_fixed(
 
 
 def flags_for_few_images(given: Mapping[str, Any], settings: Settings, processes: Processes) -> list[str]:
-    """The recipe, where the defaults make a run too short to learn and nobody has chosen its length."""
+    """Return flags of the recipe where the defaults are too few steps to learn and nobody chose a length."""
     if given.keys() & {"weights_path", "epochs", "max_steps", "accumulation_steps"}:
         return []
     images = len(list_images(settings.data.image_folder))
@@ -238,7 +238,7 @@ def keep_global_batch(settings: Settings, checkpoint: Checkpoint, processes: Pro
 
 
 def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple[ImageDataset, ImageDataset]:
-    """For training and validation, without a common file.
+    """Make the datasets of training and validation, without a common file.
 
     `held_out` names, below the image folder, what a resumed run validates on; None chooses.
     """
@@ -281,7 +281,7 @@ def names_below(folder: str, paths: Sequence[Path]) -> list[str]:
 
 
 def choose_held_out(paths: Sequence[Path], settings: Settings, former: Collection[str] | None) -> list[Path]:
-    """Those of `former` that are there, or at least one, whose names have the lowest hashes."""
+    """List those of `former` that are there or, if None, those whose names have the lowest hashes."""
     root, seed = Path(settings.data.image_folder), settings.training.seed
     names = {path.relative_to(root).as_posix(): path for path in paths}
     if former is None:
@@ -309,7 +309,7 @@ def digest_of(text: str) -> bytes:
 
 
 def make_model(settings: Settings, device: torch.device) -> Network:
-    """The network on its device; ValueError for initial weights of another scale, process or network."""
+    """Build the network on its device; ValueError for initial weights of another kind of model."""
     torch.manual_seed(settings.training.seed)
     kind, run = settings.network_class, settings.run
     model = kind.from_config(settings.network)
@@ -336,7 +336,7 @@ def _check_start(loaded: LoadedModel, settings: Settings, path: str) -> None:
 
 
 def blank_crop(settings: Settings, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Condition]:
-    """What the network takes of one crop: image, timestep and condition."""
+    """Make what the network takes of one crop: image, timestep and condition."""
     size = settings.data.img_size
     sides = (size, round(size / settings.degradation.scale))
     image, low_res = (torch.zeros(1, 3, side, side, device=device) for side in sides)
@@ -356,7 +356,7 @@ class Whole(nn.Module):
 
 
 def describe_model(model: Network, settings: Settings, device: torch.device) -> str:
-    """A table of the layers; "" without torchinfo."""
+    """Draw a table of the layers; "" without torchinfo."""
     torchinfo = import_optional("torchinfo", "no table of the layers")
     if torchinfo is None:
         return ""
@@ -375,7 +375,7 @@ def describe_model(model: Network, settings: Settings, device: torch.device) -> 
 
 
 def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path, Path]:
-    """For checkpoints and log: the resumed run's, or new ones named after mode and time."""
+    """Choose the folders of checkpoints and log: the resumed run's, or new ones named after mode and time."""
     if checkpoint is not None:
         folder = checkpoint.path.resolve().parent
     else:
@@ -463,7 +463,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
 
 
 def load_perceptual(settings: Settings, device: torch.device) -> tuple[PerceptualFeatures, Lpips] | None:
-    """What a sharpening is trained and judged by, if this is one; ValueError where it cannot be had."""
+    """Load what a sharpening, if this is one, is trained and measured by; ValueError without it."""
     if not settings.process.levels:
         return None
     try:
@@ -480,7 +480,7 @@ def make_phase(
     processes: Processes,
     perceptual: tuple[PerceptualFeatures, Lpips] | None,
 ) -> tuple[MakeStep | None, Validator]:
-    """The step of a sharpening, None for that of the diffusion; and the validation."""
+    """Make the step of a sharpening, None for that of the diffusion, and the validation."""
     precision = autocast_dtype(processes.device, settings.run.precision)
     if perceptual is None:
         return None, Validator(diffusion, validation, precision, processes)

@@ -65,7 +65,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class TrainingConfig(Options):
-    """How a run trains; `resolved` decides what is None."""
+    """Says how a run trains; `resolved` decides what is None."""
 
     epochs: int = option(40, "passes over the images, one crop of each", low=1, fixed=False)
     max_steps: int | None = option(None, "optimiser steps, instead of epochs", low=1, fixed=False)
@@ -137,7 +137,10 @@ Batches = Iterator[tuple[MicroBatch, Batch]]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which of `length` samples a step uses: an epoch is one shuffled pass, its last group may be smaller."""
+    """Plans which of `length` samples a step uses.
+
+    An epoch is one shuffled pass, whose last group may be smaller.
+    """
 
     length: int
     batch_size: int
@@ -166,7 +169,7 @@ class BatchPlan:
         ]
 
     def micro_batches(self, step: int, rank: int = 0) -> list[MicroBatch]:
-        """The forward passes of a process in a step; the last group of an epoch may leave it none."""
+        """Plan the forward passes of a process in a step; the last group of an epoch may leave it none."""
         group = self.group(step)
         starts = range(0, len(group), self.batch_size)
         parts = [
@@ -198,7 +201,7 @@ class TrainState:
     others: dict[str, "TrainState"] = field(default_factory=dict)  # trained beside it, by name
 
     def content(self) -> dict[str, object]:
-        """What a checkpoint holds of it."""
+        """Return what a checkpoint holds of the state."""
         return {
             **{name: other.content() for name, other in self.others.items()},
             "model": self.model.state_dict(),
@@ -302,7 +305,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 class StepReport(NamedTuple):
-    """What a step says of itself, the same in every process."""
+    """Says how a step went, the same in every process."""
 
     loss: float  # mean over the samples
     finite: bool  # loss and gradient; else the step has changed nothing
@@ -347,7 +350,7 @@ def train_step(
 
 
 class Validation(NamedTuple):
-    """What a validation says of the averaged weights: a score, and what TensorBoard shows."""
+    """Holds what a validation says of the averaged weights: a score, and what TensorBoard shows."""
 
     score: float  # higher is better; chooses the best checkpoint
     scalars: dict[str, float]
@@ -446,7 +449,7 @@ def read_batches(
     processes: Processes,
     signals: StopSignals,
 ) -> Batches:
-    """The forward passes of one process, from a step to the end of the run, read ahead by workers."""
+    """Read the forward passes of one process, from a step to the end of the run, read ahead by workers."""
     workers = config.num_workers
     if workers is None:
         workers = default_workers(processes.device, processes.world_size)
@@ -527,7 +530,7 @@ class _Watched(Dataset[object]):
 
 
 class Curves:
-    """What the steps since the last point of the curves add up to."""
+    """Adds up the steps since the last point of the curves."""
 
     def __init__(self) -> None:
         self.begin()
@@ -549,7 +552,7 @@ class Curves:
     def point(
         self, state: TrainState, config: ResolvedConfig, report: StepReport, dataset: Samples
     ) -> dict[str, float]:
-        """The point by name, after which the next begins."""
+        """Return the point by name, and begin the next."""
         seconds = time.perf_counter() - self.since
         point = {
             "loss": float(np.mean(self.losses)),

@@ -36,7 +36,7 @@ CONVOLUTION = "import torch; torch.conv2d(torch.ones(4, 16, 64, 64), torch.ones(
 
 
 def onednn_isa() -> str:
-    """The instruction set that oneDNN really uses, as its log says, or "unknown"."""
+    """Read from oneDNN's log which instruction set it really uses, or return "unknown"."""
     environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
     log = subprocess.run(
         [sys.executable, "-c", CONVOLUTION], env=environment, capture_output=True, text=True, check=False
@@ -90,7 +90,7 @@ def speed_of_training(device: torch.device, rounds: int) -> Iterator[str]:
 
 
 def speed_of_restoring(device: torch.device, rounds: int) -> Iterator[str]:
-    """On a CPU each is timed once, on a quarter of the picture: the peers attend over all of its tokens."""
+    """Time each network; on a CPU once, on a quarter of the picture: peers attend over all of its tokens."""
     cuda = device.type == "cuda"
     side = 1024 if cuda else 512
     models = {name: one.eval() for name, one in contenders(device).items()}
@@ -120,7 +120,7 @@ def speed_of_enlarging(device: torch.device, rounds: int) -> Iterator[str]:
 
 
 def floor(device: torch.device) -> Iterator[str]:
-    """How far an optimiser step is from the machine's matrix products."""
+    """Measure how far an optimiser step is from the machine's matrix products."""
     batch, size = (16, 64) if device.type == "cpu" else (128, 128)
     ceiling = networks.matrix_product_rate(device, 2048 if device.type == "cpu" else 8192)
     works = {

@@ -1,3 +1,3 @@
-"""What any training needs: checkpoints, options, processes, logs, signals."""
+"""Serves any training: checkpoints, options, processes, logs, signals."""
 
 VERSION = "0.2.0"

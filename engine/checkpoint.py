@@ -42,7 +42,7 @@ class Checkpoint(NamedTuple):
 
 
 class ModelFile(NamedTuple):
-    """What restoring needs of a checkpoint or an exported model."""
+    """Holds what restoring needs of a checkpoint or an exported model."""
 
     sections: dict[str, Any]  # options by name, of the network and of whatever else describes the model
     weights: StateDict  # averaged, float32
@@ -50,8 +50,7 @@ class ModelFile(NamedTuple):
 
 
 def save_checkpoint(path: Path, content: dict[str, object]) -> None:
-    """CheckpointError, and an old file is intact."""
-
+    """Write a checkpoint; CheckpointError where that fails, and an older file is intact."""
     whole = {"format": FORMAT, "version": VERSION, **content}
     try:
         write_atomically(path, lambda stream: torch.save(whole, stream))
@@ -87,7 +86,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 
 def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """CheckpointError where training cannot go on from it."""
+    """Read a checkpoint to go on from; CheckpointError where training cannot."""
     if _is_safetensors(Path(path)):
         raise CheckpointError(f"{path} is a model without its training: start from it, as init_weights")
     content = load_checkpoint(path, device)
@@ -114,7 +113,7 @@ def _offer_instead(path: Path) -> str:
 
 
 def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> None:
-    """All or none; CheckpointError names what does not fit."""
+    """Load all weights or none; CheckpointError names what does not fit."""
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in weights]
     problems += [f"unknown {key}" for key in weights if key not in own]
@@ -162,7 +161,7 @@ def export_model(path: str | Path, model: ModelFile) -> None:
 
 
 def _digest(weights: StateDict) -> str:
-    """Of names and bytes, by name."""
+    """Hash names and bytes of weights, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -176,7 +175,7 @@ def _first_bytes(path: Path, count: int) -> bytes:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By content where there is a file."""
+    """Tell a .safetensors file by its content or, where there is none, by its name."""
     named = path.suffix.lower() == ".safetensors"
     if not path.is_file():
         return named

@@ -1,4 +1,4 @@
-"""What every script does around its work: flags, paths, lines, and what an exception says and returns."""
+"""Does what every script does around its work: flags, paths, lines, and exceptions in words."""
 
 import argparse
 import contextlib
@@ -48,7 +48,7 @@ def expand(names: Sequence[str]) -> list[str]:
 
 
 def check_folder(folder: str | Path, flag: str) -> None:
-    """ValueError where a folder cannot be made or written in, before the work; names the flag."""
+    """Raise ValueError, before the work, for a folder that cannot be made or written in; name the flag."""
     there = next(one for one in (Path(folder), *Path(folder).absolute().parents) if one.exists())
     if not there.is_dir():
         raise ValueError(f"--{flag} {folder}: {there} is a file, not a folder; give another place")
@@ -83,7 +83,7 @@ def run_script(
     out_of_memory: str = "take a smaller image or another device",
     stopped: str = "nothing was written",
 ) -> int:
-    """The status of work(), or of its exception, which becomes one line on stderr.
+    """Return the status of work(), or of its exception, which becomes one line on stderr.
 
     2 for wrong flags and files (ValueError, OSError), 1 for `failures` and for no more memory, 128 + n for
     signal n; other exceptions are mistakes of the program, and pass. `options` translate the field of an
@@ -115,6 +115,6 @@ def run_script(
 
 
 def with_flag(error: OptionError, options: Sequence[type[Options]]) -> str:
-    """The message of an OptionError, with the flag instead of the field."""
+    """Write the message of an OptionError, with the flag instead of the field."""
     flag = next((flag_of(kind, error.field) for kind in options if error.field in specs(kind)), error.field)
     return f"--{flag} is {error.value!r}: {error.rule}"

@@ -16,7 +16,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """The device of a name; "auto": CUDA, then MPS, then the CPU; OptionError where there is none such."""
+    """Choose the device of a name; "auto" is CUDA, then MPS, then the CPU. OptionError: there is none."""
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         return torch.device(next(kind for kind in count if count[kind]))
@@ -34,7 +34,10 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
-    """None for float32; "auto": bfloat16 where the device has it natively; ValueError if it cannot be had."""
+    """Choose what to autocast to, None for float32; "auto" is bfloat16 where the device has it natively.
+
+    OptionError for what cannot be had.
+    """
     if precision not in get_args(Precision):
         raise OptionError("precision", precision, f"give one of {', '.join(get_args(Precision))}")
     if precision in ("fp32", "fp16"):
@@ -48,7 +51,7 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster than in float32, and safe."""
+    """Tell whether products in bfloat16 are faster than in float32, and safe."""
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
         # Virtual machines that announce AMX without having it end with SIGILL. ATEN_CPU_CAPABILITY may hold
@@ -91,7 +94,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def compile_network(network: nn.Module, device: torch.device) -> bool:
-    """False, with a warning, where there is no working compiler."""
+    """Compile a network; return False, with a warning, where there is no working compiler."""
     try:
         torch.compile(torch.square)(torch.ones(16, device=device))
     except (RuntimeError, OSError) as error:

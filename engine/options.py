@@ -36,7 +36,7 @@ def one_line(error: BaseException) -> str:
 
 
 class Spec(NamedTuple):
-    """What is known of an option beside its name and type."""
+    """Holds what is known of an option beside its name and type."""
 
     default: Any  # dataclasses.MISSING if it must be given
     help: str
@@ -52,11 +52,11 @@ class Spec(NamedTuple):
     script: Any = None  # the default of the flag, if it differs
 
     def differs(self) -> bool:
-        """Whether a flag that is not given means something else than the default of the class."""
+        """Tell whether a flag that is not given means something else than the default of the class."""
         return self.script is not None or self.path
 
     def of_flag(self) -> Any:  # noqa: ANN401
-        """The value of a flag that is not given."""
+        """Return the value of a flag that is not given."""
         default = self.default if self.script is None else self.script
         return os.path.abspath(default) if self.path and default else default
 
@@ -102,7 +102,7 @@ class Options:
             _check(name, getattr(self, name), kinds[name], spec)
 
     def to_dict(self) -> dict[str, Plain]:
-        """For JSON and checkpoints."""
+        """Return plain values, for JSON and checkpoints."""
         values = {name: getattr(self, name) for name in specs(type(self))}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -146,7 +146,7 @@ def specs(kind: type[Options]) -> dict[str, Spec]:
 
 
 def flag_of(kind: type[Options], name: str) -> str:
-    """The flag of an option, without dashes; "" if it has none."""
+    """Return the flag of an option, without dashes; "" if it has none."""
     flag = specs(kind)[name].flag
     return name if flag is None else flag
 
@@ -190,7 +190,7 @@ def _absolute(text: str) -> str:
 
 
 def _or_auto(of: type) -> Callable[[str], object]:
-    """The parser of a number, or of "auto", which is None."""
+    """Make the parser of a number, or of "auto", which is None."""
 
     def parse(text: str) -> object:
         return None if text == "auto" else of(text)
@@ -200,7 +200,7 @@ def _or_auto(of: type) -> Callable[[str], object]:
 
 
 def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -> OptionsT:
-    """`given` wins; OptionError."""
+    """Build options from parsed flags, of which `given` takes the place; OptionError."""
     values = {
         name: getattr(args, flag_of(kind, name)) for name in specs(kind) if hasattr(args, flag_of(kind, name))
     }
@@ -208,7 +208,7 @@ def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -
 
 
 class _Kind(NamedTuple):
-    """What an annotation allows."""
+    """Holds what an annotation allows."""
 
     of: type
     choices: tuple[str, ...] = ()

@@ -52,7 +52,7 @@ class Processes:
         return values
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in one of the processes; every process must call it."""
+        """Tell whether it is so in one of the processes; every process must call it."""
         return here if self.world_size == 1 else bool(self.sum(torch.tensor(float(here), device=self.device)))
 
     def sum_gradients(self, network: nn.Module) -> None:
@@ -77,7 +77,7 @@ class Processes:
                     dist.broadcast(value, 0)
 
     def gather(self, value: T) -> list[T]:
-        """Values by rank; every process must call it."""
+        """List the values by rank; every process must call it."""
         if self.world_size == 1:
             return [value]
         values: list[T | None] = [None] * self.world_size

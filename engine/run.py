@@ -37,7 +37,7 @@ class RunFiles:
         return self.checkpoint_dir / f"{self.name}_last.pth"
 
     def numbered(self) -> list[Path]:
-        """By step."""
+        """List the numbered checkpoints, by step."""
         return sorted(self.checkpoint_dir.glob(f"{self.name}_step*.pth"))
 
     def save_best(self, content: dict[str, object]) -> None:
@@ -55,7 +55,7 @@ class RunFiles:
 
 
 def _link(name: Path, target: Path) -> None:
-    """In one step."""
+    """Let the name mean the target, in one step."""
     with tempfile.TemporaryDirectory(dir=name.parent, prefix=".link-") as folder:
         link = Path(folder) / name.name
         try:
@@ -66,7 +66,7 @@ def _link(name: Path, target: Path) -> None:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """`name`, or `name-2` and so on."""
+    """Make a folder `name`, or `name-2` and so on where there is one."""
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         try:

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: curves, pictures, settings, and a trace."""
+"""Writes what TensorBoard shows of a run: curves, pictures, settings, and a trace."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping

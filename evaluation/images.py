@@ -47,12 +47,12 @@ class EvaluationConfig(Options):
 
     @property
     def ratio(self) -> Fraction:
-        """The scale as a fraction: a side that shrinks exactly is a multiple of its numerator."""
+        """Return the scale as a fraction: a side that shrinks exactly is a multiple of its numerator."""
         return Fraction(self.scale).limit_denominator(100)
 
     @property
     def comparison(self) -> Comparison:
-        """How the options compare images, without LPIPS."""
+        """Compare as these options say, without LPIPS."""
         crop = math.ceil(self.ratio) if self.crop is None else self.crop
         return Comparison(crop, self.channel, self.border)
 
@@ -142,5 +142,5 @@ def random_of(path: Path, seed: int) -> np.random.Generator:
 
 
 def printable(name: str) -> str:
-    """A name as UTF-8; bytes that are none become \\xNN."""
+    """Write a name as UTF-8; bytes that are none become \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -64,7 +64,7 @@ class Lpips:
 
 
 class PerceptualFeatures(nn.Module):
-    """VGG16 and the heads of LPIPS on it, to train with; AlexNet, which is not trained on, is to judge.
+    """VGG16 and the heads of LPIPS on it, to train with; what is measured is LPIPS of AlexNet.
 
     Args:
         weights: file of VGG16's features under torchvision's names, .pth or .safetensors; None fetches them.
@@ -138,6 +138,6 @@ def read_features(path: Path) -> dict[str, Tensor]:
 
 
 def file_digest(path: Path) -> str:
-    """The first 12 hexadecimal digits of a file's SHA-256."""
+    """Return the first 12 hexadecimal digits of a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]

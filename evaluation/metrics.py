@@ -28,7 +28,7 @@ _FLAT_POWER = 1e-10  # a hundred times below one uint8 step, squared
 
 @dataclass(frozen=True)
 class Comparison(Options):
-    """How images are compared: what tables call their protocol."""
+    """Says how images are compared: what tables call their protocol."""
 
     crop: int = option(MISSING, "pixels that PSNR and SSIM leave out at each border", low=0)
     channel: Channel = option("luma", "luma of BT.601, or all channels of RGB")

@@ -36,7 +36,7 @@ class Validator:
 
     Args:
         precision: dtype to autocast to, None for float32.
-        lpips: judge of a sharpened process.
+        lpips: the metric of a sharpened process.
     """
 
     def __init__(

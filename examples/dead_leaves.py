@@ -74,7 +74,7 @@ def paint(
 
 
 def covers(x: Floats, y: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Which points (N,) a random shape inside the unit circle covers."""
+    """(N,) bool: the points that a random shape inside the unit circle covers."""
     power = (1, 2, 2, 8)[rng.integers(4)]  # a lozenge, an ellipse, a bar with round corners
     half_width = 10 ** -rng.uniform(0, 0.8)
     shrink = math.hypot(1, half_width) if power > 2 else 1.0  # the corners of a bar stick out

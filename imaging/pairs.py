@@ -5,13 +5,13 @@ from pathlib import Path
 
 
 def find_low_resolution(path: Path, candidates: Sequence[Path], scale: float) -> Path:
-    """ValueError where there is none, or more than one."""
+    """Find the low resolution of a file; ValueError where there is none, or more than one."""
     found = [candidate for candidate in candidates if _are_pair(path.stem, candidate.stem, scale)]
     return _only(found, path, f"no low-resolution image for {path}; name it {path.stem}x{scale:g}")
 
 
 def find_original(path: Path, candidates: Sequence[Path], scale: float) -> Path:
-    """ValueError where there is none, or more than one."""
+    """Find the original of a file; ValueError where there is none, or more than one."""
     found = [candidate for candidate in candidates if _are_pair(candidate.stem, path.stem, scale)]
     return _only(found, path, f"no original of {path}; give it the same name")
 

@@ -64,7 +64,7 @@ def bytes_on_disk(shape: tuple[int, ...]) -> int:
 
 
 def check_room(shape: tuple[int, ...], count: int) -> None:
-    """OSError where the folder of temporary files has no room for so many tensors of this shape."""
+    """Raise OSError where the folder of temporary files has no room for so many tensors of this shape."""
     needed, folder = count * bytes_on_disk(shape), tempfile.gettempdir()
     if needed and needed > (free := shutil.disk_usage(folder).free):
         raise OSError(

@@ -39,7 +39,7 @@ class Task:
 
     @property
     def targets(self) -> list[Path]:
-        """The result last."""
+        """List the files to write, the result last."""
         return [*([] if self.comparison is None else [self.comparison]), *self.maps, self.target]
 
 
@@ -82,7 +82,7 @@ def read_original(path: Path, height: int, width: int, scale: float) -> Pixels:
 
 
 def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
-    """Over red, green and blue in [0, 255]; grey stays grey over a grey."""
+    """Put a picture on red, green and blue in [0, 255]; grey stays grey over a grey."""
     assert image.alpha is not None
     largest = int(np.iinfo(image.pixels.dtype).max)
     height, width = image.alpha.shape
@@ -112,7 +112,7 @@ def write_results(
 
 
 def describe_failure(error: BaseException, source: Path, target: Path) -> str:
-    """Names the file; raises what neither file nor disk nor memory caused."""
+    """Name the file and the reason; raise what neither file nor disk nor memory caused."""
     if isinstance(error, RuntimeError) and not is_out_of_memory(error):
         raise error
     line = one_line(error)

@@ -53,7 +53,7 @@ def no_progress(_: float) -> None:
 
 @dataclass(frozen=True)
 class RestoreConfig(Options):
-    """How to restore."""
+    """Holds the options of restoring."""
 
     mode: Preset | None = option(
         None,
@@ -111,7 +111,7 @@ class Restoration:
 
 
 class Inputs(NamedTuple):
-    """What all samples of an image have in common."""
+    """Holds what all samples of an image have in common."""
 
     low_res: Tensor  # (B, C, h, w)
     tokens: Tensor | None  # (B, N, E), of the whole images

@@ -52,7 +52,7 @@ class Chain(NamedTuple):
 
     @property
     def excess(self) -> Scale:
-        """How much larger their result is than asked for."""
+        """Return how much larger their result is than asked for."""
         return Scale(math.prod(float(one.scale) for one in self.restorers) / float(self.scale))
 
 
