@@ -47,11 +47,11 @@ from training import (
     ResolvedConfig,
     StepFunction,
     TrainingConfig,
+    TrainingLoop,
     TrainState,
     Validate,
     new_state,
     restore_state,
-    train,
     train_step,
 )
 from util import CropDataset, Crops, ImageDataset
@@ -294,7 +294,7 @@ class DiffusionModel:
         Writes `checkpoint_dir/diffusion_model_{mode}_best.pth` and `..._last.pth`, with `record` in them.
         `precision` is what the loss is autocast to. `validate` is an evaluation.validation.Validator.
         `make_step` is for another loss than the diffusion's, as sharpening.Sharpening.
-        ValueError: what a checkpoint cannot record, or a network of another scale; else as training.train.
+        ValueError: what a checkpoint cannot record, or another scale; else as TrainingLoop.train.
         """
         _check_recordable(dataset)
         processes = processes or Processes(self.device)
@@ -312,7 +312,8 @@ class DiffusionModel:
         sections: dict[str, object] = {name: one.to_dict() for name, one in options.items()}
         sections["network_class"] = name_of(type(network_of(model)))
         run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", {**sections, **record})
-        return run, train(state, step, CropDataset(dataset), resolved, run, processes, validate)
+        loop = TrainingLoop(state, step, CropDataset(dataset), resolved, run, processes, validate)
+        return run, loop.train()
 
     def _make_step(self, degradation: Degradation) -> MakeStep:
         loss = self.restoration_loss(degradation)

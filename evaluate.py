@@ -20,10 +20,10 @@ import torch
 from engine.cli import Parser, add_computing_flags, run_script, say, warn
 from engine.device import autocast_dtype
 from engine.options import add_flags, from_args, path
+from engine.packages import IMPORT_ERRORS
 from engine.processes import Processes, started_processes
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import Method, describe_model, evaluate, model_method
-from evaluation.metrics import BROKEN_PACKAGE
 from evaluation.report import Json, Report
 from imaging.atomic import check_outputs, write_atomically
 from models import load_model
@@ -102,7 +102,7 @@ def planned_outputs(args: argparse.Namespace, images: ImageSet) -> dict[str, Pat
         os.environ["MPLBACKEND"] = "agg"  # matplotlib does not import with a backend that is not there
         try:
             import matplotlib.figure  # noqa: F401
-        except BROKEN_PACKAGE as error:
+        except IMPORT_ERRORS as error:
             raise ValueError(f"--plot needs matplotlib ({error}): mend it, or draw from --csv") from error
     named = [Path(name) for name in (args.weights_path, args.lpips_weights) if name is not None]
     inputs = [*images.paths, *(images.low_res_paths or []), *named]
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         for name, file in outputs.items():
             try:
                 write_output(name, report, file)
-            except (OSError, ValueError, *BROKEN_PACKAGE) as error:
+            except IMPORT_ERRORS as error:
                 errors.append(f"{file} was not written: {error}")
         say(report.to_markdown().rstrip())
         for message in errors:

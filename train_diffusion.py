@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
-from torch import nn
+import torchinfo
 
 from degradation import Degradation
-from diffusion import DiffusionModel, MakeStep, ObjectiveConfig, ProcessConfig, ResidualGenerator
+from diffusion import DiffusionModel, ObjectiveConfig, ProcessConfig, ResidualGenerator
 from engine.checkpoint import Checkpoint, load_weights, read_for_resume
-from engine.cli import Parser, check_folder, run_script, say
+from engine.cli import Parser, run_script, say
 from engine.device import Precision, autocast_dtype, tune_for_training
-from engine.options import OptionError, Options, add_flags, flag_of, option, path, specs
-from engine.packages import import_optional
+from engine.options import OptionError, Options, add_flags, option, path, specs
 from engine.processes import Processes, started_processes
 from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
@@ -37,7 +36,7 @@ from evaluation.validation import Validator
 from imaging.cache import CachedReader, default_cache_dir
 from imaging.kinds import list_images
 from models import LoadedModel
-from network import Condition, Network, name_of, network_class
+from network import Network, name_of, network_class
 from restoration.weights import load_model
 from sharpening import Sharpening, SharpeningConfig
 from training import (
@@ -56,26 +55,25 @@ logger = logging.getLogger(__name__)
 MOST_HELD_OUT = 64  # images of the folder, where there is no --val_folder
 FEW_STEPS = 4000  # a run of fewer learns little of photos
 RECIPE = Path(__file__).parent / "recipes" / "x4.args"  # for folders that the defaults make so short
-LENGTHS = {"cpu": 6000}  # optimiser steps of it; as long as it is, elsewhere
+CPU_STEPS = 6000  # of it on a CPU; as many as it says elsewhere
 
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    image_folder: str = option("./data", "folder of photos, with its subfolders", fixed=False, path=True)
+    image_folder: str = option("./data", "folder of photos, with its subfolders", path=True)
     val_folder: str | None = option(
-        None, "folder to validate on, never trained on; else a part is held out", fixed=False, path=True
+        None, "folder to validate on, never trained on; else a part is held out", path=True
     )
     val_fraction: float = option(0.05, "part of the folder to hold out, at most 64 images", above=0, high=0.9)
     img_size: int = option(256, "side of the crops, in pixels of the high resolution", low=8)
     tokens: str | None = option(
         None,
-        "folder of tokens (N, E) of the images, NAME.safetensors or NAME.npy, with --conditioning tokens",
-        fixed=False,
+        "folder of tokens (N, E) of each image, NAME.safetensors or .npy, with --conditioning tokens",
         path=True,
     )
     augment: Augmentation = option("flip", "flip: left-right; dihedral: all 8 flips and rotations")
     cache_dir: str | None = option(
-        None, "folder for decoded images and sizes; by default in the user's cache", fixed=False, path=True
+        None, "folder for decoded images and sizes; by default in the user's cache", path=True
     )
     cache_gb: float = option(4.0, "gigabytes of decoded images in it; 0: none", low=0, fixed=False)
 
@@ -91,12 +89,11 @@ class RunOptions(Options):
     )
     checkpoint_activations: bool = option(False, "less memory, a third more time", fixed=False)
     compile: bool = option(False, "torch.compile of the network: a slow start", fixed=False)
-    log_dir: str = option("./logs", "folder of TensorBoard's logs", fixed=False, path=True)
-    checkpoint_dir: str = option("./checkpoints", "folder for a folder of each run", fixed=False, path=True)
+    log_dir: str = option("./logs", "folder of TensorBoard's logs", path=True)
+    checkpoint_dir: str = option("./checkpoints", "folder for a folder of each run", path=True)
     perceptual_features: str | None = option(
         None,
-        "file of VGG16's features under torchvision's names, to sharpen with; by default fetched (528 MB)",
-        fixed=False,
+        "VGG16's features by torchvision's names, to sharpen with; by default fetched (528 MB)",
         path=True,
     )
     init_weights: str | None = option(
@@ -124,24 +121,20 @@ class Settings(NamedTuple):
         return {name: kinds[name] for name in Settings._fields if name != "network_class"}
 
 
-ADDED = {"sharpening"}  # sections that checkpoints of earlier versions lack
-
-
-def build_parser(given_only: bool = True, show_rare: bool = False, network: type[Network] = UNet) -> Parser:
-    """Recipes (@file) are expanded before; `given_only`: what is not given has no value."""
+def build_parser(show_rare: bool = False, network: type[Network] = UNet) -> Parser:
+    """Make a parser that leaves out what is not given; recipes (@file) are expanded before."""
     parser = Parser(
         description=(__doc__ or "").split("\n", maxsplit=1)[0],
         epilog="@FILE stands for the flags in it; flags after it win.",
         usage="%(prog)s [@FILE ...] [--FLAG VALUE ...]",
-        argument_default=argparse.SUPPRESS if given_only else None,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--help-all", action="help", help="all flags, those that are rarely set, too")
     parser.add_argument("--weights_path", type=path, help="checkpoint to resume from; needs no other flag")
     own = "class of a network of your own, whose options become flags (default: unet:UNet)"
     parser.add_argument("--network", metavar="MODULE:CLASS", help=own)
     for section, kind in Settings.sections(network).items():
-        group = parser.add_argument_group(section)
-        add_flags(group, kind, given_only=given_only, show_rare=show_rare)
+        add_flags(parser.add_argument_group(section), kind, given_only=True, show_rare=show_rare)
     return parser
 
 
@@ -167,20 +160,20 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None
     content = {} if checkpoint is None else checkpoint.content
     network = network_class(given.get("network", content.get("network_class", name_of(UNet))))
     kinds, sections = Settings.sections(network), dict[str, Options]()
-    if checkpoint is not None and not kinds.keys() - ADDED <= content.keys():
+    if checkpoint is not None and "training" not in content:
         raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
     for section, kind in kinds.items():
-        own = {name: given[flag_of(kind, name)] for name in specs(kind) if flag_of(kind, name) in given}
+        own = {name: given[spec.flag] for name, spec in specs(kind).items() if spec.flag in given}
         if checkpoint is None:
-            defaults = {name: spec.of_flag() for name, spec in specs(kind).items() if spec.differs()}
+            defaults = {
+                name: spec.of_flag() for name, spec in specs(kind).items() if spec.script or spec.path
+            }
             sections[section] = kind.of(**{**defaults, **own})
         else:
-            former = dict(checkpoint.content.get(section, {}))
+            former = dict(content.get(section, {}))
             check_fixed(kind, former, own, checkpoint.path)
-            if "epochs" in own:
-                former["max_steps"] = None
-            if section == "run":
-                former["init_weights"] = None
+            former |= {"max_steps": None} if "epochs" in own else {}
+            former |= {"init_weights": None} if section == "run" else {}
             sections[section] = kind.from_dict({**former, **own})
     settings = Settings(**sections, network_class=network)  # type: ignore[arg-type]  # each of its class
     if settings.process.levels and checkpoint is None and settings.run.init_weights is None:
@@ -191,14 +184,13 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None
 def check_fixed(
     kind: type[Options], recorded: Mapping[str, object], given: Mapping[str, object], path: Path
 ) -> None:
-    """Raise ValueError for an option that a resumed run must keep and that is given otherwise."""
+    """Raise OptionError for an option that a resumed run must keep and that is given otherwise."""
     former = {**kind().to_dict(), **recorded}
     for name, value in given.items():
-        if specs(kind)[name].fixed and value not in (former[name], "auto"):
-            raise ValueError(
-                f"--{flag_of(kind, name)} is {value}, but {path} was trained with {former[name]}: "
-                "leave the flag out, or start a new run with --init_weights"
-            )
+        spec = specs(kind)[name]
+        if spec.fixed and not spec.path and value not in (former[name], "auto"):
+            remedy = "leave the flag out, or start a new run with --init_weights"
+            raise OptionError(name, value, f"{path} was trained with {former[name]}; {remedy}")
 
 
 def flags_for_few_images(given: Mapping[str, Any], settings: Settings, processes: Processes) -> list[str]:
@@ -206,12 +198,11 @@ def flags_for_few_images(given: Mapping[str, Any], settings: Settings, processes
     if given.keys() & {"weights_path", "epochs", "max_steps", "accumulation_steps"}:
         return []
     images = len(list_images(settings.data.image_folder))
-    steps = settings.training.resolved(max(1, images), processes.world_size).max_steps
+    steps = settings.training.resolved(images, processes.world_size).max_steps
     if steps >= FEW_STEPS:
         return []
     flags = expand_recipes([f"@{RECIPE}"])
-    length = LENGTHS.get(processes.device.type)
-    flags += [] if length is None else ["--max_steps", str(length)]
+    flags += ["--max_steps", str(CPU_STEPS)] if processes.device.type == "cpu" else []
     if processes.is_main:
         say(
             f"{images} images would be {steps} steps, too few to learn from; so, unless you say otherwise: "
@@ -223,8 +214,6 @@ def flags_for_few_images(given: Mapping[str, Any], settings: Settings, processes
 def keep_global_batch(settings: Settings, checkpoint: Checkpoint, processes: Processes) -> Settings:
     """Accumulate more or less where a run goes on in another number of processes; ValueError: it cannot."""
     former, now = checkpoint.content.get("world_size", processes.world_size), processes.world_size
-    if former == now:
-        return settings
     training = settings.training
     passes = former * training.accumulation_steps
     if passes % now:
@@ -232,7 +221,7 @@ def keep_global_batch(settings: Settings, checkpoint: Checkpoint, processes: Pro
             f"{checkpoint.path} was trained by {former} processes of {training.accumulation_steps} forward "
             f"passes a step: {now} processes cannot share {passes}; start a number that divides it"
         )
-    if processes.is_main:
+    if processes.is_main and former != now:
         say(f"{now} processes instead of {former}: {passes // now} forward passes each, the same step")
     return settings._replace(training=replace(training, accumulation_steps=passes // now))
 
@@ -257,27 +246,23 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
         degradation=settings.degradation,
         tokens=data.tokens,
     )
-    everything = dataset(list_images(data.image_folder))
-    if data.val_folder is not None:
-        chosen = list_images(data.val_folder)
-    elif len(everything) == 1:
-        logger.warning("only one image: it is validated on, too; give more images or --val_folder")
-        return everything, dataset(everything.paths, train=False)
+    training = dataset(list_images(data.image_folder))
+    if data.val_folder is None:
+        chosen = choose_held_out(training.paths, settings, held_out)
     else:
-        chosen = choose_held_out(everything.paths, settings, held_out)
+        chosen = list_images(data.val_folder)
     apart = {path.resolve() for path in chosen}
-    rest = [path for path in everything.paths if path.resolve() not in apart]
-    if not rest:
+    rest = [path for path in training.paths if path.resolve() not in apart]
+    if rest:
+        training.paths = rest
+    elif data.val_folder is None and len(training) == 1:
+        logger.warning("only one image: it is validated on, too; give more images or --val_folder")
+    else:
         raise ValueError(
-            f"--val_folder {data.val_folder} has all of --image_folder: nothing is left to train on"
+            f"all of --image_folder {data.image_folder} is validated on: nothing is left to train on; give "
+            "more images, or another --val_folder"
         )
-    training = dataset(rest)
-    training.left_out = everything.left_out
     return training, dataset(chosen, train=False)
-
-
-def names_below(folder: str, paths: Sequence[Path]) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in paths if path.is_relative_to(folder)]
 
 
 def choose_held_out(paths: Sequence[Path], settings: Settings, former: Collection[str] | None) -> list[Path]:
@@ -286,7 +271,8 @@ def choose_held_out(paths: Sequence[Path], settings: Settings, former: Collectio
     names = {path.relative_to(root).as_posix(): path for path in paths}
     if former is None:
         count = min(MOST_HELD_OUT, max(1, round(settings.data.val_fraction * len(names))))
-        former = sorted(names, key=lambda name: digest_of(f"{seed}/{name}"))[:count]
+        hashed = {name: f"{seed}/{name}".encode("utf-8", "surrogateescape") for name in names}
+        former = sorted(names, key=lambda name: hashlib.blake2b(hashed[name]).digest())[:count]
     gone = sorted(set(former) - names.keys())
     if len(gone) == len(former):
         raise ValueError(
@@ -295,17 +281,10 @@ def choose_held_out(paths: Sequence[Path], settings: Settings, former: Collectio
         )
     if gone:
         logger.warning(
-            "%d of %d validation images are gone, such as %s: from now on scores are of the others, and what "
-            "has another name is trained on",
-            len(gone),
-            len(former),
-            gone[0],
+            f"{len(gone)} of {len(former)} validation images are gone, such as {gone[0]}: from now on scores "
+            "are of the others, and what has another name is trained on"
         )
     return [path for name, path in names.items() if name in former]
-
-
-def digest_of(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape")).digest()
 
 
 def make_model(settings: Settings, device: torch.device) -> Network:
@@ -335,42 +314,9 @@ def _check_start(loaded: LoadedModel, settings: Settings, path: str) -> None:
         logger.warning("%s has learnt from another degradation: %s", path, loaded.degradation.describe())
 
 
-def blank_crop(settings: Settings, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Condition]:
-    """Make what the network takes of one crop: image, timestep and condition."""
-    size = settings.data.img_size
-    sides = (size, round(size / settings.degradation.scale))
-    image, low_res = (torch.zeros(1, 3, side, side, device=device) for side in sides)
-    return image, torch.zeros(1, dtype=torch.long, device=device), Condition(image, low_res)
-
-
-class Whole(nn.Module):
-    """Runs a network from a condition on: torchinfo sees what one forward pass calls."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, noisy: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        output: torch.Tensor = self.network(noisy, t, self.network.encode_context(condition)[0])
-        return output
-
-
-def describe_model(model: Network, settings: Settings, device: torch.device) -> str:
-    """Draw a table of the layers; "" without torchinfo."""
-    torchinfo = import_optional("torchinfo", "no table of the layers")
-    if torchinfo is None:
-        return ""
-    image, t, condition = blank_crop(settings, device)
-    table = torchinfo.summary(
-        Whole(model),
-        input_data=(image, t),
-        condition=condition,
-        depth=3,
-        row_settings=("var_names",),
-        col_names=("output_size", "num_params", "mult_adds"),
-        col_width=17,
-        verbose=0,
-    )
+def describe_model(model: Network) -> str:
+    """Draw a table of the layers and their parameters."""
+    table = torchinfo.summary(model, depth=3, row_settings=("var_names",), col_width=17, verbose=0)
     return str(table).translate(str.maketrans("\u251c\u2514\u2502\u2500", "||| "))
 
 
@@ -379,16 +325,21 @@ def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path
     if checkpoint is not None:
         folder = checkpoint.path.resolve().parent
     else:
-        check_folder(settings.run.checkpoint_dir, "checkpoint_dir")
-        name = f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = new_folder(Path(settings.run.checkpoint_dir), name)
+        name, parent = (
+            f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}",
+            settings.run.checkpoint_dir,
+        )
+        try:
+            folder = new_folder(Path(parent), name)
+        except OSError as error:
+            raise OptionError("checkpoint_dir", parent, f"{error.strerror}; give another place") from error
     return folder, Path(settings.run.log_dir) / folder.name
 
 
 def describe_run(
     settings: Settings, config: ResolvedConfig, training: ImageDataset, images: int, processes: Processes
 ) -> Iterator[str]:
-    plan = BatchPlan.of(config, len(training), processes.world_size)
+    plan = BatchPlan(len(training), config, processes.world_size)
     precision = autocast_dtype(processes.device, settings.run.precision)
     yield f"device {processes.device}, {precision or torch.float32}, {plan.world_size} process(es)"
     yield f"{len(training)} training and {images} validation images, {len(training.left_out)} left out"
@@ -403,20 +354,20 @@ def describe_run(
 def describe_resume(
     checkpoint: Checkpoint, settings: Settings, config: ResolvedConfig, images: int
 ) -> Iterator[str]:
-    content = checkpoint.content
-    step, former = content["step"], content["training"]["max_steps"]
-    yield f"resuming {checkpoint.path} at step {step} of {config.max_steps}"
+    content, before = checkpoint.content, ResolvedConfig.from_dict(checkpoint.content["training"])
+    step, steps = content["step"], config.max_steps
+    yield f"resuming {checkpoint.path} at step {step} of {steps}"
     if content.get("images", images) != images:
         yield f"{images} training images instead of {content['images']}: the order of the data is another"
     if content["data"]["val_folder"] != settings.data.val_folder:
         yield "validated on other images than before: the best score so far is not of these"
-    if step >= config.max_steps:
+    if step >= steps:
         yield "this run is finished: raise --max_steps to go on with it"
-    elif config.max_steps != former:
-        before = ResolvedConfig.from_dict(content["training"])
+    elif steps != before.max_steps:
+        rates = [learning_rate_at(step, config), learning_rate_at(max(0, step - 1), before)]
         yield (
-            f"the run is {config.max_steps} steps long instead of {former}, so the learning rate goes on at "
-            f"{learning_rate_at(step, config):.2g}, after {learning_rate_at(max(0, step - 1), before):.2g}"
+            f"the run is {steps} steps long instead of {before.max_steps}, so the learning rate goes on at "
+            f"{rates[0]:.2g}, after {rates[1]:.2g}"
         )
 
 
@@ -424,7 +375,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     device, is_main = processes.device, processes.is_main
     precision = autocast_dtype(device, settings.run.precision)
     tune_for_training(device)
-    perceptual = load_perceptual(settings, device)  # before the images are measured
+    make_step, lpips = make_sharpening(settings, device, precision)  # before the images are measured
     logging.disable(logging.NOTSET if is_main else logging.WARNING)  # of the images: all find the same
     training, validation = make_datasets(settings, checkpoint and checkpoint.content.get("held_out"))
     logging.disable(logging.NOTSET)
@@ -432,17 +383,15 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
     config = replace(config, optimizer=optimizer_for(config, device))
     diffusion = DiffusionModel(device=device, process=settings.process, objective=settings.objective)
     model = make_model(settings, device)
-    make_step, validate = make_phase(settings, diffusion, validation, processes, perceptual)
+    most_lost = settings.sharpening.most_psnr_lost
+    validate = Validator(diffusion, validation, precision, processes, lpips, most_lost)
     checkpoint_dir, log_dir = run_folders(settings, checkpoint) if is_main else (Path(), Path())
     if is_main:  # the others write and say nothing
-        say(describe_model(model, settings, device))
+        say(describe_model(model))
         say(*describe_run(settings, config, training, len(validation), processes))
         say(*(describe_resume(checkpoint, settings, config, len(training)) if checkpoint else ()))
     if settings.run.compile:
         model.compile(dynamic=False)
-    record = {"data": settings.data.to_dict(), "run": settings.run.to_dict()}
-    record["sharpening"] = settings.sharpening.to_dict()
-    facts = {"images": len(training), "world_size": processes.world_size}
     with locked(checkpoint_dir) if is_main else contextlib.nullcontext():
         run, received = diffusion.train(
             model,
@@ -455,40 +404,39 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
             resume=checkpoint,
             processes=processes,
             precision=precision,
-            record={**record, **facts, "held_out": names_below(settings.data.image_folder, validation.paths)},
+            record=record_of(settings, training, validation, processes),
         )
     if is_main:
         say(*describe_end(run, received, processes.world_size))
     return 0 if received is None else 128 + received
 
 
-def load_perceptual(settings: Settings, device: torch.device) -> tuple[PerceptualFeatures, Lpips] | None:
-    """Load what a sharpening, if this is one, is trained and measured by; ValueError without it."""
+def record_of(
+    settings: Settings, training: ImageDataset, validation: ImageDataset, processes: Processes
+) -> dict[str, object]:
+    """Return what checkpoints hold beside the state and what it was trained for."""
+    folder = Path(settings.data.image_folder)
+    below = [path.relative_to(folder).as_posix() for path in validation.paths if path.is_relative_to(folder)]
+    sections = {name: getattr(settings, name).to_dict() for name in ("data", "run", "sharpening")}
+    return {**sections, "images": len(training), "world_size": processes.world_size, "held_out": below}
+
+
+def make_sharpening(
+    settings: Settings, device: torch.device, precision: torch.dtype | None
+) -> tuple[Sharpening | None, Lpips | None]:
+    """Make the step of a sharpening and the metric that validates it, None for a diffusion's.
+
+    ValueError without the features that both need.
+    """
     if not settings.process.levels:
-        return None
+        return None, None
     try:
-        return PerceptualFeatures(device, settings.run.perceptual_features), Lpips(device)
+        features, lpips = PerceptualFeatures(device, settings.run.perceptual_features), Lpips(device)
     except MetricUnavailableError as error:
         remedy = "give --perceptual_features FILE and set SR_LPIPS_WEIGHTS to AlexNet's"
         raise ValueError(f"sharpening needs the features of VGG16 and AlexNet ({error}): {remedy}") from error
-
-
-def make_phase(
-    settings: Settings,
-    diffusion: DiffusionModel,
-    validation: ImageDataset,
-    processes: Processes,
-    perceptual: tuple[PerceptualFeatures, Lpips] | None,
-) -> tuple[MakeStep | None, Validator]:
-    """Make the step of a sharpening, None for that of the diffusion, and the validation."""
-    precision = autocast_dtype(processes.device, settings.run.precision)
-    if perceptual is None:
-        return None, Validator(diffusion, validation, precision, processes)
-    features, lpips = perceptual
-    generator = ResidualGenerator(device=processes.device, process=settings.process, precision=precision)
-    make_step = Sharpening(generator, settings.degradation, features, settings.sharpening)
-    most_lost = settings.sharpening.most_psnr_lost
-    return make_step, Validator(diffusion, validation, precision, processes, lpips, most_lost)
+    generator = ResidualGenerator(device=device, process=settings.process, precision=precision)
+    return Sharpening(generator, settings.degradation, features, settings.sharpening), lpips
 
 
 def describe_end(run: RunFiles, received: int | None, world_size: int) -> Iterator[str]:

@@ -4,10 +4,11 @@ Data and random numbers are functions of (seed, step), so a resumed run is the u
 Karras et al. 2024).
 
 Another kind of training has a step function of its own, which takes the batches of one step, changes the
-state and counts the step; a second network and its optimiser are a state among `TrainState.others`. `train`
-gives it data, validation, checkpoints, curves, signals, and other processes.
+state and counts the step; a second network and its optimiser are a state among `TrainState.others`. The
+TrainingLoop gives it data, validation, checkpoints, curves, signals, and other processes.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -35,7 +36,7 @@ from engine.packages import IMPORT_ERRORS
 from engine.processes import LostProcessError, Processes
 from engine.progress import progress
 from engine.run import RunFiles
-from engine.run_log import RunLogger, profiled
+from engine.run_log import RunLogger, tracer
 from engine.seeds import noise_seed
 from engine.signals import StopSignals, leave_stopping_to_the_parent
 
@@ -73,9 +74,7 @@ class TrainingConfig(Options):
     accumulation_steps: int = option(1, "forward passes of one process per optimiser step", low=1, script=64)
     learning_rate: float = option(2e-5, "peak, after a linear warm-up and before half a cosine", above=0)
     warmup_steps: int | None = option(None, "steps of it; auto: 5%, at most 500", low=0, fixed=False)
-    final_learning_rate: float = option(
-        0.01, "end of the cosine, as part of the peak", low=0, high=1, rare=True
-    )
+    final_learning_rate: float = rare_option(0.01, "end of the cosine, as part of the peak", low=0, high=1)
     weight_decay: float = rare_option(0.01, "weight decay (Loshchilov & Hutter 2019)", low=0)
     beta2: float = rare_option(0.99, "decay of AdamW's second moment", low=0, high=1)
     max_grad_norm: float = option(1.0, "global norm that gradients are clipped to", above=0)
@@ -85,9 +84,7 @@ class TrainingConfig(Options):
     validate_every: int | None = option(None, "steps between; auto: 20 in a run", low=1, fixed=False)
     save_every: int | None = option(None, "steps between; auto: as validations", low=1, fixed=False)
     log_every: int = option(10, "steps between points of the curves", low=1, fixed=False)
-    keep_checkpoints: int = option(
-        2, "newest checkpoints to keep, besides the best", low=1, fixed=False, rare=True
-    )
+    keep_checkpoints: int = rare_option(2, "newest checkpoints to keep, besides the best", low=1, fixed=False)
     num_workers: int | None = option(
         None, "processes that read images; auto: 0 on a CPU, else by the cores", low=0, fixed=False
     )
@@ -95,7 +92,7 @@ class TrainingConfig(Options):
 
     def resolved(self, length: int, world_size: int = 1) -> "ResolvedConfig":
         """Decide the lengths for a dataset of this length."""
-        max_steps = self.max_steps or self.epochs * BatchPlan.of(self, length, world_size).steps_per_epoch
+        max_steps = self.max_steps or self.epochs * BatchPlan(length, self, world_size).steps_per_epoch
         validate_every = self.validate_every or max(1, max_steps // 20)
         decided = {
             "max_steps": max_steps,
@@ -143,18 +140,12 @@ class BatchPlan:
     """
 
     length: int
-    batch_size: int
-    accumulation_steps: int
-    seed: int
+    config: TrainingConfig
     world_size: int = 1
-
-    @classmethod
-    def of(cls, config: TrainingConfig, length: int, world_size: int = 1) -> "BatchPlan":
-        return cls(length, config.batch_size, config.accumulation_steps, config.seed, world_size)
 
     @property
     def group_size(self) -> int:
-        return self.batch_size * self.accumulation_steps * self.world_size
+        return self.config.batch_size * self.config.accumulation_steps * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,19 +154,15 @@ class BatchPlan:
     def group(self, step: int) -> list[tuple[int, int]]:
         """(epoch, index) of the samples of a step, of all processes."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(self.length, self.seed, epoch)
-        return [
-            (epoch, index) for index in order[position * self.group_size : (position + 1) * self.group_size]
-        ]
+        order = _epoch_order(self.length, self.config.seed, epoch)
+        start = position * self.group_size
+        return [(epoch, index) for index in order[start : start + self.group_size]]
 
     def micro_batches(self, step: int, rank: int = 0) -> list[MicroBatch]:
         """Plan the forward passes of a process in a step; the last group of an epoch may leave it none."""
-        group = self.group(step)
-        starts = range(0, len(group), self.batch_size)
-        parts = [
-            MicroBatch(number, group[start : start + self.batch_size], 1 / len(group))
-            for number, start in enumerate(starts)
-        ]
+        group, size = self.group(step), self.config.batch_size
+        starts = range(0, len(group), size)
+        parts = [MicroBatch(i, group[at : at + size], 1 / len(group)) for i, at in enumerate(starts)]
         return parts[rank :: self.world_size]
 
 
@@ -260,10 +247,9 @@ def make_optimizer(name: str, model: nn.Module, config: TrainingConfig) -> torch
 def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
     """Continue from a checkpoint; CheckpointError: it does not fit, or is of another optimiser."""
     path, content = checkpoint
-    try:
-        name, values = content["optimizer"]["name"], content["optimizer"]["state"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} holds no optimiser state: it cannot be resumed, only used") from error
+    if "optimizer" not in content:
+        raise CheckpointError(f"{path} holds no optimiser state: it cannot be resumed, only used")
+    name = content["optimizer"]["name"]
     if name != state.optimizer_name:
         raise CheckpointError(
             f"{path} was trained with the optimizer {name}, whose state does not fit {state.optimizer_name}: "
@@ -272,7 +258,7 @@ def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
     load_weights(state.model, content["model"], path)
     load_weights(state.ema, content["ema"], path)
     try:
-        state.optimizer.load_state_dict(values)
+        state.optimizer.load_state_dict(content["optimizer"]["state"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the optimiser state of {path} does not fit: {error}") from error
     if state.scaler.is_enabled() and content.get("scaler"):
@@ -361,147 +347,176 @@ class Validation(NamedTuple):
 Validate = Callable[[nn.Module], Validation]
 
 
-def train(
-    state: TrainState,
-    step: StepFunction,
-    dataset: Samples,
-    config: ResolvedConfig,
-    run: RunFiles,
-    processes: Processes,
-    validate: Validate | None = None,
-) -> int | None:
-    """Take steps from state.step to config.max_steps; returns None, or the signal that ended it early.
+@dataclass
+class TrainingLoop:
+    """Takes the steps of a run, and gives them data, validation, checkpoints, curves and signals.
 
-    The last checkpoint holds the final state. `validate` is called with `state.ema` in every process.
-    NonFiniteError, WorkerError, LostProcessError, CheckpointError.
+    `validate` is called with `state.ema`, in every process.
     """
-    is_main, curves = processes.is_main, Curves()
-    with (
-        StopSignals() as signals,
-        RunLogger(run.log_dir, is_main, state.step, run.record) as log,
-        profiled(config.profile and is_main, run.log_dir, processes.device) as trace_step,
-        progress("train", config.max_steps, state.step, hidden=not is_main) as show,
-    ):
+
+    state: TrainState
+    step: StepFunction
+    dataset: Samples
+    config: ResolvedConfig
+    run: RunFiles
+    processes: Processes
+    validate: Validate | None = None
+
+    def __post_init__(self) -> None:
+        self.plan = BatchPlan(len(self.dataset), self.config, self.processes.world_size)
+        self.signals = StopSignals()
+        self._begin_point()
+
+    def train(self) -> int | None:
+        """Take steps from state.step to config.max_steps; returns None, or the signal that ended it early.
+
+        The last checkpoint holds the final state. NonFiniteError, WorkerError, LostProcessError,
+        CheckpointError.
+        """
+        state, config, signals, is_main = self.state, self.config, self.signals, self.processes.is_main
+        with (
+            signals,
+            RunLogger(self.run.log_dir, is_main, state.step, self.run.record) as log,
+            tracer(self.run.log_dir) if config.profile and is_main else contextlib.nullcontext() as trace,
+            progress("train", config.max_steps, state.step, hidden=not is_main) as show,
+        ):
+            try:
+                for report in self._steps():
+                    if trace is not None:
+                        trace.step()
+                    show(state.step, f"loss {report.loss:.4f}, best {state.best_score:.2f}")
+                    if self._due(config.log_every):
+                        log.add("scalar", "train", state.step, self._point(report))
+                    if self.validate is not None and self._due(config.validate_every):
+                        self._validate(self.validate, log)
+                    stop = self.processes.any(signals.received is not None)
+                    if stop or self._due(config.save_every):
+                        self._save()
+                    if stop:
+                        return signals.received or int(signal.SIGTERM)
+            except (WorkerError, LostProcessError):
+                self._save()  # the last whole step
+                if signals.received is None:
+                    raise
+        return signals.received
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.config.max_steps
+
+    def _save(self) -> None:
+        if self.processes.is_main:
+            self.run.save_last(self.state.content(), self.state.step, self.config.keep_checkpoints)
+
+    def _steps(self) -> Iterator[StepReport]:
+        """Take one step after another; yields after each.
+
+        NonFiniteError: too many in a row were skipped. WorkerError: there is no more data, or a signal has
+        come while waiting for it.
+        """
+        batches, skipped_in_a_row = self._batches(), 0
+        while self.state.step < self.config.max_steps:
+            parts = self.plan.micro_batches(self.state.step, self.processes.rank)
+            samples = len(self.plan.group(self.state.step))
+            report = self.step(itertools.islice(batches, len(parts)))
+            self.losses.append(report.loss)
+            self.samples += samples
+            skipped_in_a_row = 0 if report.finite else skipped_in_a_row + 1
+            if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+                names = ", ".join(self.dataset.name(index) for part in parts for _, index in part.pairs)
+                raise NonFiniteError(
+                    f"{skipped_in_a_row} steps in a row up to step {self.state.step} had a loss or gradient "
+                    "that is not finite: lower the learning rate or train in fp32. The last checkpoint is "
+                    f"from before. The last batch was {names}"
+                )
+            yield report
+
+    def _batches(self) -> Batches:
+        """Read the forward passes of this process, to the end of the run, ahead of time by workers."""
+        device, workers = self.processes.device, self.config.num_workers
+        if workers is None:
+            workers = default_workers(device, self.processes.world_size)
+        watched = _Watched(self.dataset, workers)
+        loader = DataLoader(
+            watched,
+            batch_sampler=(part.pairs for part in self._parts(self.state.step)),
+            num_workers=workers,
+            collate_fn=watched.collate,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=leave_stopping_to_the_parent,
+            timeout=SECONDS_BETWEEN_LOOKS if workers else 0,
+        )
+        others = set(multiprocessing.active_children())
         try:
-            for report in take_steps(state, step, dataset, config, processes, signals, curves):
-                trace_step()
-                show(state.step, f"loss {report.loss:.4f}, best {state.best_score:.2f}")
-                if _due(state.step, config.log_every, config):
-                    log.scalars("train", state.step, curves.point(state, config, report, dataset))
-                if validate is not None and _due(state.step, config.validate_every, config):
-                    curves.since += _validate(validate, state, run, log, is_main)  # no time of training
-                stop = processes.any(signals.received is not None)
-                if is_main and (stop or _due(state.step, config.save_every, config)):
-                    run.save_last(state.content(), state.step, config.keep_checkpoints)
-                if stop:
-                    return signals.received or int(signal.SIGTERM)
-        except (WorkerError, LostProcessError):
-            if is_main:  # the last whole step
-                run.save_last(state.content(), state.step, config.keep_checkpoints)
-            if signals.received is None:
-                raise
-    return signals.received
+            loaded = iter(loader)
+        except OSError as error:
+            raise WorkerError(f"no process to read images can start ({error}): use num_workers 0") from error
+        # They ignore requests to stop, and one that is stuck would keep this process from ending.
+        started = set(multiprocessing.active_children()) - others
+        multiprocessing.util.Finalize(None, _kill, (started,), exitpriority=0)
+        for part in self._parts(self.state.step):
+            since = time.perf_counter()
+            batch = self._next(loaded, watched)
+            self.waited += time.perf_counter() - since
+            yield part, pickle.loads(batch) if isinstance(batch, bytes) else batch
 
+    def _parts(self, first_step: int) -> Iterator[MicroBatch]:
+        for step in range(first_step, self.config.max_steps):
+            yield from self.plan.micro_batches(step, self.processes.rank)
 
-def _due(step: int, every: int, config: ResolvedConfig) -> bool:
-    return step % every == 0 or step == config.max_steps
+    def _next(self, loaded: Iterator[Batch | bytes], watched: "_Watched") -> Batch | bytes:
+        started, patience = time.monotonic(), 60
+        while True:
+            try:
+                return next(loaded)
+            except RuntimeError as error:
+                reading = watched.names() or "no image"
+                if "DataLoader worker" in str(error):
+                    message = f"a process that reads images died while reading {reading} ({error})"
+                    raise WorkerError(message) from error
+                if "DataLoader timed out" not in str(error) or self.signals.received is not None:
+                    raise WorkerError(str(error)) from error
+                if time.monotonic() - started > patience:
+                    logger.warning("no image for %d seconds; being read: %s", patience, reading)
+                    patience *= 2
 
+    def _begin_point(self) -> None:
+        self.losses: list[float] = []
+        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
 
-def take_steps(
-    state: TrainState,
-    step: StepFunction,
-    dataset: Samples,
-    config: ResolvedConfig,
-    processes: Processes,
-    signals: StopSignals,
-    curves: "Curves",
-) -> Iterator[StepReport]:
-    """Take one step after another; yields after each.
+    def _point(self, report: StepReport) -> dict[str, float]:
+        """Return a point of the curves, of the steps since the last, and begin the next."""
+        seconds = time.perf_counter() - self.since
+        point = {
+            "loss": float(np.mean(self.losses)),
+            "learning_rate": learning_rate_at(self.state.step - 1, self.config),
+            **report.scalars,
+            "images_per_second": self.samples / seconds,
+            "share_waiting_for_data": self.waited / seconds,
+            "skipped_steps": float(self.state.skipped),
+            "unreadable_files": float(self.dataset.failures()),
+        }
+        self._begin_point()
+        return point
 
-    NonFiniteError: too many in a row were skipped. WorkerError: there is no more data, or a signal has come
-    while waiting for it.
-    """
-    plan = BatchPlan.of(config, len(dataset), processes.world_size)
-    batches = read_batches(dataset, plan, config, state.step, processes, signals)
-    skipped_in_a_row = 0
-    while state.step < config.max_steps:
-        parts = plan.micro_batches(state.step, processes.rank)
-        samples = len(plan.group(state.step))
-        report = step(curves.timed(itertools.islice(batches, len(parts))))
-        curves.losses.append(report.loss)
-        curves.samples += samples
-        skipped_in_a_row = 0 if report.finite else skipped_in_a_row + 1
-        if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            names = ", ".join(dataset.name(index) for part in parts for _, index in part.pairs)
-            raise NonFiniteError(
-                f"{skipped_in_a_row} steps in a row up to step {state.step} had a loss or gradient that is "
-                "not finite: lower the learning rate or train in fp32. The last checkpoint is from before. "
-                f"The last batch was {names}"
-            )
-        yield report
-
-
-def read_batches(
-    dataset: Samples,
-    plan: BatchPlan,
-    config: ResolvedConfig,
-    first_step: int,
-    processes: Processes,
-    signals: StopSignals,
-) -> Batches:
-    """Read the forward passes of one process, from a step to the end of the run, read ahead by workers."""
-    workers = config.num_workers
-    if workers is None:
-        workers = default_workers(processes.device, processes.world_size)
-    watched = _Watched(dataset, workers)
-
-    def micro_batches() -> Iterator[MicroBatch]:
-        for step in range(first_step, config.max_steps):
-            yield from plan.micro_batches(step, processes.rank)
-
-    loader = DataLoader(
-        watched,
-        batch_sampler=(part.pairs for part in micro_batches()),
-        num_workers=workers,
-        collate_fn=watched.collate,
-        pin_memory=processes.device.type == "cuda",
-        worker_init_fn=leave_stopping_to_the_parent,
-        timeout=SECONDS_BETWEEN_LOOKS if workers else 0,
-    )
-    others = set(multiprocessing.active_children())
-    try:
-        loaded = iter(loader)
-    except OSError as error:
-        raise WorkerError(f"no process to read images can start ({error}): use num_workers 0") from error
-    # They ignore requests to stop, and one that is stuck would keep this process from ending.
-    started = set(multiprocessing.active_children()) - others
-    multiprocessing.util.Finalize(None, _kill, (started,), exitpriority=0)
-    for part in micro_batches():
-        batch = _next_batch(loaded, watched, signals)
-        yield part, pickle.loads(batch) if isinstance(batch, bytes) else batch
+    def _validate(self, validate: Validate, log: RunLogger) -> None:
+        """Log a validation, and save the best."""
+        started, state = time.perf_counter(), self.state
+        result = validate(state.ema)
+        log.add("scalar", "validation", state.step, result.scalars)
+        log.add("image", "validation", state.step, result.images)
+        log.bars("validation", state.step, result.curves)
+        log.flush()
+        if result.score > state.best_score:
+            state.best_score = result.score
+            if self.processes.is_main:
+                self.run.save_best(state.content())
+        self.since += time.perf_counter() - started  # no time of training
 
 
 def _kill(workers: Iterable[multiprocessing.Process]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a failure
     for worker in workers:
         worker.kill()
-
-
-def _next_batch(loaded: Iterator[Batch | bytes], watched: "_Watched", signals: StopSignals) -> Batch | bytes:
-    started, patience = time.monotonic(), 60
-    while True:
-        try:
-            return next(loaded)
-        except RuntimeError as error:
-            reading = watched.names() or "no image"
-            if "DataLoader worker" in str(error):
-                message = f"a process that reads images died while reading {reading} ({error})"
-                raise WorkerError(message) from error
-            if "DataLoader timed out" not in str(error) or signals.received is not None:
-                raise WorkerError(str(error)) from error
-            if time.monotonic() - started > patience:
-                logger.warning("no image for %d seconds; being read: %s", patience, reading)
-                patience *= 2
 
 
 class _Watched(Dataset[object]):
@@ -527,56 +542,3 @@ class _Watched(Dataset[object]):
 
     def names(self) -> str:
         return ", ".join(self.samples.name(index) for index in self.reading if index >= 0)
-
-
-class Curves:
-    """Adds up the steps since the last point of the curves."""
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        self.losses: list[float] = []
-        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
-
-    def timed(self, batches: Batches) -> Batches:
-        """Hand on batches, and count the seconds that they take."""
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
-
-    def point(
-        self, state: TrainState, config: ResolvedConfig, report: StepReport, dataset: Samples
-    ) -> dict[str, float]:
-        """Return the point by name, and begin the next."""
-        seconds = time.perf_counter() - self.since
-        point = {
-            "loss": float(np.mean(self.losses)),
-            "learning_rate": learning_rate_at(state.step - 1, config),
-            **report.scalars,
-            "images_per_second": self.samples / seconds,
-            "share_waiting_for_data": self.waited / seconds,
-            "skipped_steps": float(state.skipped),
-            "unreadable_files": float(dataset.failures()),
-        }
-        self.begin()
-        return point
-
-
-def _validate(validate: Validate, state: TrainState, run: RunFiles, log: RunLogger, is_main: bool) -> float:
-    """Log a validation, and save the best; returns the seconds that it took."""
-    started = time.perf_counter()
-    result = validate(state.ema)
-    log.scalars("validation", state.step, result.scalars)
-    log.images("validation", state.step, result.images)
-    log.bars("validation", state.step, result.curves)
-    log.flush()
-    if result.score > state.best_score:
-        state.best_score = result.score
-        if is_main:
-            run.save_best(state.content())
-    return time.perf_counter() - started

@@ -27,8 +27,8 @@ class UNetConfig(Options):
 
     retired: ClassVar[Mapping[str, Plain]] = {"scales": [], "context_blocks": 0}
 
-    in_channels: int = option(3, "image channels of the noisy input", flag="", low=1)
-    out_channels: int = option(3, "image channels of the prediction", flag="", low=1)
+    in_channels: int = option(3, "image channels of the noisy input", has_flag=False, low=1)
+    out_channels: int = option(3, "image channels of the prediction", has_flag=False, low=1)
     base_dim: int = option(32, "width of the first level, a multiple of 4", flag="unet_base_dim", low=4)
     dim_mults: tuple[int, ...] = option(
         (1, 2, 4), "width of each level over the first; each halves the size", flag="unet_dim_mults", low=1

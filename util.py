@@ -307,7 +307,7 @@ class ImageDataset(Dataset[Sample]):
 
 
 class CropDataset(Dataset[object]):
-    """The crops of an ImageDataset, as training.train takes them."""
+    """The crops of an ImageDataset, as a TrainingLoop takes them."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images

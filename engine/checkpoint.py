@@ -17,8 +17,9 @@ import json
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,24 +66,19 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no file"
         raise CheckpointError(f"{path} is {what}: give the path of a .pth file that training wrote")
-    if not zipfile.is_zipfile(path) and _first_bytes(path, 2) == b"\x80\x02":  # how torch saved before 1.6
-        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}, but a pickle of another program")
     if damage := _damage(path):
         raise CheckpointError(f"{path} {damage}; {_offer_instead(path)}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:  # its message advises to run what is in the file
-        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: it holds objects that are not read") from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: {reason}") from error
-    if not isinstance(content, dict) or "format" not in content:
-        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: it holds no format entry")
-    if content["format"] not in READABLE:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        # The message is left out: it advises to run what is in the file.
+        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: {type(error).__name__} when read") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found not in READABLE:
         raise CheckpointError(
-            f"{path} has format {content['format']}, this version reads up to {FORMAT}: update the project"
+            f"{path} {NOT_A_CHECKPOINT}, or of a later version: its format is {found}, not up to {FORMAT}"
         )
-    return content
+    return cast(dict[str, Any], content)
 
 
 def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -114,13 +110,13 @@ def _offer_instead(path: Path) -> str:
 
 def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> None:
     """Load all weights or none; CheckpointError names what does not fit."""
-    own = model.state_dict()
-    problems = [f"missing {key}" for key in own if key not in weights]
-    problems += [f"unknown {key}" for key in weights if key not in own]
-    problems += [
-        f"{key} is {tuple(weights[key].shape)}, not {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in weights and weights[key].shape != value.shape
+    here, there = (
+        {key: tuple(value.shape) for key, value in one.items()} for one in (model.state_dict(), weights)
+    )
+    problems = [
+        f"{key} is {there.get(key, 'missing')}, not {here.get(key, 'known')}"
+        for key in here | there
+        if here.get(key) != there.get(key)
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -169,17 +165,12 @@ def _digest(weights: StateDict) -> str:
     return digest.hexdigest()
 
 
-def _first_bytes(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(count)
-
-
 def _is_safetensors(path: Path) -> bool:
-    """Tell a .safetensors file by its content or, where there is none, by its name."""
-    named = path.suffix.lower() == ".safetensors"
-    if not path.is_file():
-        return named
-    return _first_bytes(path, 9)[8:] == b"{" or (named and not zipfile.is_zipfile(path))
+    """Tell a .safetensors file by its content or, where that is damaged or missing, by its name."""
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(9)[8:] == b"{":
+            return True
+    return path.suffix.lower() == ".safetensors" and not zipfile.is_zipfile(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

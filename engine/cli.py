@@ -9,15 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn, get_args
 
 import torch
 
 from engine.device import Precision, is_out_of_memory
-from engine.options import OptionError, Options, flag_of, one_line, path, specs
+from engine.options import OptionError, Options, one_line, path, specs
 from engine.processes import LostProcessError
-from engine.signals import Stopped, stopping_at_signals
+from engine.signals import Stopped, handled_by, stop
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +44,6 @@ def expand(names: Sequence[str]) -> list[str]:
             raise ValueError(f"{name}: no file has such a name")
         expanded += matches
     return expanded
-
-
-def check_folder(folder: str | Path, flag: str) -> None:
-    """Raise ValueError, before the work, for a folder that cannot be made or written in; name the flag."""
-    there = next(one for one in (Path(folder), *Path(folder).absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise ValueError(f"--{flag} {folder}: {there} is a file, not a folder; give another place")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--{flag} {folder}: {there} cannot be written; give another place")
 
 
 def say(*lines: str) -> None:
@@ -95,7 +85,7 @@ def run_script(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for names and signs that it has no letters for
     try:
-        with stopping_at_signals():
+        with handled_by(stop):
             return work()
     except (ValueError, OSError) as error:
         status, message = 2, with_flag(error, options) if isinstance(error, OptionError) else one_line(error)
@@ -108,7 +98,7 @@ def run_script(
             raise
         status, message = 1, f"out of memory: {out_of_memory}"
     except (KeyboardInterrupt, Stopped) as error:
-        number = signal.Signals(error.number if isinstance(error, Stopped) else signal.SIGINT)
+        number = signal.Signals(error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
         status, message = 128 + number, f"stopped by {number.name}; {stopped}"
     warn(script, message if status > 128 else f"error: {message}")
     return status
@@ -116,5 +106,6 @@ def run_script(
 
 def with_flag(error: OptionError, options: Sequence[type[Options]]) -> str:
     """Write the message of an OptionError, with the flag instead of the field."""
-    flag = next((flag_of(kind, error.field) for kind in options if error.field in specs(kind)), error.field)
+    flags = {name: spec.flag for kind in options for name, spec in specs(kind).items()}
+    flag = flags.get(error.field, error.field)
     return f"--{flag} is {error.value!r}: {error.rule}"

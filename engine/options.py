@@ -7,9 +7,9 @@ class Config(Options):
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import math
-import operator
 import os
 import types
 import typing
@@ -36,37 +36,54 @@ def one_line(error: BaseException) -> str:
 
 
 class Spec(NamedTuple):
-    """Holds what is known of an option beside its name and type."""
+    """Holds all that is known of an option; the last three are from its annotation."""
 
     default: Any  # dataclasses.MISSING if it must be given
     help: str
-    flag: str | None = None  # if not the field's name; "": it has none
-    low: float | None = None  # the smallest value
-    above: float | None = None  # what the value must exceed
-    high: float | None = None  # the largest value
-    choices: Collection[str] | None = None  # if the type is no Literal
+    flag: str = ""  # without dashes; empty: as the field
+    has_flag: bool = True
+    low: float = -math.inf  # the smallest value
+    above: float = -math.inf  # what the value must exceed
+    high: float = math.inf  # the largest value
+    choices: Collection[str] | None = None
     may_be_empty: bool = False  # a tuple
     fixed: bool = True  # a resumed run must keep it
     path: bool = False  # made absolute, so that a run can be resumed from another folder
     rare: bool = False  # shown by --help-all alone
     script: Any = None  # the default of the flag, if it differs
-
-    def differs(self) -> bool:
-        """Tell whether a flag that is not given means something else than the default of the class."""
-        return self.script is not None or self.path
+    of: type = str  # the kind of value, or of each in a tuple
+    many: bool = False
+    optional: bool = False
 
     def of_flag(self) -> Any:  # noqa: ANN401
         """Return the value of a flag that is not given."""
         default = self.default if self.script is None else self.script
         return os.path.abspath(default) if self.path and default else default
 
-    def limits(self) -> list[tuple[float, Callable[[float, float], bool], str]]:
-        every = (
-            (self.low, operator.ge, "of at least"),
-            (self.above, operator.gt, "above"),
-            (self.high, operator.le, "of at most"),
-        )
-        return [(limit, holds, words) for limit, holds, words in every if limit is not None]
+    def check(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """Raise OptionError for what the option called `name` cannot be."""
+        if value is None and self.optional:
+            return
+        if self.many and not (isinstance(value, tuple) and (value or self.may_be_empty)):
+            raise OptionError(name, value, "give one value or more")
+        for one in value if self.many else (value,):
+            if self.choices is not None and one not in self.choices:
+                raise OptionError(name, value, f"choose one of {', '.join(map(str, self.choices))}")
+            if not self._allows(one):
+                raise OptionError(name, value, f"give a {self._rule()}")
+
+    def _allows(self, value: object) -> bool:
+        if self.of not in (int, float):
+            return isinstance(value, self.of)
+        if isinstance(value, bool) or not isinstance(value, int if self.of is int else int | float):
+            return False
+        return math.isfinite(value) and self.above < value and self.low <= value <= self.high
+
+    def _rule(self) -> str:
+        kind = {int: "whole number", float: "number"}.get(self.of, self.of.__name__)
+        limits = (("of at least", self.low), ("above", self.above), ("of at most", self.high))
+        words = " and ".join(f"{word} {limit}" for word, limit in limits if math.isfinite(limit))
+        return f"{kind} {words}".strip()
 
 
 def option(default: Any, help: str, **rules: Any) -> Any:  # noqa: ANN401
@@ -74,9 +91,7 @@ def option(default: Any, help: str, **rules: Any) -> Any:  # noqa: ANN401
     return field(default=default, metadata={"spec": Spec(default, help, **rules)})
 
 
-def rare_option(default: Any, help: str, **rules: Any) -> Any:  # noqa: ANN401
-    """An option that --help leaves out, and --help-all shows."""
-    return option(default, help, rare=True, **rules)
+rare_option = functools.partial(option, rare=True)  # --help leaves it out, and --help-all shows it
 
 
 def narrowed(kind: type["Options"], name: str) -> Any:  # noqa: ANN401
@@ -94,12 +109,10 @@ class Options:
     retired: ClassVar[Mapping[str, Plain]] = {}
 
     def __post_init__(self) -> None:
-        kinds = _kinds(type(self))
         for name, spec in specs(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, list):
+            if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-            _check(name, getattr(self, name), kinds[name], spec)
+            spec.check(name, getattr(self, name))
 
     def to_dict(self) -> dict[str, Plain]:
         """Return plain values, for JSON and checkpoints."""
@@ -141,14 +154,25 @@ def takes_fields_of(
 
 
 def specs(kind: type[Options]) -> dict[str, Spec]:
+    """List the options of a class by field."""
+    hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every subclass is a dataclass
-    return {one.name: one.metadata["spec"] for one in fields if "spec" in one.metadata}
+    plain = {one.name: one.metadata["spec"] for one in fields if "spec" in one.metadata}
+    return {
+        name: _annotated(spec._replace(flag=spec.flag or name), hints[name]) for name, spec in plain.items()
+    }
 
 
-def flag_of(kind: type[Options], name: str) -> str:
-    """Return the flag of an option, without dashes; "" if it has none."""
-    flag = specs(kind)[name].flag
-    return name if flag is None else flag
+def _annotated(spec: Spec, annotation: Any) -> Spec:  # noqa: ANN401  # annotations have no type of their own
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        inner = next(one for one in arguments if one is not type(None))
+        return _annotated(spec, inner)._replace(optional=True)
+    if origin is tuple:
+        return _annotated(spec, arguments[0])._replace(many=True)
+    if origin is typing.Literal:
+        return spec._replace(of=type(arguments[0]), choices=arguments)
+    return spec._replace(of=annotation)
 
 
 def add_flags(
@@ -161,21 +185,19 @@ def add_flags(
 ) -> None:
     """Add a flag for every option but `skip`; `given_only`: those that are not given have no value."""
     for name, spec in specs(kind).items():
-        if name in skip or not (flag := flag_of(kind, name)):
+        if name in skip or not spec.has_flag:
             continue
-        form, default = _kinds(kind)[name], spec.of_flag()
-        keywords: dict[str, Any] = {"default": argparse.SUPPRESS if given_only else default}
-        shown = spec.help
-        if form.of is bool:
+        default, shown, keywords = spec.of_flag(), spec.help, dict[str, Any]()
+        if spec.of is bool:
             keywords["action"] = argparse.BooleanOptionalAction if default else "store_true"
         else:
-            of = _or_auto(form.of) if form.optional and form.of in (int, float) else form.of
-            keywords |= {"type": _absolute if spec.path else of, "choices": form.choices or None}
-            keywords["nargs"] = ("*" if spec.may_be_empty else "+") if form.many else None
+            keywords |= {"type": _parser(spec), "choices": spec.choices}
+            keywords["nargs"] = ("*" if spec.may_be_empty else "+") if spec.many else None
             if default not in (None, dataclasses.MISSING):
-                shown += f" (default: {' '.join(map(str, default)) if form.many else default})"
+                shown += f" (default: {' '.join(map(str, default)) if spec.many else default})"
+        keywords["default"] = argparse.SUPPRESS if given_only else default
         keywords["help"] = argparse.SUPPRESS if spec.rare and not show_rare else shown.replace("%", "%%")
-        group.add_argument(f"--{flag}", **keywords)
+        group.add_argument(f"--{spec.flag}", **keywords)
 
 
 def path(text: str) -> str:
@@ -185,75 +207,20 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def _absolute(text: str) -> str:
-    return os.path.abspath(path(text))
-
-
-def _or_auto(of: type) -> Callable[[str], object]:
-    """Make the parser of a number, or of "auto", which is None."""
+def _parser(spec: Spec) -> Callable[[str], object]:
+    """Make argparse's `type` of an option; "auto" is None for a number that may be None."""
 
     def parse(text: str) -> object:
-        return None if text == "auto" else of(text)
+        if spec.path:
+            return os.path.abspath(path(text))
+        auto = text == "auto" and spec.optional and spec.of in (int, float)
+        return None if auto else spec.of(text)
 
-    parse.__name__ = of.__name__  # what argparse says was expected
+    parse.__name__ = spec.of.__name__  # what argparse says was expected
     return parse
 
 
 def from_args(kind: type[OptionsT], args: argparse.Namespace, **given: object) -> OptionsT:
     """Build options from parsed flags, of which `given` takes the place; OptionError."""
-    values = {
-        name: getattr(args, flag_of(kind, name)) for name in specs(kind) if hasattr(args, flag_of(kind, name))
-    }
-    return kind(**{**values, **given})
-
-
-class _Kind(NamedTuple):
-    """Holds what an annotation allows."""
-
-    of: type
-    choices: tuple[str, ...] = ()
-    many: bool = False
-    optional: bool = False
-
-
-def _kinds(kind: type[Options]) -> dict[str, _Kind]:
-    hints = typing.get_type_hints(kind)
-    kinds = {name: (_kind(hints[name]), spec.choices) for name, spec in specs(kind).items()}
-    return {
-        name: one if choices is None else one._replace(choices=tuple(choices))
-        for name, (one, choices) in kinds.items()
-    }
-
-
-def _kind(annotation: Any) -> _Kind:  # noqa: ANN401  # annotations have no type of their own
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        inner = next(one for one in arguments if one is not type(None))
-        return _kind(inner)._replace(optional=True)
-    if origin is tuple:
-        return _kind(arguments[0])._replace(many=True)
-    if origin is typing.Literal:
-        return _Kind(type(arguments[0]), arguments)
-    return _Kind(annotation)
-
-
-def _check(name: str, value: object, kind: _Kind, spec: Spec) -> None:
-    if value is None and kind.optional:
-        return
-    if kind.many and not (isinstance(value, tuple) and (value or spec.may_be_empty)):
-        raise OptionError(name, value, "give one value or more")
-    for one in typing.cast(tuple[object, ...], value) if kind.many else (value,):
-        if kind.choices and one not in kind.choices:
-            raise OptionError(name, value, f"choose one of {', '.join(map(str, kind.choices))}")
-        if kind.of in (int, float) and not _in_range(one, kind.of, spec):
-            range_in_words = " and ".join(f"{words} {limit}" for limit, _, words in spec.limits())
-            number = "whole number" if kind.of is int else "number"
-            raise OptionError(name, value, f"give a {number} {range_in_words}".strip())
-        if kind.of in (str, bool) and not isinstance(one, kind.of):
-            raise OptionError(name, value, f"give a {kind.of.__name__}")
-
-
-def _in_range(value: object, of: type, spec: Spec) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if of is int else int | float):
-        return False
-    return math.isfinite(value) and all(holds(value, limit) for limit, holds, _ in spec.limits())
+    flags = {name: spec.flag for name, spec in specs(kind).items() if hasattr(args, spec.flag)}
+    return kind(**{**{name: getattr(args, flag) for name, flag in flags.items()}, **given})

@@ -88,12 +88,10 @@ class Processes:
 
 def _world_size() -> int:
     given = os.environ.get("WORLD_SIZE", "1")
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"WORLD_SIZE is {given!r}: it must be a number of processes; torchrun sets it")
     missing = [name for name in NEEDED if name not in os.environ]
-    if int(given) > 1 and missing:
+    if given != "1" and (missing or not given.isdecimal() or int(given) == 0):
         raise ValueError(
-            f"WORLD_SIZE is {given} without {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {given!r}; torchrun sets it, and {', '.join(NEEDED)}: start with it, or unset it"
         )
     return int(given)
 

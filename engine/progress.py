@@ -14,25 +14,18 @@ SECONDS_BETWEEN_LINES = 30
 def progress(
     name: str, total: float, done: float = 0, *, hidden: bool = False
 ) -> Iterator[Callable[[float, str], None]]:
-    """Gives a function that shows how much of `total` is done, with a remark; on stderr."""
-    last = time.monotonic()
+    """Give a function that shows how much of `total` is done, with a remark; on stderr."""
+    last, in_a_log = time.monotonic(), not sys.stderr.isatty()
+    with tqdm(None, name, total, initial=done, disable=hidden or in_a_log) as bar:
 
-    def log(done: float, remark: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            with contextlib.suppress(OSError):  # a log that cannot be written is no reason to stop
-                print(f"{name}: {done:g} of {total:g}, {remark}".rstrip(", "), file=sys.stderr, flush=True)  # noqa: T201
+        def show(done: float, remark: str) -> None:
+            nonlocal last
+            bar.set_postfix_str(remark, refresh=False)
+            bar.update(done - bar.n)
+            if in_a_log and not hidden and time.monotonic() - last > SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                line = f"{name}: {done:g} of {total:g}, {remark}".rstrip(", ")
+                with contextlib.suppress(OSError):  # a log that cannot be written is no reason to stop
+                    print(line, file=sys.stderr, flush=True)  # noqa: T201
 
-    if hidden:
-        yield lambda done, remark: None
-    elif not sys.stderr.isatty():
-        yield log
-    else:
-        with tqdm(None, name, total, initial=done) as bar:
-
-            def draw(done: float, remark: str) -> None:
-                bar.set_postfix_str(remark, refresh=False)
-                bar.update(done - bar.n)
-
-            yield draw
+        yield show

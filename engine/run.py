@@ -4,9 +4,8 @@ import errno
 import itertools
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,25 +55,23 @@ class RunFiles:
 
 def _link(name: Path, target: Path) -> None:
     """Let the name mean the target, in one step."""
-    with tempfile.TemporaryDirectory(dir=name.parent, prefix=".link-") as folder:
-        link = Path(folder) / name.name
-        try:
-            link.hardlink_to(target)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(target, link)
-        link.replace(name)
+    link = name.with_name(f".{name.name}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        link.hardlink_to(target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(target, link)
+    link.replace(name)
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder `name`, or `name-2` and so on where there is one."""
+    """Make a folder `name`, or `name-2` and so on where there is one; OSError: it cannot be."""
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
+        with suppress(FileExistsError):
+            parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
             break
-        except FileExistsError:
-            if not folder.is_dir():
-                raise
     return folder
 
 
@@ -89,14 +86,12 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder} is in use by another run: wait for its end, or start a new run"
         ) from error
     except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
+        if getattr(error, "errno", errno.ENOSYS) not in WITHOUT_LOCKS:
             raise
         logger.warning("%s cannot be locked (%s): a second run there would not be noticed", folder, error)
     try:
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
-        for leftover in folder.glob(".link-*"):
-            shutil.rmtree(leftover)
         yield
     finally:
         lock.release()

@@ -1,7 +1,7 @@
 """Writes what TensorBoard shows of a run: curves, pictures, settings, and a trace."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.packages import import_optional
+from engine.packages import IMPORT_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -19,22 +19,18 @@ class RunLogger:
 
     def __init__(self, log_dir: Path, is_main: bool, step: int, record: Mapping[str, object]) -> None:
         self._writer: Any = None
-        self._errors: tuple[type[Exception], ...] = (OSError,)
-        tensorboard = import_optional("torch.utils.tensorboard", "no curves are logged") if is_main else None
-        if tensorboard is not None:
+        self._errors: tuple[type[Exception], ...] = IMPORT_ERRORS
+        if not is_main:
+            return
+        with self._warning_once():
             from tensorboard.compat import tf
+            from torch.utils.tensorboard import SummaryWriter
 
+            self._writer = SummaryWriter(str(log_dir), purge_step=step + 1 if step else None)
             self._errors = (OSError, tf.errors.OpError)  # TensorFlow, where it is installed, writes the files
-            with self._warning_once():
-                self._writer = tensorboard.SummaryWriter(str(log_dir), purge_step=step + 1 if step else None)
-        rows = [
-            f"| {section}/{name} | {value} |"
-            for section, values in record.items()
-            if isinstance(values, dict)
-            for name, value in values.items()
-        ]
-        table = "\n".join(["| setting | value |", "|---|---|", *rows])
-        self._write("add_text", "configuration", table)
+        sections = {name: values for name, values in record.items() if isinstance(values, dict)}
+        rows = [f"| {name}/{key} | {sections[name][key]} |" for name in sections for key in sections[name]]
+        self._write("add_text", "configuration", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -42,14 +38,10 @@ class RunLogger:
     def __exit__(self, *_: object) -> None:
         self._write("close")
 
-    def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+    def add(self, kind: str, group: str, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Write by name what TensorBoard calls "scalar", or "image", (3, H, W) in [0, 1]."""
         for name, value in values.items():
-            self._write("add_scalar", f"{group}/{name}", value, step)
-
-    def images(self, group: str, step: int, values: Mapping[str, Tensor]) -> None:
-        """Write images (3, H, W) in [0, 1] by name."""
-        for name, image in values.items():
-            self._write("add_image", f"{group}/{name}", image, step)
+            self._write(f"add_{kind}", f"{group}/{name}", value, step)
 
     def bars(self, group: str, step: int, values: Mapping[str, tuple[list[float], list[float]]]) -> None:
         """Write histograms by name, as right edges and heights."""
@@ -75,17 +67,10 @@ class RunLogger:
             logger.warning("the log is not written any more, training goes on: %s", error)
 
 
-@contextmanager
-def profiled(wanted: bool, log_dir: Path, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Trace steps 6 to 10; gives what to call after each step."""
-    if not wanted:
-        yield lambda: None
-        return
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(
-        activities=[kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU],
+def tracer(log_dir: Path) -> torch.profiler.profile:
+    """Make a profiler that traces steps 6 to 10 of those it is told of."""
+    return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1),
         on_trace_ready=torch.profiler.tensorboard_trace_handler(str(log_dir)),
         record_shapes=True,
-    ) as profile:
-        yield profile.step
+    )

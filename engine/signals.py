@@ -18,11 +18,7 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 class Stopped(BaseException):
-    """A signal asked to stop."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    """A signal, its argument, asked to stop."""
 
 
 @contextlib.contextmanager
@@ -41,14 +37,10 @@ def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
             signal.signal(number, former)
 
 
-def stopping_at_signals() -> contextlib.AbstractContextManager[None]:
-    """Raise Stopped at a signal; a second one ends the process at once."""
-    return handled_by(_stop)
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise Stopped, as a handler; a second signal ends the process at once."""
     for one in STOPPING:
-        if signal.getsignal(one) == _stop:
+        if signal.getsignal(one) == stop:
             signal.signal(one, signal.SIG_DFL)
     raise Stopped(number)
 

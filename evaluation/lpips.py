@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.options import one_line
-from evaluation.metrics import BROKEN_PACKAGE, check_pair
+from engine.packages import IMPORT_ERRORS
+from evaluation.metrics import check_pair
 
 WEIGHTS_VARIABLE = "SR_LPIPS_WEIGHTS"
 BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, TypeError)
@@ -121,7 +122,7 @@ def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
         from torchmetrics.functional.image.lpips import _LPIPS
 
         network: nn.Module = _LPIPS(net=kind, pnet_rand=not fetch)
-    except (OSError, *BROKEN_PACKAGE) as error:
+    except IMPORT_ERRORS as error:
         # Not installed; no network, no space or no permission; a download that fails its checksum.
         remedy = f"give the features as a file, by {WEIGHTS_VARIABLE}" if kind == "alex" else "give a file"
         raise MetricUnavailableError(f"{type(error).__name__}: {one_line(error)}; {remedy}") from error

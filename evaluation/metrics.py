@@ -16,10 +16,10 @@ from torch import Tensor
 
 from bicubic import Border, resize
 from engine.options import Options, option
+from engine.packages import IMPORT_ERRORS
 from imaging.pixels import to_uint8
 
 Channel: TypeAlias = Literal["luma", "rgb"]
-BROKEN_PACKAGE = (ImportError, AttributeError, RuntimeError)  # errors of an import that does not fit
 SSIM_WINDOW = 11
 DETAIL_BAND = (0.35, 0.9)  # of Nyquist; from x3 up the low resolution has none of it
 _SMALLEST_SPECTRUM = 16
@@ -81,7 +81,7 @@ def ssim(restored: Tensor, truth: Tensor, comparison: Comparison) -> Tensor:
     """(B,) of Wang et al. 2004, Eq. 13: Gaussian windows 11x11 of sigma 1.5 that lie inside the image."""
     try:
         from skimage.metrics import structural_similarity
-    except BROKEN_PACKAGE as error:
+    except IMPORT_ERRORS as error:
         raise ValueError(f"SSIM needs scikit-image, which does not import: {error}") from error
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     pairs = zip(*_compared(restored, truth, comparison, smallest=SSIM_WINDOW), strict=True)

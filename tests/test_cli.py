@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from engine.cli import Parser, check_folder, expand, run_script, say
+from engine.cli import Parser, expand, run_script, say
 from engine.options import OptionError, Options, option, path
 from engine.signals import StopSignals
 
@@ -108,10 +108,3 @@ def test_names_are_expanded_as_a_shell_would(tmp_path, monkeypatch):
     assert expand(["~/[ab].png", "~/[x].png"]) == [str(tmp_path / n) for n in ("a.png", "b.png", "[x].png")]
     with pytest.raises(ValueError, match="jpg"):
         expand(["~/*.jpg"])
-
-
-def test_a_folder_that_cannot_be_is_refused_with_its_flag(tmp_path):
-    (tmp_path / "file").touch()
-    check_folder(tmp_path / "new" / "folder", "to")
-    with pytest.raises(ValueError, match=r"--to .*file"):
-        check_folder(tmp_path / "file" / "folder", "to")

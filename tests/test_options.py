@@ -23,7 +23,7 @@ class Example(Options):
     loud: bool = option(False, "more words")
     size: int = option(0, "size of things", script=8, rare=True)
     place: str = option("./here", "folder", path=True)
-    inner: int = option(1, "number within", flag="")
+    inner: int = option(1, "number within", has_flag=False)
 
 
 def parse(*flags, **how):

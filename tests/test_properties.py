@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bicubic import downscale_image, resize, upscale_image
-from training import BatchPlan
+from training import BatchPlan, TrainingConfig
 
 lengths = st.integers(1, 48)
 scales = st.one_of(
@@ -121,13 +122,9 @@ def test_up_and_down_by_a_whole_number_gives_the_size_back(height, width, factor
 
 @st.composite
 def plans(draw):
-    return BatchPlan(
-        length=draw(st.integers(1, 200)),
-        batch_size=draw(st.integers(1, 9)),
-        accumulation_steps=draw(st.integers(1, 5)),
-        seed=draw(st.integers(0, 99)),
-        world_size=draw(st.integers(1, 7)),
-    )
+    sizes = {"batch_size": st.integers(1, 9), "accumulation_steps": st.integers(1, 5)}
+    config = draw(st.builds(TrainingConfig, **sizes, seed=st.integers(0, 99)))
+    return BatchPlan(draw(st.integers(1, 200)), config, draw(st.integers(1, 7)))
 
 
 @given(plans(), st.integers(0, 3))
@@ -141,8 +138,9 @@ def test_an_epoch_uses_every_sample_once_however_many_processes_share_it(plan, e
 
 @given(plans(), st.integers(0, 50))
 def test_every_sample_of_a_step_weighs_the_same_however_many_processes_share_it(plan, step):
-    alone = BatchPlan(plan.length, plan.batch_size, plan.accumulation_steps * plan.world_size, plan.seed)
+    passes = plan.config.accumulation_steps * plan.world_size
+    alone = BatchPlan(plan.length, replace(plan.config, accumulation_steps=passes))
     shared = [part for rank in range(plan.world_size) for part in plan.micro_batches(step, rank)]
     assert sorted(shared) == alone.micro_batches(step)
     assert sum(part.weight * len(part.pairs) for part in shared) == pytest.approx(1)
-    assert all(1 <= len(part.pairs) <= plan.batch_size for part in shared)
+    assert all(1 <= len(part.pairs) <= plan.config.batch_size for part in shared)

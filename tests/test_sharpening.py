@@ -172,7 +172,7 @@ def sharpened_state(model, folder, steps, perceptual=None, **options):
     make_step = Sharpening(generator, model.degradation, perceptual or RandomFeatures(), settings)
     step = make_step(state, resolved, Processes(CPU))
     crops, reports = CropDataset(dataset), []
-    plan = BatchPlan.of(resolved, len(dataset), 1)
+    plan = BatchPlan(len(dataset), resolved)
     for number in range(steps):
         parts = plan.micro_batches(number, 0)
         batches = ((part, crops.collate([crops[pair] for pair in part.pairs])) for part in parts)

@@ -24,6 +24,7 @@ from training import (
     NonFiniteError,
     StepReport,
     TrainingConfig,
+    TrainingLoop,
     TrainState,
     Validation,
     WorkerError,
@@ -32,7 +33,6 @@ from training import (
     new_state,
     noise_seed,
     restore_state,
-    train,
     train_step,
     update_ema,
 )
@@ -89,7 +89,8 @@ def run_training(folder, settings, state=None, loss=noisy_regression, dataset=No
     def step(batches):
         return train_step(state, loss, batches, resolved, processes)
 
-    return state, train(state, step, dataset, resolved, run_in(folder), processes, **options)
+    loop = TrainingLoop(state, step, dataset, resolved, run_in(folder), processes, **options)
+    return state, loop.train()
 
 
 def logged(folder, tag="train/loss"):
@@ -103,11 +104,11 @@ def logged(folder, tag="train/loss"):
 
 
 def test_epochs_are_shuffled_differently_and_repeatably():
-    first, again = BatchPlan(50, 50, 1, seed=3), BatchPlan(50, 50, 1, seed=3)
+    first, again, other = (BatchPlan(50, config(batch_size=50, seed=seed)) for seed in (3, 3, 4))
     orders = [[index for _, index in first.group(step)] for step in range(2)]
     assert orders[0] != orders[1]
     assert orders[1] == [index for _, index in again.group(1)]
-    assert orders[0] != [index for _, index in BatchPlan(50, 50, 1, seed=4).group(0)]
+    assert orders[0] != [index for _, index in other.group(0)]
 
 
 def test_noise_seeds_do_not_collide():
@@ -240,10 +241,8 @@ def test_another_kind_of_training_brings_its_state_and_its_step(tmp_path):
     scores = iter([-0.5, -0.2])
     alone = Processes(torch.device("cpu"))
     run = run_in(tmp_path)
-    assert (
-        train(state, step, Numbers(), settings, run, alone, lambda ema: Validation(next(scores), {}, {}))
-        is None
-    )
+    validated = {"validate": lambda ema: Validation(next(scores), {}, {})}
+    assert TrainingLoop(state, step, Numbers(), settings, run, alone, **validated).train() is None
     best = load_checkpoint(run.best)
     assert (best["step"], best["best_score"]) == (6, -0.2)
     assert torch.equal(best["critic"]["weight"], state.critic.weight)
