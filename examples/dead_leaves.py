@@ -15,7 +15,6 @@ from imaging.files import write_image
 
 Floats = NDArray[np.float64]
 
-VERSION = 2  # raise it when a seed no longer gives the same image, so that folders are drawn again
 SUPERSAMPLE = 2  # samples per pixel and axis: their mean has smooth edges
 COVERAGE = 6.0  # area of the circles around all leaves, over that of the image
 PLAIN_RADIUS = 3.0  # a smaller leaf has no room for a pattern
@@ -114,20 +113,14 @@ def draw_noise(rng: np.random.Generator) -> Floats:
 def draw_dead_leaves_folder(
     folder: str | Path, count: int, size: tuple[int, int] | int, seed: int, *, min_radius: float = 1.5
 ) -> list[Path]:
-    """Fill a folder with 0000.png, 0001.png, ...; ValueError where it holds something else."""
-    if count < 1 or seed < 0:
-        raise ValueError(f"count {count}, seed {seed}: give at least 1 image and a seed of at least 0")
+    """Fill a folder with 0000.png, 0001.png, ...; ValueError where it holds what was not drawn here."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{index:04d}.png" for index in range(count)]
-    made_from = folder / ".dead_leaves"  # empty while images are being drawn
-    if not made_from.exists() and any(folder.iterdir()):
+    mark = folder / ".dead_leaves"
+    if not mark.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that were not drawn here: choose another folder")
-    arguments = f"version {VERSION}, {count} of {size}, seed {seed}, radius {min_radius:g}\n"
-    if made_from.exists() and made_from.read_text() == arguments and all(path.exists() for path in paths):
-        return paths
-    made_from.write_text("")
+    mark.touch()
+    paths = [folder / f"{index:04d}.png" for index in range(count)]
     for index, path in enumerate(paths):
         write_image(path, dead_leaves(size, np.random.default_rng([seed, index]), min_radius=min_radius))
-    made_from.write_text(arguments)
     return paths
