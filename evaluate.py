@@ -46,11 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data and metrics")
     add = group.add_argument
     add("--data", type=path, required=True, help="folder of high-resolution images, subfolders left out")
-    add("--scale", type=float, required=True, help="the enlargement, such as 4")
-    add("--low_res", type=path, help="folder of low-resolution images of these names; else they are made")
-    add("--limit", type=int, help="number of images to measure, the first by name (default: all)")
+    add("--scale", type=float, required=True, help="enlargement, such as 4")
+    add("--no_lpips", dest="lpips", action="store_false", help="leave out LPIPS")
     add_flags(group, EvaluationConfig, skip=["scale", "lpips"])
-    add("--no_lpips", action="store_true", help="leave out LPIPS")
     add = parser.add_argument_group("model").add_argument
     weights = (
         "photo or clean, the project's own, or a .pth or .safetensors file (default: those of infer.py if a "
@@ -69,12 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, nargs="+", default=[], help="sampling steps, instead of the mode's")
     add("--num_images", type=int, nargs="+", default=[1], help="samples to average (default: 1)")
     add_flags(group, RestoreConfig, skip=[*ROWS, "seed", "guidance"])  # there are no tokens to guide by
-    add = parser.add_argument_group(
-        "output", "written at the end, each file whole or not at all"
-    ).add_argument
+    group = parser.add_argument_group("output", "written at the end, each file whole or not at all")
     for name, (text, _) in OUTPUTS.items():
-        add(f"--{name}", metavar="FILE", type=path, help=text)
-    add("--overwrite", action="store_true", help="replace outputs that exist")
+        group.add_argument(f"--{name}", metavar="FILE", type=path, help=text)
+    group.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     return parser
 
 
@@ -84,8 +80,8 @@ def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
         values = getattr(args, flag)
         if len(set(values)) < len(values):
             raise ValueError(f"--{flag} is {' '.join(map(str, values))}: give each once")
-    sampled = bool(args.detail or args.steps)
     common = from_args(RestoreConfig, args, mode=None, detail=None, steps=None, num_images=1)
+    sampled = args.detail or args.steps
     rows = [replace(common, mode=mode) for mode in args.mode or ([] if sampled else PRESETS)]
     if sampled:
         pairs = itertools.product(args.detail or [None], args.steps or [None])
@@ -115,8 +111,7 @@ def open_model(
 ) -> tuple[list[Method], dict[str, Json]]:
     """Make the model's rows and its part of the protocol; none where no flag asks for a model."""
     how = restore_configs(args)
-    plain = build_parser().parse_args(["--data", args.data, "--scale", "2", "--seed", str(args.seed)])
-    if args.weights_path is None and how == restore_configs(plain):
+    if args.weights_path is None and how == [RestoreConfig(mode=mode, seed=args.seed) for mode in PRESETS]:
         return [], {}
     precision = autocast_dtype(device, args.precision)
     paths = find_weights(args.weights_path, scale)
@@ -137,12 +132,12 @@ def write_output(name: str, report: Report, file: Path) -> None:
 
 def run(args: argparse.Namespace, processes: Processes) -> int:
     """Measure with all processes, then write and print; returns the exit status."""
-    config = from_args(EvaluationConfig, args, lpips=not args.no_lpips)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
-    images = ImageSet(args.data, config, args.low_res, args.limit)
+    images = ImageSet(args.data, from_args(EvaluationConfig, args))
     outputs = planned_outputs(args, images)
-    methods, facts = open_model(args, config.scale, processes.device)
-    report = evaluate(images, config, methods, processes, facts=facts, progress=processes.is_main)
+    methods, facts = open_model(args, images.config.scale, processes.device)
+    report = evaluate(images, methods, processes, progress=processes.is_main)
+    report.protocol.update(facts)
     errors = [f"left out: {failure}" for failure in report.failures]
     if report.failures:
         errors.append(f"{len(report.failures)} of {len(images)} images were left out")

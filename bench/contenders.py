@@ -6,37 +6,41 @@ spandrel, untrained: for time alone.
 """
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.options import Options, option
+from engine.options import Options
 from network import Condition, Network
 from train_diffusion import make_model, parse
 
 RECIPE = Path("recipes/x4.args")
 OURS = "this project"
+NAMES = (
+    OURS,
+    "denoising-diffusion-pytorch Unet",
+    "diffusers UNet2DModel",
+    "diffusers UNet2DConditionModel",
+)
 TOKENS, TOKEN_WIDTH = 16, 64
-# a UNet, (B, 6, H, W) and (B,) to (B, 3, H, W)
-Call = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Call = Callable[[nn.Module, Tensor, Tensor], Tensor]  # a UNet, (B, 6, H, W) and (B,) to (B, 3, H, W)
 
 
 @dataclass(frozen=True)
-class PeerConfig(Options):
+class NoOptions(Options):
     """The record that a checkpoint keeps of a peer."""
-
-    name: str = option(MISSING, "a key of PEERS")
 
 
 class Peer(Network):
     """Another library's UNet as a network.Network: it sees the upscaled image beside the noisy one."""
 
-    Config, window_multiple = PeerConfig, 8
+    Config, window_multiple = NoOptions, 8
 
-    def __init__(self, name: str, network: nn.Module, call: Call) -> None:
-        super().__init__(PeerConfig(name))
+    def __init__(self, network: nn.Module, call: Call) -> None:
+        super().__init__(NoOptions())
         self.network, self.call = network, call
 
     def encode_context(self, condition: Condition) -> tuple[Tensor, None]:
@@ -46,53 +50,37 @@ class Peer(Network):
         return self.call(self.network, torch.cat([noisy, context], dim=1), t)
 
 
-def _denoising_diffusion_pytorch(name: str) -> Peer:
+def peers() -> list[Peer]:
+    """Build the other libraries' networks, untrained, in the order of NAMES."""
     from denoising_diffusion_pytorch import Unet
+    from diffusers import UNet2DConditionModel, UNet2DModel
 
-    network = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3, flash_attn=True)
-    return Peer(name, network, lambda net, x, t: net(x, t))
-
-
-def _unet_2d_model(name: str) -> Peer:
-    from diffusers import UNet2DModel
-
-    network = UNet2DModel(
-        in_channels=6,
-        out_channels=3,
+    common: dict[str, Any] = {"in_channels": 6, "out_channels": 3, "norm_num_groups": 8}
+    plain = UNet2DModel(
         block_out_channels=(32, 64, 128),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
+        **common,
     )
-    return Peer(name, network, lambda net, x, t: net(x, t).sample)
-
-
-def _unet_2d_condition_model(name: str) -> Peer:
-    from diffusers import UNet2DConditionModel
-
-    network = UNet2DConditionModel(
-        in_channels=6,
-        out_channels=3,
+    conditional = UNet2DConditionModel(
         block_out_channels=(32, 64, 96),
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         cross_attention_dim=TOKEN_WIDTH,
-        norm_num_groups=8,
+        **common,
     )
 
-    def call(net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-        output: Tensor = net(x, t, encoder_hidden_states=x.new_zeros(len(x), TOKENS, TOKEN_WIDTH)).sample
+    def call_conditional(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        tokens = x.new_zeros(len(x), TOKENS, TOKEN_WIDTH)
+        output: Tensor = network(x, t, encoder_hidden_states=tokens).sample
         return output
 
-    return Peer(name, network, call)
-
-
-PEERS: dict[str, Callable[[str], Peer]] = {
-    "denoising-diffusion-pytorch Unet": _denoising_diffusion_pytorch,
-    "diffusers UNet2DModel": _unet_2d_model,
-    "diffusers UNet2DConditionModel": _unet_2d_condition_model,
-}
-NAMES = (OURS, *PEERS)
+    unet = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3, flash_attn=True)
+    return [
+        Peer(unet, lambda network, x, t: network(x, t)),
+        Peer(plain, lambda network, x, t: network(x, t).sample),
+        Peer(conditional, call_conditional),
+    ]
 
 
 def our_network(device: torch.device) -> Network:
@@ -103,7 +91,7 @@ def our_network(device: torch.device) -> Network:
 def contenders(device: torch.device) -> dict[str, Network]:
     """Build our network and its peers, untrained."""
     torch.manual_seed(0)
-    return {OURS: our_network(device)} | {name: build(name).to(device) for name, build in PEERS.items()}
+    return dict(zip(NAMES, (our_network(device), *(one.to(device) for one in peers())), strict=True))
 
 
 def enlargers(device: torch.device) -> dict[str, nn.Module]:

@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.timing import in_turns
 from degradation import Degradation
 from diffusion import DiffusionModel, ResidualGenerator
-from engine.checkpoint import load_checkpoint, load_weights
+from engine.checkpoint import load_weights, read_model
 from engine.device import autocast_dtype
-from evaluation.images import Pair
-from evaluation.metrics import Comparison, psnr
-from imaging.pixels import from_uint8, to_model_range
+from evaluation.images import ImageSet
+from evaluation.measure import evaluate, model_method
+from models import LoadedModel
 from network import Condition, Network
+from restoration import RestoreConfig
 from training import TrainingConfig
 from util import Crops, ImageDataset
 
@@ -65,13 +65,12 @@ def denoising_step(network: Network, size: int, device: torch.device) -> Work:
     return inference(network, noisy, t, context)
 
 
-def inference(network: nn.Module, *inputs: object) -> Work:
+def inference(network: nn.Module, first: Tensor, *others: object) -> Work:
     """Make one call of a network, on the device of its first input."""
-    device = cast(Tensor, inputs[0]).device
 
     def call() -> None:
-        with torch.inference_mode(), autocast(device):
-            network(*inputs)
+        with torch.inference_mode(), autocast(first.device):
+            network(first, *others)
 
     return call
 
@@ -104,8 +103,8 @@ def matrix_product_rate(device: torch.device, side: int) -> float:
     return 2 * side**3 / timing.low
 
 
-def train_for(steps: int, network: Network, photos: Path, device: torch.device) -> Network:
-    """Train for some steps and return the network with the averaged weights, in evaluation mode."""
+def train_for(steps: int, network: Network, photos: Path, device: torch.device) -> LoadedModel:
+    """Train for some steps: the model with the averaged weights, in evaluation mode."""
     config = TrainingConfig(
         max_steps=steps,
         batch_size=QUALITY_BATCH,
@@ -117,45 +116,29 @@ def train_for(steps: int, network: Network, photos: Path, device: torch.device) 
     )
     network.residual_std.zero_()
     training = ImageDataset(photos, QUALITY_CROP, SCALE, augment="dihedral")
-    diffusion, precision = DiffusionModel(device=device), autocast_dtype(device)
+    diffusion = DiffusionModel(device=device)
     with tempfile.TemporaryDirectory() as name:
-        checkpoints, logs = Path(name), Path(name, "logs")
+        checkpoints, logs, precision = Path(name), Path(name, "logs"), autocast_dtype(device)
         run, _ = diffusion.train(
             network, training, config, checkpoint_dir=checkpoints, log_dir=logs, precision=precision
         )
-        averaged = load_checkpoint(run.last, device)["ema"]
-    load_weights(network, averaged, "the run that just ended")
-    return network.eval()
-
-
-def fidelity_psnr(network: Network, images: Iterable[Pair], device: torch.device) -> float:
-    """Mean luma PSNR in dB of the predicted mean, or else of one step."""
-    generator = ResidualGenerator(device=device)
-    steps = 0 if network.mean_reach else 1
-    values = []
-    for pair in images:
-        low_res = to_model_range(from_uint8(pair.low_res[None]))
-        restored = generator.generate_images(network, low_res, 1, steps, seed=0).cpu()
-        values.append(float(psnr(restored, from_uint8(pair.truth[None]), Comparison(SCALE))))
-    return sum(values) / len(values)
+        load_weights(network, read_model(run.last).weights, run.last)
+    return LoadedModel(network.eval(), diffusion.process, training.degradation, steps)
 
 
 def qualities(
-    networks: Mapping[str, Network],
-    seconds: float,
-    photos: Path,
-    images: Iterable[Pair],
-    device: torch.device,
+    networks: Mapping[str, Network], seconds: float, photos: Path, images: ImageSet, device: torch.device
 ) -> dict[str, tuple[int, float]]:
     """Train each network for so many seconds: its optimiser steps, and then its PSNR in dB."""
     works = {
         name: training_step(copy.deepcopy(network), QUALITY_BATCH, QUALITY_CROP, device)
         for name, network in networks.items()
     }
-    timings = in_turns(works, rounds=3, device=device)
     found = {}
-    for name, network in networks.items():
-        steps = max(2, round(seconds / timings[name].median))
-        trained = train_for(steps, network, photos, device)
-        found[name] = steps, fidelity_psnr(trained, images, device)
+    for name, timing in in_turns(works, rounds=3, device=device).items():
+        steps = max(2, round(seconds / timing.median))
+        model = train_for(steps, networks[name], photos, device)
+        # The predicted mean, or else one step.
+        _, row = evaluate(images, [model_method([model], RestoreConfig(mode="fidelity"), SCALE, device)]).rows
+        found[name] = steps, row["psnr"]
     return found

@@ -3,7 +3,6 @@
 NASA's portrait of Eileen Collins (public domain) and Stefan van der Walt's Chelsea (CC0), from scikit-image.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from skimage.data import astronaut, chelsea
 
 from bicubic import upscale_image
 from degradation import Degradation
+from engine.cli import module_parser
 from imaging.files import write_image
 from imaging.panels import labelled_row
 from imaging.pixels import Pixels
@@ -49,11 +49,7 @@ def panels(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.picture",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("bench.picture", __doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to (default: docs)")
     out = parser.parse_args(argv).out
     clean, photo = Degradation(scale=SCALE), Degradation("photo", SCALE, clean_share=0.0)

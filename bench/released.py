@@ -3,22 +3,21 @@
 Photos come from the folder that SR_DATA names, with test/Set5 and test/BSD100 in it.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench.tables import table
+from engine.cli import module_parser
 from engine.device import select_device
 from engine.processes import Processes
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import evaluate, model_method
 from evaluation.metrics import BY_NAME
+from evaluation.report import table
 from imaging.atomic import check_outputs, write_text_atomically
 from models import load_model
 from restoration import PRESETS, RestoreConfig
@@ -30,9 +29,10 @@ ABOUT = (
     "on degraded input it took noise for texture ([ABLATIONS](../recipes/ABLATIONS.md)).",
 )
 METRICS = [BY_NAME[name] for name in ("psnr", "ssim", "lr_psnr", "lpips", "hf_energy")]
-MODES: dict[str, RestoreConfig] = {mode: RestoreConfig(mode=mode) for mode in PRESETS}
-CONSISTENT: dict[str, RestoreConfig] = {
-    f"{mode}, consistent": replace(MODES[mode], consistency=True) for mode in ("fidelity", "detail")
+MODES = {mode: RestoreConfig(mode=mode) for mode in PRESETS}
+CONSISTENT = {
+    "fidelity, consistent": RestoreConfig(mode="fidelity", consistency=True),
+    "detail, consistent": RestoreConfig(mode="detail", consistency=True),
 }
 
 
@@ -45,21 +45,17 @@ class Case(NamedTuple):
     rows: dict[str, list[str]]
 
 
+PHOTOS = ("light", "photo", "heavy")
 CASES = (
     Case("Set5", 4, "bicubic", {"clean": [*MODES, *CONSISTENT], "photo": ["fidelity"]}),
-    Case("BSD100", 4, "bicubic", {"clean": list(MODES)}),
-    *(
-        Case("Set5", 4, degradation, {"clean": ["fidelity", "detail"], "photo": list(MODES)})
-        for degradation in ("light", "photo", "heavy")
-    ),
-    *(
-        Case("BSD100", 4, degradation, {"clean": ["fidelity"], "photo": ["fidelity", "detail"]})
-        for degradation in ("light", "photo", "heavy")
-    ),
+    Case("BSD100", 4, "bicubic", {"clean": [*MODES]}),
+    *(Case("Set5", 4, kind, {"clean": ["fidelity", "detail"], "photo": [*MODES]}) for kind in PHOTOS),
+    *(Case("BSD100", 4, kind, {"clean": ["fidelity"], "photo": ["fidelity", "detail"]}) for kind in PHOTOS),
     Case("Set5", 2, "bicubic", {"clean": [*MODES, *CONSISTENT]}),
     Case("BSD100", 2, "bicubic", {"clean": ["fidelity"]}),
     Case("Set5", 2, "photo", {"clean": ["fidelity"], "photo": ["fidelity", "detail"]}),
-    *(Case(name, 3, "bicubic", {"clean": ["fidelity"]}) for name in ("Set5", "BSD100")),
+    Case("Set5", 3, "bicubic", {"clean": ["fidelity"]}),
+    Case("BSD100", 3, "bicubic", {"clean": ["fidelity"]}),
 )
 
 
@@ -72,22 +68,18 @@ def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
         models = [load_model(path, device=device) for path in find_weights(kind, case.scale)]
         for mode in modes:
             methods[f"{kind}, {mode}"] = model_method(models, (MODES | CONSISTENT)[mode], case.scale, device)
-    report = evaluate(images, config, list(methods.values()), Processes(device), progress=True)
-    headings = ["method", *(metric.heading for metric in METRICS)]
+    report = evaluate(images, list(methods.values()), Processes(device), progress=True)
     rows = [
         [label, *(metric.print(row[metric.name]) for metric in METRICS)]
         for label, row in zip(["bicubic", *methods], report.rows, strict=True)
     ]
     shrunk = "" if case.degradation == "bicubic" else f", degraded: {case.degradation}"
-    return [f"## {case.images}, x{case.scale}{shrunk}", "", *table(headings, rows)]
+    lines = table(["method", *(metric.heading for metric in METRICS)], rows)
+    return [f"## {case.images}, x{case.scale}{shrunk}", "", *lines, ""]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.released",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("bench.released", __doc__)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"file to write (default: {RESULTS})")
     args = parser.parse_args(argv)

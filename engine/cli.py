@@ -28,6 +28,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def module_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Make the parser of what is started as `python -m NAME`; it shows a description with its line breaks."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m {name}", description=description, formatter_class=kind)
+
+
 def add_computing_flags(add: Callable[..., object]) -> None:
     """Add --device and --precision to a group, by its `add_argument`."""
     add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")

@@ -27,7 +27,11 @@ SMALLEST_SIDE = 32  # that LPIPS and the spectrum need
 class EvaluationConfig(Options):
     """The options of an evaluation; the scale may be a fraction such as 1.5."""
 
-    scale: float = option(MISSING, "the enlargement, such as 4", above=1)
+    scale: float = option(MISSING, "enlargement, such as 4", above=1)
+    low_res: str | None = option(
+        None, "folder of low-resolution images of these names; else they are made", path=True
+    )
+    limit: int | None = option(None, "number of images to measure, the first by name (default: all)", low=1)
     border: Border = option("mirror", "border that bicubic sees beyond the edge; today's MATLAB mirrors")
     degradation: str = option(
         "bicubic", "kind of the low resolution, unless it is given; drawn by the seed", choices=KINDS
@@ -68,48 +72,37 @@ class Pair(NamedTuple):
 class ImageSet:
     """The images of a folder without subfolders, by name; ValueError where there are none.
 
-    Each is cropped (top-left) to a size that the scale divides. The low resolution is made as `config` says,
-    or from `low_res_folder`, matched by name. `limit`: only the first so many.
+    Each is cropped (top-left) to a size that the scale divides.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        config: EvaluationConfig,
-        low_res_folder: str | Path | None = None,
-        limit: int | None = None,
-    ) -> None:
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit is {limit}; give a number of images, at least 1")
-        self.folder = printable(Path(folder).resolve().name)
-        self.paths = list_images(folder, recursive=False)[:limit]
-        self.low_res_paths = None if low_res_folder is None else list_images(low_res_folder, recursive=False)
-        self.scale = config.ratio
+    def __init__(self, folder: str | Path, config: EvaluationConfig) -> None:
+        self.config, self.folder = config, printable(Path(folder).resolve().name)
+        self.paths = list_images(folder, recursive=False)[: config.limit]
+        self.low_res_paths = None if config.low_res is None else list_images(config.low_res, recursive=False)
         degradation = Degradation.of(kind=config.degradation, scale=config.scale, border=config.border)
         self.degradation = replace(degradation, clean_share=0.0)
-        self.seed = config.seed
-        self.smallest = max(SMALLEST_SIDE, 2 * config.comparison.crop + SSIM_WINDOW)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[Pair]:
-        return (self.read(path) for path in self.paths)
+        return map(self.read, self.paths)
 
     def read(self, path: Path) -> Pair:
         """Read an image and its low resolution; ValueError: damaged, too small or without its partner."""
-        truth, multiple = _read_planes(path), self.scale.numerator
+        truth, multiple = _read_planes(path), self.config.ratio.numerator
         height, width = (length - length % multiple for length in truth.shape[-2:])
-        if min(height, width) < self.smallest:
+        smallest = max(SMALLEST_SIDE, 2 * self.config.comparison.crop + SSIM_WINDOW)
+        if min(height, width) < smallest:
             raise ValueError(
                 f"{path} is {truth.shape[2]}x{truth.shape[1]}, {width}x{height} as a multiple of {multiple}; "
-                f"{self.smallest} pixels a side are needed: leave it out"
+                f"{smallest} pixels a side are needed: leave it out"
             )
-        truth, scale = truth[:, :height, :width], float(self.scale)
+        truth = truth[:, :height, :width]
         if self.low_res_paths is None:
-            low_res = self.degradation(truth, random_of(path, self.seed))
+            low_res = self.degradation(truth, random_of(path, self.config.seed))
         else:
-            low_res = self._read_low_res(find_low_resolution(path, self.low_res_paths, scale), path, truth)
+            low_res = self._read_low_res(self.low_res_paths, path, truth)
         return Pair(printable(path.name), truth, low_res)
 
     def describe(self) -> str:
@@ -117,18 +110,19 @@ class ImageSet:
             return self.degradation.describe()
         return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}, 8 bits"
 
-    def _read_low_res(self, low_path: Path, path: Path, truth: Tensor) -> Tensor:
+    def _read_low_res(self, candidates: list[Path], path: Path, truth: Tensor) -> Tensor:
+        scale = self.config.scale
+        low_path = find_low_resolution(path, candidates, scale)
         low_res = _read_planes(low_path)
-        height, width = (int(length / self.scale) for length in truth.shape[-2:])
+        height, width = (int(length / self.config.ratio) for length in truth.shape[-2:])
         if low_res.shape[-2:] != (height, width):
             raise ValueError(
-                f"{low_path} is {low_res.shape[2]}x{low_res.shape[1]}, but {path} at scale "
-                f"{float(self.scale):g} needs {width}x{height}; give the folders that belong together"
+                f"{low_path} is {low_res.shape[2]}x{low_res.shape[1]}, but {path} at scale {scale:g} needs "
+                f"{width}x{height}; give the folders that belong together"
             )
-        grey = len(truth) == 1
-        if grey and bool((low_res != low_res[:1]).any()):
+        if len(truth) == 1 and bool((low_res != low_res[:1]).any()):
             raise ValueError(f"{low_path} has colours, but {path} is grey; give files that belong together")
-        return low_res[:1] if grey else low_res.expand(3, -1, -1)
+        return low_res.expand(3, -1, -1)[: len(truth)]
 
 
 def _read_planes(path: Path) -> Tensor:

@@ -18,6 +18,7 @@ from engine.packages import IMPORT_ERRORS
 from evaluation.metrics import check_pair
 
 WEIGHTS_VARIABLE = "SR_LPIPS_WEIGHTS"
+PATIENCE = 20.0  # seconds that a server may stay silent
 BAD_FILE = (OSError, EOFError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, TypeError)
 
 
@@ -31,18 +32,14 @@ class Lpips:
     Args:
         weights: file of features under torchvision's names, .pth or .safetensors; without it that of
             SR_LPIPS_WEIGHTS, or they are fetched.
-        timeout: seconds that the server may stay silent.
 
     ValueError: other weights. MetricUnavailableError: a package is missing, or the download failed.
     """
 
-    def __init__(
-        self, device: torch.device | str = "cpu", weights: str | Path | None = None, *, timeout: float = 20.0
-    ) -> None:
+    def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None) -> None:
         weights = weights or os.environ.get(WEIGHTS_VARIABLE)
         path = Path(weights).expanduser() if weights else None
-        self._network = _load_network("alex", path, timeout)
-        self._network.to(device)
+        self._network = _load_network("alex", path).to(device)
         self._device = torch.device(device)
         self._source = f"{path.name} (SHA-256 {file_digest(path)})" if path else "torchvision's"
 
@@ -96,27 +93,28 @@ class PerceptualFeatures(nn.Module):
         return torch.stack(distances).sum(0)
 
 
-def _load_network(kind: Literal["alex", "vgg"], path: Path | None, timeout: float = 20.0) -> nn.Module:
+def _load_network(kind: Literal["alex", "vgg"], path: Path | None) -> nn.Module:
     """Build LPIPS with the features of a file; without one they are fetched."""
-    name = {"alex": "AlexNet", "vgg": "VGG16"}[kind]
+    if path is None:
+        return _build_network(kind, fetch=True)
     try:
-        features = None if path is None else read_features(path)
-        network = _build_network(kind, path is None, timeout)
-        if features is not None:
-            backbone = network.get_submodule("net")
-            # slice2.3.weight is torchvision's features.3.weight
-            names = {own: f"features.{own.split('.', 1)[1]}" for own in backbone.state_dict()}
-            backbone.load_state_dict({own: features[original] for own, original in names.items()})
+        is_safetensors = path.suffix.lower() == ".safetensors"
+        features = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
+        network = _build_network(kind, fetch=False)
+        backbone = network.get_submodule("net")
+        # slice2.3.weight is torchvision's features.3.weight
+        names = {name: f"features.{name.split('.', 1)[1]}" for name in backbone.state_dict()}
+        backbone.load_state_dict({name: features[original] for name, original in names.items()})
     except BAD_FILE as error:
-        reason = one_line(error)
-        raise ValueError(f"{path} does not hold torchvision's {name} features: {reason}") from error
+        what = {"alex": "AlexNet", "vgg": "VGG16"}[kind]
+        raise ValueError(f"{path} does not hold torchvision's {what} features: {one_line(error)}") from error
     return network
 
 
-def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
+def _build_network(kind: str, fetch: bool) -> nn.Module:
     """Build LPIPS with features that are fetched or random."""
     silence = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)  # what fetches the weights sets no bound of its own
+    socket.setdefaulttimeout(PATIENCE)  # what fetches the weights sets no bound of its own
     try:
         # Its public class always fetches; this one, which it wraps, can leave the features to us (pnet_rand).
         from torchmetrics.functional.image.lpips import _LPIPS
@@ -129,13 +127,6 @@ def _build_network(kind: str, fetch: bool, timeout: float) -> nn.Module:
     finally:
         socket.setdefaulttimeout(silence)
     return network
-
-
-def read_features(path: Path) -> dict[str, Tensor]:
-    """Read weights by their names."""
-    if path.suffix.lower() == ".safetensors":
-        return dict(load_file(path))
-    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def file_digest(path: Path) -> str:

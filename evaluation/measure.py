@@ -1,9 +1,10 @@
 """Measure bicubic, trained models and any other restorer on a set of images."""
 
+import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,11 +91,9 @@ def describe_model(path: Path, model: LoadedModel, precision: torch.dtype | None
 
 def evaluate(
     images: ImageSet,
-    config: EvaluationConfig,
     methods: Sequence[Method] = (),
     processes: Processes | None = None,
     *,
-    facts: Mapping[str, Json] | None = None,
     progress: bool = False,
 ) -> Report:
     """Measure bicubic and other methods, one image in memory at a time.
@@ -104,26 +103,26 @@ def evaluate(
     Args:
         methods: see model_method; for your own restorer, Method("mine", restore).
         processes: they share the images, all get the report, and LPIPS is computed on their device.
-        facts: more for the protocol, such as which model it was.
     """
     processes = processes or Processes(CPU)
-    comparison = _with_lpips(config, processes.device)
-    methods = (bicubic_method(config), *methods)
-    part = dict(_measure_part(methods, images, comparison, progress, processes))
-    everything = {number: found for one in processes.gather(part) for number, found in one.items()}
-    ordered = [everything[number] for number in sorted(everything)]
-    failures = [found for found in ordered if isinstance(found, str)]
-    measured = [found for found in ordered if not isinstance(found, str)]
+    comparison = _with_lpips(images.config, processes.device)
+    methods = (bicubic_method(images.config), *methods)
+    part = list(_measure_part(methods, images, comparison, progress, processes))
+    measured, failures = list[list[Row]](), list[str]()
+    for _, found in sorted(itertools.chain(*processes.gather(part)), key=lambda numbered: numbered[0]):
+        if isinstance(found, str):
+            failures.append(found)
+        else:
+            measured.append(found)
     if not measured:
         raise ValueError(failures[0] if len(failures) == 1 else f"no image can be measured: {failures[0]}")
-    protocol = _protocol(images, config, comparison, methods[-1].device)
+    protocol = _protocol(images, comparison, methods[-1].device) | {"images": len(measured)}
     columns = list(zip(*measured, strict=True))  # one per method
     rows = [
         method.label() | {each.name: each.average_of([row[each.name] for row in column]) for each in METRICS}
         for method, column in zip(methods, columns, strict=True)
     ]
-    scores = [row for column in columns for row in column]
-    return Report(protocol | {"images": len(measured)} | dict(facts or {}), rows, scores, failures)
+    return Report(protocol, rows, [*itertools.chain(*columns)], failures)
 
 
 def _measure_part(
@@ -170,19 +169,17 @@ def _measure(method: Method, pair: Pair, comparison: Comparison) -> Row:
 
 def _with_lpips(config: EvaluationConfig, device: torch.device) -> Comparison:
     """Compare as the options say, with LPIPS if it is wanted and can be had."""
-    comparison = config.comparison
     if not config.lpips:
-        return comparison
+        return config.comparison
     try:
         lpips = Lpips(device, config.lpips_weights)
     except MetricUnavailableError as error:
-        return replace(comparison, lpips_note=f"unavailable: {error}")
-    return replace(comparison, lpips=lpips, lpips_note=lpips.describe())
+        return replace(config.comparison, lpips_note=f"unavailable: {error}")
+    return replace(config.comparison, lpips=lpips, lpips_note=lpips.describe())
 
 
-def _protocol(
-    images: ImageSet, config: EvaluationConfig, comparison: Comparison, device: torch.device
-) -> dict[str, Json]:
+def _protocol(images: ImageSet, comparison: Comparison, device: torch.device) -> dict[str, Json]:
+    config = images.config
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "data": images.folder,

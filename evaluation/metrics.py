@@ -22,7 +22,6 @@ from imaging.pixels import to_uint8
 Channel: TypeAlias = Literal["luma", "rgb"]
 SSIM_WINDOW = 11
 DETAIL_BAND = (0.35, 0.9)  # of Nyquist; from x3 up the low resolution has none of it
-_SMALLEST_SPECTRUM = 16
 _FLAT_POWER = 1e-10  # a hundred times below one uint8 step, squared
 
 
@@ -127,11 +126,6 @@ def low_resolution_psnr(restored: Tensor, low_res: Tensor, border: Border = "mir
 def high_frequency_energy(restored: Tensor, truth: Tensor) -> Tensor:
     """(B,) power of fine detail over the truth's: below 1 is blur, above it noise; nan for a flat truth."""
     check_pair(restored, truth)
-    height, width = truth.shape[-2:]
-    if min(height, width) < _SMALLEST_SPECTRUM:
-        raise ValueError(
-            f"{height}x{width} is too small for a spectrum; give sides from {_SMALLEST_SPECTRUM}"
-        )
     energy, reference = _band_energy(restored), _band_energy(truth)
     return torch.where(reference > _FLAT_POWER, energy / reference, torch.nan)
 

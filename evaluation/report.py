@@ -16,6 +16,12 @@ Row: TypeAlias = dict[str, Any]
 LABEL = ("method", "scheduler", "steps", "samples")
 
 
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
+    """Lines of a Markdown table whose first columns, `texts` of them, are text and the others numbers."""
+    rule = ["---"] * texts + ["---:"] * (len(headings) - texts)
+    return [f"| {' | '.join(line)} |" for line in (headings, rule, *rows)]
+
+
 @dataclass(frozen=True)
 class Report:
     """The scores of an evaluation, and all that they depend on."""
@@ -43,13 +49,14 @@ class Report:
     def to_markdown(self) -> str:
         """Write the table without empty columns, and the protocol below it."""
         shown = [metric for metric in METRICS if any(row[metric.name] is not None for row in self.rows)]
-        headings = [*LABEL, *(metric.heading for metric in shown)]
-        lines = [headings, ["---"] * 2 + ["---:"] * len(headings[2:])]
-        for row in self.rows:
-            label = ["" if row[name] is None else str(row[name]) for name in LABEL]
-            lines.append(label + [metric.print(row[metric.name]) for metric in shown])
-        table = [f"| {' | '.join(line)} |" for line in lines]
-        return "\n".join([f"**{self.title}**", "", *table, "", *self._notes()]) + "\n"
+        cells = [
+            ["" if row[name] is None else str(row[name]) for name in LABEL]
+            + [metric.print(row[metric.name]) for metric in shown]
+            for row in self.rows
+        ]
+        lines = table([*LABEL, *(metric.heading for metric in shown)], cells, texts=2)
+        notes = [f"- {note}" for note in self._notes()]
+        return "\n".join([f"**{self.title}**", "", *lines, "", *notes]) + "\n"
 
     @property
     def title(self) -> str:
@@ -63,33 +70,30 @@ class Report:
             meaning = protocol["metrics"][metric.name]
             if any(row[metric.name] is not None for row in self.rows) or meaning.startswith("unavailable"):
                 notes.append(f"{metric.heading}: {meaning}")
-        for name, facts in [
-            *(("model", each) for each in protocol["models"]),
-            ("restoring", protocol["restoring"]),
-        ]:
+        described = [*(("model", each) for each in protocol["models"]), ("restoring", protocol["restoring"])]
+        for name, facts in described:
             if facts:
                 notes.append(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}")
-        return [f"- {note}" for note in (*notes, f"seed {protocol['seed']}; {protocol['device']}")]
+        return [*notes, f"seed {protocol['seed']}; {protocol['device']}"]
 
     def to_png(self) -> bytes:
         """Plot PSNR against LPIPS, or HF energy where a row lacks it (Blau & Michaeli 2018), as PNG."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         other = BY_NAME["hf_energy" if any(row["lpips"] is None for row in self.rows) else "lpips"]
-        axes = Figure(figsize=(7, 5), layout="constrained").add_subplot()
-        curves: dict[tuple[str, int], list[tuple[float, float, int | None]]] = {}
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        axes = figure.add_subplot()
+        curves: dict[tuple[str, int], list[Row]] = {}
         for row in self.rows:
             if row["psnr"] is not None and math.isfinite(row["psnr"]):
-                point = row["psnr"], row[other.name], row["steps"]
-                curves.setdefault((row["method"], row["samples"]), []).append(point)
-        for (method, samples), points in curves.items():
-            x, y, steps = zip(*points, strict=True)
+                curves.setdefault((row["method"], row["samples"]), []).append(row)
+        for (method, samples), rows in curves.items():
+            x, y = ([row[name] for row in rows] for name in ("psnr", other.name))
             axes.plot(x, y, "o-", label=method if samples == 1 else f"{method}, mean of {samples}")
-            for place in zip(x, y, steps, strict=True):
-                axes.annotate(" {}".format(place[2] or ""), place[:2])
+            for row in rows:
+                axes.annotate(f" {row['steps'] or ''}", (row["psnr"], row[other.name]))
         axes.set(title=f"{self.title}, with sampling steps", xlabel="PSNR in dB", ylabel=other.heading)
         axes.legend()
         png = io.BytesIO()
-        FigureCanvasAgg(axes.figure).print_png(png)
+        figure.savefig(png, format="png")
         return png.getvalue()

@@ -48,15 +48,12 @@ class Validator:
         lpips: Lpips | None = None,
         most_psnr_lost: float = 2.0,
     ) -> None:
-        self.diffusion = diffusion
-        self.most_psnr_lost, self.mean_psnr = most_psnr_lost, 0.0
-        self.metrics = [
-            one for one in METRICS if one.in_training or (one.name == "lpips" and lpips is not None)
-        ]
+        self.diffusion, self.precision = diffusion, precision
         self.processes = processes or Processes(diffusion.device)
-        self.precision = precision
+        self.most_psnr_lost, self.mean_psnr = most_psnr_lost, 0.0
         self.degradation = dataset.degradation
         self.comparison = Comparison(crop=round(dataset.degradation.scale), lpips=lpips)
+        self.metrics = [one for one in METRICS if one.in_training or (lpips and one.name == "lpips")]
         pairs, size = [dataset.crop(index) for index in range(len(dataset))], VALIDATION_BATCH
         batches = [
             Crops.stack(pairs[start : start + size]).to(self.processes.device)
@@ -85,19 +82,20 @@ class Validator:
         mean, sample = (
             Restorer(model, how, self.processes.device, self.precision) for how in (FAITHFUL, sampled)
         )
-        scalars = self._measure_all(sample if sharpened else mean)
-        score = scalars["psnr"]
-        if sharpened:
-            self.mean_psnr = self.mean_psnr or self._measure_all(mean)["psnr"]  # which training leaves alone
-            score = -scalars["lpips"] - max(0.0, self.mean_psnr - self.most_psnr_lost - score)
         first = Sample(*(image[:GRID_IMAGES] for image in self.batches[0]))
         tokens = None if self.tokens[0] is None else self.tokens[0][:GRID_IMAGES]
         images = {
             f"low_bicubic_{name}_original": comparison_grid(first, restore(restorer, first, tokens))
             for name, restorer in (("mean", mean), ("sample", sample))
         }
-        curves = {"loss_by_timestep": self._loss_by_timestep(model.network, first, tokens)}
-        return Validation(score, scalars, images, curves)
+        if not sharpened:
+            scalars = self._measure_all(mean)
+            losses = {"loss_by_timestep": self._loss_by_timestep(model.network, first, tokens)}
+            return Validation(scalars["psnr"], scalars, images, losses)
+        scalars = self._measure_all(sample)
+        self.mean_psnr = self.mean_psnr or self._measure_all(mean)["psnr"]  # which training leaves alone
+        lost = max(0.0, self.mean_psnr - self.most_psnr_lost - scalars["psnr"])
+        return Validation(-scalars["lpips"] - lost, scalars, images)
 
     def _measure_all(self, restorer: Restorer) -> dict[str, float]:
         """Average the scores of the images of all processes."""
@@ -128,12 +126,11 @@ class Validator:
         """Divide the timesteps evenly: the right edge of each part, and the loss in its middle."""
         context, mean = model.encode_context(Condition(batch.upscaled, batch.low_res, tokens))
         clean = batch.residual / float(model.residual_std) - (0 if mean is None else mean)
-        bars = min(LOSS_BARS, self.diffusion.timesteps)
-        edges = [self.diffusion.timesteps * (bar + 1) / bars for bar in range(bars)]
+        total, bars = self.diffusion.timesteps, min(LOSS_BARS, self.diffusion.timesteps)
+        edges = [total * (bar + 1) / bars for bar in range(bars)]
         heights = []
-        for edge in edges:
-            middle = int(edge - self.diffusion.timesteps / bars / 2)
-            t = torch.full((len(clean),), middle, device=clean.device)
+        for bar in range(bars):
+            t = torch.full((len(clean),), total * (2 * bar + 1) // (2 * bars), device=clean.device)
             generator = torch.Generator(clean.device).manual_seed(VALIDATION_SEED)
             heights.append(float(self.diffusion.loss(model, clean, context, generator, t=t).mean()))
         return edges, heights

@@ -5,7 +5,6 @@
 The scripts know it from here on, too: in a script of your own, register it and call `train_diffusion.main`.
 """
 
-import argparse
 import math
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion import SCHEDULES, DiffusionModel, ResidualGenerator
+from engine.cli import module_parser
 from examples.dead_leaves import draw_dead_leaves_folder
 from training import TrainingConfig
 from unet import UNet
@@ -54,11 +54,7 @@ def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Ten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.change_the_process",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("examples.change_the_process", __doc__)
     parser.add_argument("--max_steps", type=int, default=60, help="optimiser steps (default 60)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,6 @@
 Prints every command that it runs; they work on photos of your own just as well. Writes to demo_output.
 """
 
-import argparse
 import shlex
 import sys
 import time
@@ -17,6 +16,7 @@ import evaluate
 import infer
 import train_diffusion
 from bicubic import downscale_image, upscale_image
+from engine.cli import module_parser
 from examples.dead_leaves import draw_dead_leaves_folder
 from imaging.files import read_rgb, write_image
 from imaging.panels import labelled_row
@@ -82,11 +82,7 @@ def train_and_measure() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(
-        prog="python -m examples.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
+    module_parser("examples.demo", __doc__).parse_args(argv)
     started = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
     compared = restore_photo()

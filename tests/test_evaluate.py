@@ -1,7 +1,6 @@
 """The evaluator: its rows against direct calls of the metrics, its files, and how it refuses wrong input."""
 
 import csv
-import io
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import shutil
 import sys
 import time
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,18 +64,26 @@ def config(**changes):
     return EvaluationConfig(**({"scale": 2.0, "lpips": False} | changes))
 
 
+def image_set(folder, **changes):
+    return ImageSet(folder, config(**changes))
+
+
 def measured(folder, model=None, how=(), **changes):
     """A report on a folder; `how` are the fields of one RestoreConfig per row of the model."""
-    chosen = config(**changes)
+    images = image_set(folder, **changes)
     models = [] if model is None else [load_model(model)]
-    methods = [model_method(models, RestoreConfig(**each), chosen.scale) for each in how]
-    return evaluate(ImageSet(folder, chosen), chosen, methods)
+    return evaluate(
+        images, [model_method(models, RestoreConfig(**each), images.config.scale) for each in how]
+    )
 
 
-def by(restore, folder, limit=None):
+def by(restore, folder, **changes):
     """A report on a folder, with one method more than bicubic."""
-    chosen = config()
-    return evaluate(ImageSet(folder, chosen, limit=limit), chosen, [Method("mine", restore)])
+    return evaluate(image_set(folder, **changes), [Method("mine", restore)])
+
+
+def first(folder, low_res=None):
+    return next(iter(image_set(folder, low_res=low_res and str(low_res))))
 
 
 def timeless(row):
@@ -107,12 +113,13 @@ def assert_is_bicubic_row(row, folder, scale, **options):
     def mean(metric):
         return torch.cat([metric(*pair) for pair in pairs]).mean().item()
 
-    assert row["psnr"] == pytest.approx(mean(lambda x, y, low: metrics.psnr(x, y, how)), abs=1e-9)
-    assert row["ssim"] == pytest.approx(mean(lambda x, y, low: metrics.ssim(x, y, how)), abs=1e-9)
-    lr_psnr = mean(lambda x, y, low: metrics.low_resolution_psnr(x, low))
-    assert row["lr_psnr"] == pytest.approx(lr_psnr, abs=1e-9)
-    energy = math.exp(mean(lambda x, y, low: metrics.high_frequency_energy(x, y).log()))
-    assert row["hf_energy"] == pytest.approx(energy, rel=1e-5)
+    expected = {
+        "psnr": mean(lambda x, y, low: metrics.psnr(x, y, how)),
+        "ssim": mean(lambda x, y, low: metrics.ssim(x, y, how)),
+        "lr_psnr": mean(lambda x, y, low: metrics.low_resolution_psnr(x, low)),
+        "hf_energy": math.exp(mean(lambda x, y, low: metrics.high_frequency_energy(x, y).log())),
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 # ---------------------------------------------------------------- rows
@@ -127,15 +134,14 @@ def test_bicubic_row_is_what_the_metrics_say(leaves, options):
 
 @pytest.mark.slow
 def test_bicubic_row_of_set5_and_of_its_published_low_resolution(sr_data):
-    folder, chosen = sr_data / "test" / "Set5", config(scale=4.0)
-    made = evaluate(ImageSet(folder, chosen), chosen)
-    given = evaluate(ImageSet(folder, chosen, folder / "LRx4_mirror"), chosen)
+    folder = sr_data / "test" / "Set5"
+    made, given = (measured(folder, scale=4.0, low_res=low) for low in (None, str(folder / "LRx4_mirror")))
     assert_is_bicubic_row(made.rows[0], folder, 4)
     assert timeless(given.rows[0]) == timeless(made.rows[0])
     assert made.rows[0]["psnr"] == pytest.approx(28.42, abs=0.02)
     assert given.protocol["low_resolution"] == "read from LRx4_mirror, 8 bits"
-    replicated = ImageSet(folder, replace(chosen, border="replicate"))
-    published = ImageSet(folder, chosen, folder / "LRx4")
+    replicated = image_set(folder, scale=4.0, border="replicate")
+    published = image_set(folder, scale=4.0, low_res=str(folder / "LRx4"))
     for ours, theirs in zip(replicated, published, strict=True):
         assert torch.equal(ours.low_res, theirs.low_res)
 
@@ -154,7 +160,7 @@ def test_bicubic_row_of_set5_and_of_its_published_low_resolution(sr_data):
 )
 def test_what_is_measured_is_what_infer_writes(leaves, random_weights, tmp_path, scale, flags):
     """Two models in a row and the project's own weights, too."""
-    images = ImageSet(leaves, config(scale=scale, crop=scale))
+    images = image_set(leaves, scale=scale, crop=scale)
     (tmp_path / "low").mkdir()
     for pair in images:
         write_image(tmp_path / "low" / pair.name, pair.low_res.permute(1, 2, 0).numpy())
@@ -176,7 +182,7 @@ def test_what_is_measured_is_what_infer_writes(leaves, random_weights, tmp_path,
     assert [model["file"] for model in found["protocol"]["models"]] == models
 
 
-def test_any_callable_is_a_restorer(leaves):
+def test_any_callable_is_a_restorer_whose_result_is_clamped(leaves):
     def overshooting_nearest(low_res):
         return 3 * low_res.repeat_interleave(2, -1).repeat_interleave(2, -2) - 1
 
@@ -184,7 +190,7 @@ def test_any_callable_is_a_restorer(leaves):
         metrics.psnr(
             overshooting_nearest(pair.low_res[None] / 255).clamp(0, 1), pair.truth[None] / 255, Comparison(2)
         ).item()
-        for pair in ImageSet(leaves, config())
+        for pair in image_set(leaves)
     ]
     assert by(overshooting_nearest, leaves).rows[1]["psnr"] == pytest.approx(np.mean(expected), abs=1e-9)
 
@@ -204,24 +210,23 @@ def test_a_result_of_another_size_or_that_is_not_a_number_is_refused(leaves, res
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_table_and_another_seed_another(leaves, random_weights):
     first, again, other = (
-        list(map(timeless, measured(leaves, random_weights, [{"steps": 2, "seed": seed}], seed=seed).rows))
+        [*map(timeless, measured(leaves, random_weights, [{"steps": 2, "seed": seed}]).rows)]
         for seed in (1, 1, 2)
     )
     assert first == again
     assert first[1]["psnr"] != other[1]["psnr"]
-    assert first[0]["psnr"] == other[0]["psnr"]
+    assert first[0] == other[0]
 
 
 @pytest.mark.parametrize("kind", ["light", "photo", "heavy"])
 def test_a_random_degradation_depends_on_the_seed_and_the_name_alone(leaves, kind):
-    first, again = (ImageSet(leaves, config(degradation=kind)) for _ in range(2))
-    for one, other in zip(first, again, strict=True):
-        assert torch.equal(one.low_res, other.low_res)
-    alone = first.read(first.paths[1])
-    assert torch.equal(alone.low_res, list(again)[1].low_res)
-    another = ImageSet(leaves, config(degradation=kind, seed=1)).read(first.paths[1])
-    assert not torch.equal(alone.low_res, another.low_res)
-    assert not torch.equal(alone.low_res, ImageSet(leaves, config()).read(first.paths[1]).low_res)
+    first, again, another, bicubic = (
+        image_set(leaves, **changes)
+        for changes in ({"degradation": kind}, {"degradation": kind}, {"degradation": kind, "seed": 1}, {})
+    )
+    alone = again.read(again.paths[1]).low_res
+    assert torch.equal(alone, list(first)[1].low_res)
+    assert not any(torch.equal(alone, other.read(other.paths[1]).low_res) for other in (another, bicubic))
     assert kind in first.describe()
 
 
@@ -254,8 +259,7 @@ def test_an_image_that_is_exact_hides_no_other(leaves, tmp_path):
 def test_sixteen_bits_are_rounded_to_eight(leaves, tmp_path):
     deep = read_rgb(leaves / "0.png").astype(np.uint16) * 257
     write_image(tmp_path / "deep.png", deep + np.uint16(100) * (deep < 60000))  # less than half a step of 257
-    ours, theirs = (next(iter(ImageSet(folder, config()))) for folder in (tmp_path, leaves))
-    assert torch.equal(ours.truth, theirs.truth)
+    assert torch.equal(first(tmp_path).truth, first(leaves).truth)
 
 
 def test_colours_that_nobody_sees_are_not_measured(tmp_path):
@@ -263,29 +267,24 @@ def test_colours_that_nobody_sees_are_not_measured(tmp_path):
     alpha[16:48, 16:48] = 255
     green = np.array([0, 255, 0], np.uint8)
     write_image(tmp_path / "disc.png", np.where(alpha[..., None] > 0, np.uint8(255), green), alpha)
-    assert bool((next(iter(ImageSet(tmp_path, config()))).truth == 255).all())
+    assert bool((first(tmp_path).truth == 255).all())
 
 
 # ---------------------------------------------------------------- images
 
 
 def test_a_fraction_as_scale(leaves):
-    pairs = list(ImageSet(leaves, config(scale=1.5)))
+    pairs = list(image_set(leaves, scale=1.5))
     assert [tuple(pair.truth.shape[1:]) for pair in pairs] == [(63, 72), (66, 63)]
     assert torch.equal(pairs[0].low_res, resize(pairs[0].truth, size=(42, 48), rounding="uint8"))
 
 
-def first(folder, low_res=None):
-    return next(iter(ImageSet(folder, config(), low_res)))
-
-
 @pytest.mark.parametrize("ending", ["", "x2", "_x2", "-X2", "_LRx2"])
 def test_low_resolution_files_are_found_by_name(leaves, tmp_path, ending):
-    made = list(ImageSet(leaves, config()))
+    made = list(image_set(leaves))
     for index, pair in enumerate(made):
         write_image(tmp_path / f"{index}{ending}.png", pair.low_res.permute(1, 2, 0).numpy())
-    given = list(ImageSet(leaves, config(), tmp_path))
-    for ours, theirs in zip(given, made, strict=True):
+    for ours, theirs in zip(image_set(leaves, low_res=str(tmp_path)), made, strict=True):
         assert torch.equal(ours.low_res, theirs.low_res)
     low_res = sorted(tmp_path.iterdir())[1]
     assert find_original(low_res, sorted(leaves.glob("*.png")), 2) == leaves / "1.png"
@@ -302,15 +301,19 @@ def test_the_same_name_goes_before_an_ending_and_two_endings_are_refused(leaves,
 
 
 def test_grey_low_resolution_of_a_colour_image_and_the_reverse(leaves, tmp_path):
-    low_res = np.full((32, 36), 9, np.uint8)
-    for name in ("truth", "low", "coloured"):
+    grey = np.full((32, 36), 9, np.uint8)
+    colours = {
+        "grey": grey,
+        "rgb": np.stack([grey] * 3, axis=-1),
+        "coloured": np.stack([grey, grey, grey + 1], -1),
+    }
+    for name, pixels in colours.items():
         (tmp_path / name).mkdir()
-    write_image(tmp_path / "low" / "0.png", low_res)
-    assert first(leaves, tmp_path / "low").low_res.shape == (3, 32, 36)
+        write_image(tmp_path / name / "0.png", pixels)
+    (tmp_path / "truth").mkdir()
     write_image(tmp_path / "truth" / "0.png", np.full((64, 72), 9, np.uint8))
-    write_image(tmp_path / "low" / "0.png", np.stack([low_res] * 3, axis=-1))
-    assert first(tmp_path / "truth", tmp_path / "low").low_res.shape == (1, 32, 36)
-    write_image(tmp_path / "coloured" / "0.png", np.stack([low_res, low_res, low_res + 1], axis=-1))
+    assert first(leaves, tmp_path / "grey").low_res.shape == (3, 32, 36)
+    assert first(tmp_path / "truth", tmp_path / "rgb").low_res.shape == (1, 32, 36)
     with pytest.raises(ValueError, match="coloured"):
         first(tmp_path / "truth", tmp_path / "coloured")
 
@@ -323,10 +326,10 @@ class SecondOfTwo(Processes):
 
 
 def test_a_process_reads_its_images_alone_and_measures_what_one_process_would(leaves, monkeypatch):
-    chosen, read, decode = config(), [], ImageSet.read
+    read, decode = [], ImageSet.read
     whole = measured(leaves)
     monkeypatch.setattr(ImageSet, "read", lambda self, path: (read.append(path.name), decode(self, path))[1])
-    part = evaluate(ImageSet(leaves, chosen), chosen, (), SecondOfTwo(CPU, 1, 2))
+    part = evaluate(image_set(leaves), (), SecondOfTwo(CPU, 1, 2))
     assert read == ["1.png"]
     assert [score["psnr"] for score in part.scores] == [whole.scores[1]["psnr"]]
 
@@ -448,9 +451,7 @@ def test_an_unreadable_image_is_named_counted_and_left_out(leaves, tmp_path, cap
 ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), ALLOCATOR, MemoryError("no")]
-)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ALLOCATOR])
 @pytest.mark.parametrize("place", ["restoring", "measuring"])
 def test_an_image_that_runs_out_of_memory_is_left_out_of_every_row(leaves, monkeypatch, error, place):
     def restore(low_res):
@@ -505,14 +506,6 @@ def test_file_names_that_are_not_utf8_are_written(leaves, tmp_path, capsys):
     assert "caf\\xe9" in capsys.readouterr().out
 
 
-def test_a_terminal_that_cannot_print_a_name_gets_the_table(leaves, tmp_path, monkeypatch):
-    shutil.copytree(leaves, tmp_path / "\u5199\u771f")
-    screen = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="cp1252"))
-    assert run_main("--data", tmp_path / "\u5199\u771f") == 0
-    assert b"| bicubic |" in screen.getvalue()
-
-
 @pytest.mark.parametrize("package", ["matplotlib", "skimage"])
 @pytest.mark.parametrize("error", [ImportError("no such library"), RuntimeError("another NumPy")])
 def test_a_package_that_does_not_import_costs_a_sentence(
@@ -542,7 +535,6 @@ def test_a_package_that_does_not_import_costs_a_sentence(
         (["--data", "empty"], "empty: "),
         (["--data", "small"], "small.png is 31x80"),
         (["--data", "small", "--crop", "20"], "51 "),
-        (["--low_res", "empty"], "empty: "),
         (["--low_res", "wrong_size"], "0.png is 30x32"),
         (["--scale", "17", "--weights_path", "MODEL"], "--scale is 17"),
         (["--steps", "1", "1001", "--weights_path", "MODEL"], "1001"),
@@ -550,16 +542,10 @@ def test_a_package_that_does_not_import_costs_a_sentence(
         (["--weights_path", "small/small.png"], "small.png"),
         (["--weights_path", "GREY"], "1 channels"),
         (["--scale", "1"], "scale is 1"),
-        (["--scale", "nan"], "scale is nan"),
-        (["--steps", "0", "--weights_path", "MODEL"], "--steps is 0"),
         (["--steps", "4", "4"], "4 4"),
         (["--detail", "0.5", "1.5", "--weights_path", "MODEL"], "1.5"),
-        (["--num_images", "0"], "--num_images is 0"),
         (["--eta", "2", "--scheduler", "ddim", "--weights_path", "MODEL"], "2.0"),
-        (["--overlap", "1"], "--overlap is 1"),
         (["--limit", "0"], "limit is 0"),
-        (["--seed", "-1"], "--seed is -1"),
-        (["--crop", "-1"], "--crop is -1"),
         (["--device", "tpu"], "'tpu'"),
         (["--plot", "out/plot.pdf"], "out/plot.pdf"),
         (["--json", "empty"], "empty: is a folder"),
@@ -569,7 +555,6 @@ def test_a_package_that_does_not_import_costs_a_sentence(
         ),
         (["--json", "small/small.png/table.json"], "small/small.png/table.json"),
         (["--json", "out/a", "--csv", "out/../out/a"], "out/a, out/../out/a"),
-        (["--data", ""], "--data"),
         (["--json", ""], "--json"),
         (["--lpips_weights", "missing.pth", "--lpips"], "missing.pth"),
     ],
@@ -596,13 +581,3 @@ def test_wrong_input_is_refused_in_one_line(
     assert len(printed.err.strip().splitlines()) == 1
     assert printed.out == ""
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_interrupted_run_writes_nothing(leaves, tmp_path, monkeypatch, capsys):
-    def stop(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(metrics, "ssim", stop)
-    assert run_main("--data", leaves, "--json", tmp_path / "table.json") == 130
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from matplotlib import pyplot
 from skimage.data import astronaut
 
 from diffusion import DiffusionModel
-from examples import change_the_process, demo
+from examples import demo
 from examples.change_the_process import circle_scales, train_and_restore
 from imaging.files import read_rgb
 
@@ -28,15 +28,6 @@ def test_a_schedule_of_one_s_own_is_known_and_keeps_the_variance():
 def test_a_network_trained_with_it_for_seconds_beats_bicubic(tmp_path):
     original, bicubic, restored = train_and_restore(tmp_path, max_steps=60)
     assert (restored - original).square().mean() < 0.95 * (bicubic - original).square().mean()
-
-
-@pytest.mark.parametrize("example", [demo, change_the_process])
-def test_help_starts_nothing(tmp_path, monkeypatch, capsys, example):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        example.main(["--help"])
-    assert "usage" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torchmetrics.functional.image import lpips as lpips_package
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from bicubic import resize
+from evaluation import lpips as lpips_module
 from evaluation.lpips import Lpips, MetricUnavailableError, PerceptualFeatures
 from evaluation.metrics import (
     Comparison,
@@ -309,8 +310,6 @@ def test_energy_of_flat_images():
     both = high_frequency_energy(torch.cat([truth, flat]), torch.cat([flat, truth]))
     assert math.isnan(both[0].item())
     assert both[1].item() == pytest.approx(0.0, abs=1e-9)
-    with pytest.raises(ValueError, match="15x40"):
-        high_frequency_energy(torch.zeros(1, 3, 15, 40), torch.zeros(1, 3, 15, 40))
 
 
 def test_geometric_mean():
@@ -467,10 +466,11 @@ def test_lpips_from_a_silent_server_gives_up(monkeypatch, nothing_fetched):
         def from_silent_server(_url, *args, **kwargs):
             return download(f"http://127.0.0.1:{port}/alexnet.pth", *args, **kwargs)
 
+        monkeypatch.setattr(lpips_module, "PATIENCE", 0.2)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(torch.hub, "download_url_to_file", from_silent_server)
         with pytest.raises(MetricUnavailableError, match="timed out"):
-            Lpips(timeout=0.2)
+            Lpips()
 
 
 def test_low_resolution_psnr_shrinks_with_the_border_the_input_was_made_with():

@@ -73,10 +73,10 @@ def test_an_image_nobody_trained_on_gets_better(scale, weights):
 
 def rows_of(folder, scale, modes, limit=None, weights="clean", **settings):
     """Bicubic's row and those of the released model."""
-    config = EvaluationConfig(scale, **({"lpips": False} | settings))
+    config = EvaluationConfig(scale, limit=limit, **({"lpips": False} | settings))
     models = [load_model(released_model(scale, weights))]
     methods = [model_method(models, RestoreConfig(mode=mode), scale) for mode in modes]
-    return evaluate(ImageSet(folder, config, limit=limit), config, methods).rows
+    return evaluate(ImageSet(folder, config), methods).rows
 
 
 @pytest.fixture
