@@ -73,7 +73,7 @@ class DataOptions(Options):
     )
     augment: Augmentation = option("flip", "flip: left-right; dihedral: all 8 flips and rotations")
     cache_dir: str | None = option(
-        None, "folder for decoded images and sizes; by default in the user's cache", path=True
+        None, "folder for decoded images; by default in the user's cache", path=True
     )
     cache_gb: float = option(4.0, "gigabytes of decoded images in it; 0: none", low=0, fixed=False)
 
@@ -242,7 +242,6 @@ def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple
         augment=data.augment,
         seed=settings.training.seed,
         reader=CachedReader(cache_dir, round(data.cache_gb * 2**30)),
-        cache_dir=cache_dir,
         degradation=settings.degradation,
         tokens=data.tokens,
     )

@@ -20,8 +20,7 @@ from torch.utils.data import Dataset
 
 from bicubic import exact_scale, upscale_image
 from degradation import Degradation
-from imaging.cache import image_sizes
-from imaging.files import UnreadableImageError, read_rgb
+from imaging.files import UnreadableImageError, image_sizes, read_rgb
 from imaging.kinds import list_images
 from imaging.pixels import from_uint8, to_model_range
 from imaging.tokens import check_tokens, read_tokens
@@ -205,7 +204,6 @@ class ImageDataset(Dataset[Sample]):
         train: a random crop and augmentation; False: the central crop.
         augment: "none", "flip" (left-right) or "dihedral" (all 8 flips and rotations).
         reader: path -> (H, W, 3) uint8.
-        cache_dir: remembers the sizes of the images.
         degradation: by default bicubic by downscale_factor.
         tokens: folder of tokens, see imaging.tokens.
 
@@ -223,7 +221,6 @@ class ImageDataset(Dataset[Sample]):
         augment: Augmentation = "flip",
         seed: int = 0,
         reader: Callable[[Path], npt.NDArray[np.uint8]] = read_rgb,
-        cache_dir: Path | None = None,
         degradation: Degradation | None = None,
         tokens: str | Path | None = None,
     ) -> None:
@@ -234,7 +231,7 @@ class ImageDataset(Dataset[Sample]):
         self.img_size, self.upscale_function, self.reader = img_size, upscale_function, reader
         self.train, self.augment, self.seed = train, augment, seed
         found = list_images(images) if isinstance(images, str | Path) else list(images)
-        self.paths, self.left_out = _usable(found, img_size, cache_dir)
+        self.paths, self.left_out = _usable(found, img_size)
         if not self.paths:
             first = "".join(f" ({path}: {reason})" for path, reason in [*self.left_out.items()][:1])
             raise ValueError(
@@ -333,12 +330,10 @@ def _cut(image: Tensor, place: Sequence[int], size: int) -> Tensor:
     return image[..., place[0] : place[0] + size, place[1] : place[1] + size].contiguous()
 
 
-def _usable(
-    paths: Sequence[Path], img_size: int, cache_dir: Path | None
-) -> tuple[list[Path], dict[Path, str]]:
+def _usable(paths: Sequence[Path], img_size: int) -> tuple[list[Path], dict[Path, str]]:
     """List the images of at least img_size on both sides, and why the others are left out."""
     left_out: dict[Path, str] = {}
-    for path, size in zip(paths, image_sizes(paths, cache_dir), strict=True):
+    for path, size in zip(paths, image_sizes(paths), strict=True):
         if isinstance(size, UnreadableImageError):
             left_out[path] = str(size).removeprefix(f"{path}: ")
         elif min(size) < img_size:

@@ -1,32 +1,26 @@
-"""Keeps decoded images and sizes in a folder of the user's: deleting it costs time, and nothing else.
+"""Keeps decoded images in a folder of the user's: deleting it costs time, and nothing else.
 
-`images/` has a memory-mapped array for each image, of which a crop reads only the pixels that it needs, and
-`sizes.npy` the sizes of all images ever listed.
+It has a memory-mapped array for each image, of which a crop reads only the pixels that it needs.
 """
 
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm.contrib.concurrent import thread_map
 
 from imaging.atomic import write_atomically
-from imaging.files import UnreadableImageError, image_size, read_rgb
+from imaging.files import read_rgb
 
 logger = logging.getLogger(__name__)
 
-MANY = 2000  # from this many files on, reading their headers shows its progress
-THREADS = 16  # reading headers mostly waits, most of all on a network drive
 _VERSION = 1  # of what read_rgb makes of a file: a new number leaves older entries alone
-
-Size = tuple[int, int]
 
 
 def default_cache_dir() -> Path | None:
@@ -68,7 +62,9 @@ class CachedReader:
         """(H, W, 3) uint8, read-only if kept; OSError or UnreadableImageError."""
         if self.folder is None:
             return self.read(path)
-        kept = self.folder / f"{_identity(path):016x}.npy"
+        status = path.stat()
+        identity = f"{os.path.abspath(path)}|{status.st_mtime_ns}|{status.st_size}|{_VERSION}"
+        kept = self.folder / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}.npy"
         try:
             mapped: npt.NDArray[np.uint8] = np.load(kept, mmap_mode="r")
             if kept.stat().st_mtime < self.started:
@@ -108,46 +104,3 @@ class CachedReader:
             logger.warning(
                 "no more images are kept (%s in %s): give another --cache_dir", reason, self.folder
             )
-
-
-def image_sizes(paths: Sequence[Path], cache_dir: Path | None = None) -> list[Size | UnreadableImageError]:
-    """Read the upright (height, width) of each file, or why it has none; `cache_dir` remembers them."""
-    index = None if cache_dir is None else cache_dir / "sizes.npy"
-    known = _load_sizes(index)
-    identities: dict[Path, int] = {}
-    for path in paths:
-        with suppress(OSError):
-            identities[path] = _identity(path)
-    unread = [path for path in paths if identities.get(path) not in known]
-    read = thread_map(_read_size, unread, max_workers=THREADS, desc="image sizes", disable=len(unread) < MANY)
-    sizes = dict(zip(unread, read, strict=True))
-    new = {identities[path]: size for path, size in sizes.items() if isinstance(size, tuple)}
-    if index is not None and new:
-        rows = np.array([(key, *size) for key, size in (known | new).items()], np.uint64)
-        try:
-            write_atomically(index, lambda stream: np.save(stream, rows))
-        except OSError as error:
-            logger.warning("sizes of images are not kept (%s): reading them takes as long next time", error)
-    return [sizes[path] if path in sizes else known[identities[path]] for path in paths]
-
-
-def _load_sizes(index: Path | None) -> dict[int, Size]:
-    """Read the sizes by identity; a damaged or missing file has none."""
-    with suppress(OSError, ValueError, EOFError):
-        if index is not None and (rows := np.load(index)).dtype == np.uint64:
-            return {key: (height, width) for key, height, width in rows.reshape(-1, 3).tolist()}
-    return {}
-
-
-def _read_size(path: Path) -> Size | UnreadableImageError:
-    try:
-        return image_size(path)
-    except UnreadableImageError as error:
-        return error
-
-
-def _identity(path: Path) -> int:
-    """Hash a file's name, time and length, below 2^64; OSError where there is no such file."""
-    status = path.stat()
-    name = os.fsencode(f"{os.path.abspath(path)}|{status.st_mtime_ns}|{status.st_size}|{_VERSION}")
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big")

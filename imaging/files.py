@@ -1,10 +1,11 @@
 """Reads and writes image files by libvips; Pillow decodes BMP, GIF and WebP."""
 
 import io
+import itertools
 import logging
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ import numpy.typing as npt
 import pyvips
 from PIL import Image
 from PIL.ImageFile import ImageFile
+from tqdm.contrib.concurrent import thread_map
 
 from imaging.atomic import write_atomically
-from imaging.kinds import FIRST_BYTES, WRITABLE_SUFFIXES, kind_of, refusal
+from imaging.kinds import DEVELOP, FIRST_BYTES, WRITABLE_SUFFIXES, kind_of, refusal
 from imaging.metadata import DAMAGE_ERRORS, Metadata, read_metadata
 from imaging.pixels import Pixels, as_rgb8, check_dtype, spread_colours
 
@@ -27,9 +29,17 @@ pyvips.cache_set_max(0)  # a file that changes under the same name is read again
 Image.init()  # all of Pillow's formats
 
 MAX_PIXELS = 2**30  # 3 GB of 8-bit RGB: more is taken for a decompression bomb
+MANY = 2000  # from this many files on, reading their headers shows its progress
+THREADS = 16  # reading headers mostly waits, most of all on a network drive
 
 _DTYPES: dict[str, type[np.uint8] | type[np.uint16]] = {"uchar": np.uint8, "ushort": np.uint16}
 _LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
+_SAVING: dict[str, dict[str, Any]] = {
+    "PNG": {"filter": "all"},
+    "JPEG": {"Q": 95, "subsample_mode": "off"},
+    "TIFF": {"compression": "deflate", "predictor": "horizontal", "resunit": "inch"},
+    "WEBP": {"Q": 95, "exact": True},  # colours under full transparency are kept
+}
 _SUBFILE_TYPE, _PHOTOMETRIC, _EXTRA_SAMPLES, _DNG_VERSION = 254, 262, 338, 50706  # of a TIFF
 _LAB, _ALPHA = (8, 9, 10), (1, 2)  # values of two of these
 _PNG_START, _PNG_PIXELS = b"\x89PNG\r\n\x1a\n", {b"IDAT", b"fdAT", b"IEND"}
@@ -39,8 +49,9 @@ _SRGB = {
     b"gAMA": struct.pack(">I", 45455),
     b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
 }
-# By the numbers of ITU-T H.273; 2 is "unspecified".
-_SRGB_LIKE_PRIMARIES, _SRGB_LIKE_TRANSFERS, _HDR_TRANSFERS = {1, 2}, {1, 2, 6, 13, 14, 15}, {b"\x10", b"\x12"}
+# By the numbers of ITU-T H.273: BT.709 or unspecified primaries, and transfers like that of sRGB.
+_CICP_LIKE_SRGB = set(itertools.product((1, 2), (1, 2, 6, 13, 14, 15)))
+_HDR_TRANSFERS = {b"\x10", b"\x12"}
 
 
 class UnreadableImageError(ValueError):
@@ -51,7 +62,6 @@ class UnreadableImageError(ValueError):
 class DecodedImage:
     """Holds one upright picture at the bit depth of its file."""
 
-    path: Path
     pixels: Pixels  # (H, W) grey or (H, W, 3) RGB, without the effect of alpha
     alpha: Pixels | None = None  # (H, W) of the same dtype, 0 for transparent
     metadata: Metadata = field(default_factory=Metadata)
@@ -68,14 +78,13 @@ class _Header:
     """Holds what a file says before its pixels are decoded."""
 
     kind: str
-    image: pyvips.Image | ImageFile
-    described: pyvips.Image  # the image whose fields describe the picture, without pixels for BMP
+    image: pyvips.Image  # its size and fields; the pixels may be missing
     tiff: Image.Exif | None  # the directory of a TIFF
     chunks: dict[bytes, bytes]  # the contents of a PNG's that hold no pixels, by kind
 
     def number(self, field: str) -> int:
         """Return a field of libvips, or 1 where there is none."""
-        return int(self.described.get(field)) if self.described.get_typeof(field) else 1
+        return int(self.image.get(field)) if self.image.get_typeof(field) else 1
 
     @property
     def orientation(self) -> int:
@@ -88,23 +97,22 @@ class _Header:
         size = self.image.height, self.image.width
         return size[::-1] if self.orientation >= 5 else size
 
-    def extra_bands(self, count: int) -> list[bool]:
-        """Tell whether each of `count` bands beyond the colours is alpha."""
-        if self.tiff is None:
-            return [True] * count
-        if _EXTRA_SAMPLES not in self.tiff:  # OpenCV writes alpha so
-            return [count == 1] * count
-        said = [int(kind) in _ALPHA for kind in np.atleast_1d(self.tiff[_EXTRA_SAMPLES])]
-        return (said + [False] * count)[:count]
+    @property
+    def frames(self) -> int:
+        return int.from_bytes(self.chunks.get(b"acTL", b"")[:4], "big") or self.number("n-pages")
+
+    def alpha_band(self, extras: int) -> int | None:
+        """Return which of the bands beyond the colours is alpha."""
+        kinds = [1] * min(extras, 1)  # in a TIFF that does not say it, too: OpenCV writes alpha so
+        if self.tiff is not None and (extras > 1 or _EXTRA_SAMPLES in self.tiff):
+            kinds = [int(kind) for kind in np.atleast_1d(self.tiff.get(_EXTRA_SAMPLES, 0))][:extras]
+        return next((number for number, kind in enumerate(kinds) if kind in _ALPHA), None)
 
     def other_colour_space(self) -> list[str]:
         """List what the file says of a colour space other than sRGB, without a profile."""
-        if len(cicp := self.chunks.get(b"cICP", b"")) >= 2:
-            primaries, transfer = cicp[:2]
-            ordinary = primaries in _SRGB_LIKE_PRIMARIES and transfer in _SRGB_LIKE_TRANSFERS
-            return (
-                [] if ordinary else [f"the colour space with primaries {primaries} and transfer {transfer}"]
-            )
+        if len(cicp := tuple(self.chunks.get(b"cICP", b"")[:2])) == 2:
+            said = "the colour space with primaries {} and transfer {}".format(*cicp)
+            return [] if cicp in _CICP_LIKE_SRGB else [said]
         if {b"sRGB", b"iCCP"} & self.chunks.keys():
             return []
         others = [kind for kind, value in _SRGB.items() if self.chunks.get(kind, value) != value]
@@ -117,12 +125,11 @@ def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImag
     UnreadableImageError: damaged, no image, camera raw, HDR, beyond MAX_PIXELS or the memory, or not of 8 or
     16 bits. With metadata, a warning says what of a file is left out.
     """
-    path = Path(path)
+    path, metadata = Path(path), Metadata()
     with _opened(path) as (header, file):
-        samples, has_alpha, lost = _decode(header, file)
-        metadata = Metadata()
+        samples, has_alpha, lost = _decode(header, path, file)
         if with_metadata:
-            metadata, damaged = read_metadata(header.described, header.size, header.tiff)
+            metadata, damaged = read_metadata(header.image, header.tiff)
             lost += damaged + header.other_colour_space()
         if with_metadata and lost:
             logger.warning("%s: left out: %s", path, ", ".join(lost))
@@ -131,8 +138,7 @@ def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImag
         upright = turned[::down, ::right]  # (H, W, 1 to 4)
         colours = upright[..., :3] if upright.shape[2] >= 3 else upright[..., 0]
         alpha = np.ascontiguousarray(upright[..., -1]) if has_alpha else None
-        frames = int.from_bytes(header.chunks.get(b"acTL", b"")[:4], "big") or header.number("n-pages")
-    return DecodedImage(path, np.ascontiguousarray(colours), alpha, metadata, frames)
+        return DecodedImage(np.ascontiguousarray(colours), alpha, metadata, header.frames)
 
 
 def read_rgb(path: str | Path) -> npt.NDArray[np.uint8]:
@@ -144,6 +150,18 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the upright picture, without decoding; errors as decode_image."""
     with _opened(Path(path)) as (header, _):
         return header.size
+
+
+def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | UnreadableImageError]:
+    """Read the size of each of many files, or why it has none."""
+
+    def read(path: Path) -> tuple[int, int] | UnreadableImageError:
+        try:
+            return image_size(path)
+        except UnreadableImageError as error:
+            return error
+
+    return thread_map(read, paths, max_workers=THREADS, desc="image sizes", disable=len(paths) < MANY)
 
 
 @contextmanager
@@ -172,33 +190,30 @@ def _opened(path: Path) -> Iterator[tuple[_Header, BinaryIO]]:
 
 
 def _read_header(path: Path, file: BinaryIO, kind: str) -> _Header:
-    file.seek(0)
     tiff = _read_tiff(file) if kind == "TIFF" else None
     chunks: dict[bytes, bytes] = {}
-    image: pyvips.Image | ImageFile
     if kind == "BMP":
-        image = Image.OPEN[kind][0](file, "")  # Image.open has a limit of 89 megapixels for the whole process
-        dpi = image.info.get("dpi", (25.4, 25.4))  # libvips, too, takes 1 pixel per mm for unknown
-        described = pyvips.Image.black(1, 1).copy(xres=dpi[0] / 25.4, yres=dpi[1] / 25.4)
-    else:
-        image = described = _open_with_libvips(path)
-    if kind == "PNG":
-        whole = _png_chunks(file)
+        picture = _open_with_pillow(kind, file)
+        dpi = picture.info.get("dpi", (25.4, 25.4))  # libvips, too, takes 1 pixel per mm for unknown
+        image = pyvips.Image.black(*picture.size).copy(xres=dpi[0] / 25.4, yres=dpi[1] / 25.4)
+    elif kind == "PNG":
+        whole = _png_chunks(file)  # what describes the picture may follow its pixels
         chunks = {chunk[4:8]: chunk[8:-4] for chunk in whole}
-        with suppress(pyvips.Error):  # what describes the picture may follow its pixels
-            described = pyvips.Image.new_from_buffer(b"".join([_PNG_START, *whole, _PNG_WITHOUT_PIXELS]), "")
-    elif kind == "AVIF":
+        image = pyvips.Image.new_from_buffer(b"".join([_PNG_START, *whole, _PNG_WITHOUT_PIXELS]), "")
+    else:
+        image = _open_with_libvips(path)
+    if kind == "AVIF":
         file.seek(0)
         stated = re.search(rb"colrnclx\0(.)\0(.)", file.read(2**16), re.DOTALL)
         chunks = {b"cICP": stated[1] + stated[2]} if stated else {}  # a PNG's name for the same numbers
-    header = _Header(kind, image, described, tiff, chunks)
+    header = _Header(kind, image, tiff, chunks)
     height, width = header.size
     if height * width > MAX_PIXELS:
         size = f"{width} x {height} = {height * width} pixels"
         raise UnreadableImageError(f"{size}, more than {MAX_PIXELS}; cut it into pieces")
-    if isinstance(image, pyvips.Image) and image.format not in _DTYPES:
+    if image.format not in _DTYPES:
         raise UnreadableImageError(f"holds samples of type {image.format}; save it with 8 or 16 bits")
-    if header.chunks.get(b"cICP", b"")[1:2] in _HDR_TRANSFERS:
+    if chunks.get(b"cICP", b"")[1:2] in _HDR_TRANSFERS:
         raise UnreadableImageError("is HDR (PQ or HLG); save it with the ordinary range (sRGB)")
     return header
 
@@ -206,11 +221,12 @@ def _read_header(path: Path, file: BinaryIO, kind: str) -> _Header:
 def _read_tiff(file: BinaryIO) -> Image.Exif:
     """Read the directory of a TIFF; UnreadableImageError for camera raw and LAB."""
     tiff = Image.Exif()
+    file.seek(0)
     with suppress(*DAMAGE_ERRORS):
         tiff.load_from_fp(file)
     # in a camera's TIFF (reduced image, or a DNG version) the first picture is a preview
     if tiff.get(_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in tiff:
-        raise UnreadableImageError(refusal("camera raw", ""))
+        raise UnreadableImageError(DEVELOP)
     if tiff.get(_PHOTOMETRIC) in _LAB:
         raise UnreadableImageError("holds LAB colours; save it as RGB")
     return tiff
@@ -224,6 +240,11 @@ def _open_with_libvips(path: Path) -> pyvips.Image:
     return pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error")
 
 
+def _open_with_pillow(kind: str, file: BinaryIO) -> ImageFile:
+    file.seek(0)
+    return Image.OPEN[kind][0](file, "")  # Image.open has a limit of 89 megapixels for the whole process
+
+
 def _png_chunks(file: BinaryIO) -> list[bytes]:
     """Read the whole chunks that hold no pixels."""
     chunks = []
@@ -232,38 +253,36 @@ def _png_chunks(file: BinaryIO) -> list[bytes]:
         length, kind = struct.unpack(">I4s", header)
         if kind in _PNG_PIXELS:
             file.seek(length + 4, io.SEEK_CUR)
-        else:
-            chunks.append(header + file.read(length + 4))
+        elif len(rest := file.read(length + 4)) == length + 4:
+            chunks.append(header + rest)
         if kind == b"IEND":
             break
     return chunks
 
 
-def _decode(header: _Header, file: BinaryIO) -> tuple[Pixels, bool, list[str]]:
+def _decode(header: _Header, path: Path, file: BinaryIO) -> tuple[Pixels, bool, list[str]]:
     """(H, W, 1 to 4) as stored: grey or RGB, then alpha if there is one; and what was left out."""
     if header.kind in ("BMP", "GIF", "WEBP"):
         # libvips has no BMP, makes every animation transparent, and decodes WebP in threads, which are gone
         # after the fork of a data loader: it would wait for ever
-        file.seek(0)
-        image = Image.OPEN[header.kind][0](file, "")
-        has_alpha = image.has_transparency_data
-        mode = ("L" if image.mode in {"1", "L"} else "RGB") + ("A" if has_alpha else "")
-        samples = np.array(image.convert(mode)).reshape(image.height, image.width, len(mode))
+        picture = _open_with_pillow(header.kind, file)
+        has_alpha = picture.has_transparency_data
+        mode = ("L" if picture.mode in {"1", "L"} else "RGB") + ("A" if has_alpha else "")
+        samples = np.array(picture.convert(mode)).reshape(picture.height, picture.width, len(mode))
         return samples, has_alpha, []
-    image = header.image
-    assert isinstance(image, pyvips.Image)
+    image = _open_with_libvips(path)
     colours = {"b-w": 1, "grey16": 1, "cmyk": 4}.get(image.interpretation, 3)
-    extras = header.extra_bands(image.bands - colours)
-    picture = image.extract_band(0, n=colours)
+    extras = image.bands - colours
+    alpha, joined = header.alpha_band(extras), image.extract_band(0, n=colours)
     if image.interpretation == "cmyk":
         depth = 16 if image.format == "ushort" else 8
-        picture = picture.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
+        joined = joined.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
     elif image.interpretation not in {"b-w", "grey16", "srgb", "rgb16"}:
-        picture = picture.colourspace("srgb")
-    if any(extras):
-        picture = picture.bandjoin(image.extract_band(colours + extras.index(True)))
-    left = len(extras) - any(extras)
-    return _fetch(picture), any(extras), [f"{left} bands beyond colour and alpha"] if left else []
+        joined = joined.colourspace("srgb")
+    if alpha is not None:
+        joined = joined.bandjoin(image.extract_band(colours + alpha))
+    left = extras - (alpha is not None)
+    return _fetch(joined), alpha is not None, [f"{left} bands beyond colour and alpha"] if left else []
 
 
 def _fetch(image: pyvips.Image) -> Pixels:
@@ -291,9 +310,9 @@ def check_format(
     side, largest = max(height, width), _LARGEST_SIDE.get(name, 2**31 - 1)
     refusals = {
         f"{side} pixels a side, but {largest}": side > largest,
-        f"{size} bytes, but up to 4 GB": name in {"TIFF", "BMP"} and size > 2**32 - 2**24,
+        f"{size} bytes, but up to 4 GB": name == "TIFF" and size > 2**32 - 2**24,
         "16 bits": name not in {"PNG", "TIFF"} and np.dtype(dtype) == np.uint16,
-        "alpha": name in {"JPEG", "BMP"} and has_alpha,
+        "alpha": name == "JPEG" and has_alpha,
     }
     for what, refused in refusals.items():
         if refused:
@@ -302,12 +321,7 @@ def check_format(
 
 
 def write_image(
-    path: str | Path,
-    pixels: Pixels,
-    alpha: Pixels | None = None,
-    *,
-    metadata: Metadata | None = None,
-    quality: int = 95,
+    path: str | Path, pixels: Pixels, alpha: Pixels | None = None, *, metadata: Metadata | None = None
 ) -> None:
     """Write a picture in the format of the suffix, replacing an older file in one step or not at all.
 
@@ -315,45 +329,25 @@ def write_image(
         pixels: (H, W) grey or (H, W, 3) RGB; uint8, for PNG and TIFF also uint16.
         alpha: (H, W) of the same dtype, 0 for transparent.
         metadata: what the format cannot hold, or is not true of this picture, is left out with a warning.
-        quality: 1 to 100, for JPEG (4:4:4) and WebP (lossless at 100).
 
-    ValueError: what the format cannot hold, or a missing folder.
+    ValueError: what the format cannot hold.
     """
     path, metadata = Path(path), metadata or Metadata()
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality {quality}: give a value from 1 to 100")
     samples = _joined_samples(pixels, alpha)
     height, width, _ = samples.shape
     name = check_format(path, height, width, pixels.dtype, has_alpha=alpha is not None)
-    metadata, lost = metadata.fitted(name, height, width, 1 if pixels.ndim == 2 else 3)
-    if lost:
-        logger.warning("%s: left out: %s", path, ", ".join(lost))
+    image = pyvips.Image.new_from_array(samples, interpretation="auto")
+    image = metadata.attach(image, name, 1 if pixels.ndim == 2 else 3)
+    # asked to keep EXIF where there is none, libvips makes one up
+    keep = "icc|xmp|other|exif" if image.get_typeof("exif-data") else "icc|xmp|other"
     try:
-        encoded = _encode(name, samples, metadata, quality)
-    except (pyvips.Error, OSError) as error:
+        encoded: bytes = image.write_to_buffer(f".{name.lower()}", keep=keep, **_SAVING[name])
+        written, _ = read_metadata(pyvips.Image.new_from_buffer(encoded, ""))
+    except pyvips.Error as error:
         raise ValueError(f"{path}: cannot be encoded as {name} ({error})") from error
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if lost := metadata.lost_in(written):
+        logger.warning("%s: left out in this %s: %s", path, name, ", ".join(lost))
     write_atomically(path, lambda stream: stream.write(encoded))
-
-
-def _encode(name: str, samples: Pixels, metadata: Metadata, quality: int) -> bytes:
-    if name == "BMP":
-        buffer = io.BytesIO()
-        picture = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
-        picture.save(buffer, name, **({"dpi": metadata.dpi} if metadata.dpi else {}))
-        return buffer.getvalue()
-    image = metadata.attach(pyvips.Image.new_from_array(samples, interpretation="auto"))
-    options: dict[str, dict[str, Any]] = {
-        ".png": {"filter": "all"},
-        ".jpeg": {"Q": quality, "subsample_mode": "off"},
-        ".tiff": {"compression": "deflate", "predictor": "horizontal", "resunit": "inch"},
-        # exact: colours under full transparency are kept
-        ".webp": {"Q": quality, "lossless": quality == 100, "exact": True},
-    }
-    suffix = f".{name.lower()}"
-    encoded: bytes = image.write_to_buffer(suffix, keep=metadata.keep, **options[suffix])
-    return encoded
 
 
 def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:

@@ -9,20 +9,18 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-WRITABLE_SUFFIXES = frozenset(".bmp .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
-IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".gif", ".avif"}
+WRITABLE_SUFFIXES = frozenset(".jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
+IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".avif", ".bmp", ".gif"}
 READABLE = frozenset("AVIF BMP GIF JPEG PNG TIFF WEBP".split())
 
 DEVELOP = "camera raw is not a picture yet: develop it first, into a TIFF or JPEG"
-_CONVERT = "save it as PNG, JPEG or TIFF first"
-RAW_SUFFIXES = frozenset(
-    (
-        ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 "
-        ".rwl .sr2 .srf .srw .x3f"
-    ).split()
-)
+# Names of kinds that cannot be read. A camera's raw file is a TIFF by its first bytes.
 _OTHER_SUFFIXES = frozenset(
-    ".exr .hdr .heic .heif .hif .j2k .jp2 .jxl .pbm .pgm .pnm .ppm .psd .svg .tga".split()
+    (
+        ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .exr .hdr .heic .heif .hif .iiq .j2k .jp2 .jxl .kdc .mef "
+        ".mos .mrw .nef .nrw .orf .pbm .pef .pgm .pnm .ppm .psd .raf .raw .rw2 .rwl .sr2 .srf .srw .svg "
+        ".tga .x3f"
+    ).split()
 )
 _FIRST_BYTES = {
     "JPEG": rb"\xff\xd8\xff",
@@ -30,7 +28,7 @@ _FIRST_BYTES = {
     "GIF": rb"GIF8[79]a",
     "BMP": rb"BM",
     "WEBP": rb"RIFF.{4}WEBP",
-    "camera raw": rb"II\*\0.{4}CR|IIR[OS]|IIU\0|FUJIFILMCCD-RAW|FOVb|.{4}ftypcrx ",
+    "camera raw": rb"II\*\0.{4}CR|II.{4}HEAP|IIR[OS]|IIU\0|\0MRM|FUJIFILMCCD-RAW|FOVb|.{4}ftypcrx ",
     "TIFF": rb"II[*+]\0|MM\0[*+]",
     "AVIF": rb".{4}ftyp(?:avi[fs]|.{8,48}avif)",
     "HEIC": rb".{4}ftyp(?:hei|hev|mif1|msf1)",
@@ -53,13 +51,11 @@ def kind_of(start: bytes) -> str | None:
 
 def refusal(kind: str | None, suffix: str) -> str | None:
     """Say the reason why a file cannot be read, with a remedy, or None if it can."""
-    if kind == "camera raw" or (kind in (None, "TIFF") and suffix in RAW_SUFFIXES):
-        return DEVELOP
-    if kind is None and suffix in _OTHER_SUFFIXES:
-        return f"{suffix[1:].upper()} that cannot be decoded here; {_CONVERT}"
     if kind is None:
         return "not an image of a kind that can be read, or its header is damaged"
-    return None if kind in READABLE else f"{kind}, which cannot be decoded here; {_CONVERT}"
+    if kind == "camera raw" or (kind == "TIFF" and suffix in _OTHER_SUFFIXES):
+        return DEVELOP
+    return None if kind in READABLE else f"{kind}, which cannot be decoded here; save it as PNG or TIFF first"
 
 
 def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
@@ -77,25 +73,23 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
     refused: list[OSError] = []
     for path in _files_below(folder, recursive, refused):
         suffix = path.suffix.lower()
-        if suffix not in IMAGE_SUFFIXES | RAW_SUFFIXES | _OTHER_SUFFIXES:
+        if suffix not in IMAGE_SUFFIXES | _OTHER_SUFFIXES:
             continue
         reason = None if path.is_file() else "a link to nothing, or no ordinary file"
-        if reason is None and suffix not in IMAGE_SUFFIXES:
+        if reason is None and suffix in _OTHER_SUFFIXES:
             reason = refusal(_kind_of_file(path), suffix)
         if reason is None:
             found.append(path)
         else:
             passed_over[f"{suffix} ({reason})"] += 1
     passed_over.update(f"folder that may not be read ({error.filename})" for error in refused)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
-    if kinds:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items())) or "nothing"
+    if passed_over:
         logger.warning("%s: passed over: %s", folder, kinds)
     if not found:
         where = "or its subfolders" if recursive else "itself (subfolders were not searched)"
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(
-            f"{folder}: no image in this folder {where}; wanted {wanted}; passed over: {kinds or 'none'}"
-        )
+        raise ValueError(f"{folder}: no image in this folder {where}; wanted {wanted}; passed over: {kinds}")
     return sorted(found)
 
 

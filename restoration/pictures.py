@@ -88,7 +88,7 @@ def _from_pixels(pixels: Pixels) -> DecodedImage:
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"an array of {pixels.dtype}: {ACCEPTED}")
     has_alpha = pixels.shape[2:] == (4,)
-    return DecodedImage(Path(), *((pixels[..., :3], pixels[..., 3]) if has_alpha else (pixels, None)))
+    return DecodedImage(*((pixels[..., :3], pixels[..., 3]) if has_alpha else (pixels, None)))
 
 
 def _from_tensor(image: Tensor) -> DecodedImage:
@@ -101,7 +101,7 @@ def _from_tensor(image: Tensor) -> DecodedImage:
     if not (values.min() >= 0 and values.max() <= 1):  # also where one is not a number
         raise ValueError(f"a tensor of values from {values.min():g} to {values.max():g}: {ACCEPTED}")
     alpha = unit_to_pixels(values[3:]) if len(values) == 4 else None
-    return DecodedImage(Path(), unit_to_pixels(values[:3], np.uint16), alpha)
+    return DecodedImage(unit_to_pixels(values[:3], np.uint16), alpha)
 
 
 def _from_pil(image: Image.Image) -> DecodedImage:
@@ -116,7 +116,7 @@ def _from_pil(image: Image.Image) -> DecodedImage:
         raise ValueError(f"a PIL image of mode {upright.mode}: {ACCEPTED}")
     metadata = Metadata(upright.info.get("icc_profile"), exif)
     if upright.mode.startswith("I;16"):
-        return DecodedImage(Path(), np.asarray(upright, np.uint16), None, metadata)
+        return DecodedImage(np.asarray(upright, np.uint16), None, metadata)
     if upright.mode == "CMYK" and metadata.icc_profile:
         with suppress(ImageCms.PyCMSError, OSError):
             profile = ImageCms.ImageCmsProfile(io.BytesIO(metadata.icc_profile))
@@ -125,6 +125,6 @@ def _from_pil(image: Image.Image) -> DecodedImage:
         metadata = replace(metadata, icc_profile=None)
     mode = "L" if upright.mode in ("1", "L", "LA", "La") else "RGB"
     if not upright.has_transparency_data:
-        return DecodedImage(Path(), np.asarray(upright.convert(mode)), None, metadata)
+        return DecodedImage(np.asarray(upright.convert(mode)), None, metadata)
     both = upright.convert(f"{mode}A")
-    return DecodedImage(Path(), np.asarray(both.convert(mode)), np.asarray(both.getchannel("A")), metadata)
+    return DecodedImage(np.asarray(both.convert(mode)), np.asarray(both.getchannel("A")), metadata)

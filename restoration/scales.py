@@ -6,7 +6,6 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -101,7 +100,7 @@ def restore_to(
         if number == 0:  # a length is at most that of the result over the scale
             height, width = (int(length / restorer.scale.fraction) for length in made.pixels.shape[:2])
             size = chain.scale.high_size(height, width)
-        image = DecodedImage(Path(), made.pixels, made.alpha, made.metadata)
+        image = DecodedImage(made.pixels, made.alpha, made.metadata)
     if chain.excess.fraction == 1:
         return made
     return replace(

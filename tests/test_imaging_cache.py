@@ -1,4 +1,4 @@
-"""Tests of imaging/cache.py: the same pixels and sizes, read once by all runs, within the limit."""
+"""Tests of imaging/cache.py: the same pixels, read once by all runs, within the limit."""
 
 import errno
 import os
@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 
 from imaging import cache
-from imaging.cache import CachedReader, default_cache_dir, image_sizes
-from imaging.files import UnreadableImageError, image_size, read_rgb, write_image
+from imaging.cache import CachedReader, default_cache_dir
+from imaging.files import UnreadableImageError, read_rgb, write_image
 
 BYTES = 48 * 56 * 3  # of each image of photo_folder
 
 
 @pytest.fixture
-def reads(monkeypatch):
+def reads():
     """The names of the files that were read."""
-    names = []
-    monkeypatch.setattr(cache, "image_size", lambda path: (names.append(path.name), image_size(path))[1])
-    return names
+    return []
 
 
 @pytest.fixture
@@ -107,9 +105,8 @@ def test_a_full_disk_keeps_every_image_and_warns_once(opened, paths, reads, monk
     for path in paths * 2:
         assert np.array_equal(reader(path), read_rgb(path))
     assert len(reads) == 1 + 2 * (len(paths) - 1)  # what was kept before still is
-    assert image_sizes(paths, reader.folder) == [image_size(path) for path in paths]
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-    assert caplog.text.count("No space left") == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.text.count("No space left") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(paths, tmp_path, caplog):
@@ -117,36 +114,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(paths, tmp_path, caplog):
     reader = CachedReader(tmp_path / "file" / "cache", 10**6)
     for path in paths:
         assert np.array_equal(reader(path), read_rgb(path))
-    assert image_sizes(paths, tmp_path / "file" / "cache") == [image_size(path) for path in paths]
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-
-
-def test_sizes_are_read_once_and_again_where_a_file_changed_or_cannot_be_read(paths, tmp_path, reads):
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    bad = [tmp_path / "broken.png", tmp_path / "gone.png"]
-    folder = tmp_path / "cache"
-    first = image_sizes([*paths, *bad], folder)
-    assert first[: len(paths)] == [image_size(path) for path in paths]
-    assert all(isinstance(size, UnreadableImageError) for size in first[-2:])
-    reads.clear()
-    assert image_sizes(paths[:2], folder) == first[:2]
-    write_image(paths[1], np.zeros((30, 40, 3), np.uint8))
-    os.utime(paths[1], ns=(1, 1))
-    assert image_sizes([*paths, *bad], folder)[1] == (30, 40)
-    assert sorted(reads) == ["1.png", "broken.png", "gone.png"]
-    assert image_sizes([], folder) == []
-
-
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", "table", "text"])
-def test_a_damaged_index_is_only_slower(paths, tmp_path, content):
-    first = image_sizes(paths, tmp_path)
-    if isinstance(content, bytes):
-        (tmp_path / "sizes.npy").write_bytes(content)
-    else:
-        np.save(
-            tmp_path / "sizes.npy", {"table": np.zeros((2, 2), np.uint64), "text": np.array(["a"])}[content]
-        )
-    assert image_sizes(paths, tmp_path) == first
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_the_cache_is_in_the_user_s_cache_or_nowhere(monkeypatch, tmp_path, caplog):

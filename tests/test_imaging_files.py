@@ -22,13 +22,11 @@ from imaging import files
 from imaging.files import UnreadableImageError, check_format, decode_image, image_size, read_rgb, write_image
 from imaging.kinds import WRITABLE_SUFFIXES
 from imaging.metadata import Metadata
+from imaging.pixels import as_rgb8
 
 HEIGHT, WIDTH = 9, 14
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-XMP = (
-    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description exif:PixelXDimension="99" %b>'
-    b"<exif:PixelYDimension>9</exif:PixelYDimension>%b</rdf:Description></rdf:RDF></x:xmpmeta>"
-)
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description%b>%b</rdf:Description></x:xmpmeta>'
 
 
 def grey_profile():
@@ -76,7 +74,6 @@ def png_with_chunks(encoded, chunks, before=b"IDAT"):
 
 def assert_decodes_to(path, pixels, alpha=None):
     decoded = decode_image(path)
-    assert decoded.path == path
     assert decoded.pixels.dtype == pixels.dtype
     assert np.array_equal(decoded.pixels, pixels)
     assert decoded.pixels.flags.writeable
@@ -103,74 +100,67 @@ def assert_unreadable(path, reason):
 @st.composite
 def pictures(draw):
     """A suffix of a lossless format, and pixels, alpha and metadata, of which it may hold a part."""
-    suffix = draw(st.sampled_from([".png", ".tif", ".webp", ".bmp"]))
-    dtype = draw(st.sampled_from([np.uint8, np.uint16] if suffix in {".png", ".tif"} else [np.uint8]))
+    dtype, grey = draw(st.sampled_from([np.uint8, np.uint16])), draw(st.booleans())
     size = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
-    grey = draw(st.booleans()) and suffix != ".webp"
     pixels = draw(arrays(dtype, size if grey else (*size, 3)))
-    alpha = draw(arrays(dtype, size)) if suffix != ".bmp" and draw(st.booleans()) else None
-    if suffix == ".webp" and alpha is not None and alpha.min() == 255:
-        alpha = None  # WebP forgets an alpha that hides nothing
+    alpha = draw(st.none() | arrays(dtype, size))
     values = {
         "icc_profile": st.sampled_from([PROFILE, GREY_PROFILE, b"junk", PROFILE[:-10]]),
-        "exif": st.sampled_from([exif_block(), b"Exif\0\0garbage"]),
+        "exif": st.just(exif_block()),
         "xmp": st.just(XMP % (b"", b"")),
         "dpi": st.sampled_from([(300.0, 300.0), (96.0, 48.0)]),
         "text": st.dictionaries(
             st.sampled_from(["Author", "Two words"]), st.sampled_from(["Me", "日本", "é" * 9])
         ),
     }
-    return suffix, pixels, alpha, draw(st.fixed_dictionaries({}, optional=values))
+    said = draw(st.fixed_dictionaries({}, optional=values))
+    return draw(st.sampled_from([".png", ".tif"])), pixels, alpha, said
 
 
 @given(picture=pictures())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_picture_comes_back_as_written_and_what_is_lost_beside_it_is_said(tmp_path, caplog, picture):
     suffix, pixels, alpha, said = picture
-    path, (height, width) = tmp_path / f"image{suffix}", pixels.shape[:2]
+    path = tmp_path / f"image{suffix}"
     caplog.clear()
-    write_image(path, pixels, alpha, quality=100, metadata=Metadata(**said))
+    write_image(path, pixels, alpha, metadata=Metadata(**said))
     warned = caplog.text
     assert not warned or str(path) in warned
     found = assert_decodes_to(path, pixels, alpha).metadata
     assert found.icc_profile == said.get("icc_profile") or "profile" in warned
+    assert found.xmp == said.get("xmp")
     if found.exif and "exif" in said:
         exif = parsed_exif(found.exif)
         assert exif[0x010F] == "Maker"
         assert exif.get_ifd(0x8825) == {1: "N", 2: (1.0, 2.0, 3.0)}
         assert exif.get_ifd(0xA005) == {1: "R98", 2: b"0100"}
         written = exif.get_ifd(0x8769)
-        assert (written[0xA002], written[0xA003], written[0x9003]) == (width, height, "2020:02:03 04:05:06")
+        size = (written[0xA003], written[0xA002])
+        assert (size, written[0x9003]) == (pixels.shape[:2], "2020:02:03 04:05:06")
     else:
-        assert "exif" not in said or "exif" in warned.lower()
-    sizes = (f'"{width}"'.encode(), f">{height}<".encode())
-    assert all(size in (found.xmp or b"") for size in sizes) or "xmp" not in said or "xmp" in warned
-    if "dpi" in said and suffix != ".webp":
+        assert "exif" not in said or "EXIF" in warned
+    if "dpi" in said:
         assert found.dpi == pytest.approx(said["dpi"], abs=0.02)
     for key, text in said.get("text", {}).items():
-        assert found.text.get(key) == text or "text" in warned
+        assert found.text.get(key) == text or f"text '{key}'" in warned
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
-def test_lossy_files_stay_close_and_obey_their_quality(tmp_path, suffix):
+def test_lossy_files_stay_close_and_say_what_they_can(tmp_path, suffix, caplog):
     rows, columns = np.mgrid[0:64, 0:64]
     pixels = np.stack([rows * 3, columns * 3, (rows + columns) % 2 * 60 + 90], axis=-1).astype(np.uint8)
-    said, errors, sizes = Metadata(PROFILE, exif_block(), XMP % (b"", b""), (300, 300)), [], []
-    path = tmp_path / f"i{suffix}"
-    for quality in (99, 60):
-        write_image(path, pixels, quality=quality, metadata=said)
-        decoded = assert_decodes_to(path, np.array(Image.open(path)))
-        errors.append(np.abs(decoded.pixels.astype(int) - pixels).mean())
-        sizes.append(path.stat().st_size)
-    assert errors[0] < errors[1]
-    assert errors[0] < (2 if suffix == ".jpg" else 16)  # blue alternates: halved chroma would lose it
-    assert sizes[0] > sizes[1]
+    path, xmp = tmp_path / f"i{suffix}", XMP % (b"", b"")
+    write_image(path, pixels, metadata=Metadata(PROFILE, exif_block(), xmp, (300, 300)))
+    decoded = assert_decodes_to(path, np.array(Image.open(path)))
+    # blue alternates: halved chroma would lose it
+    assert np.abs(decoded.pixels.astype(int) - pixels).mean() < (2 if suffix == ".jpg" else 16)
     with Image.open(path) as image:
-        assert image.info["icc_profile"] == PROFILE
-        assert b"64" in image.info["xmp"]
+        assert (image.info["icc_profile"], image.info["xmp"]) == (PROFILE, xmp)
         assert image.getexif()[0x011A] == 300
-    write_image(path, pixels[..., 0])
+    assert not caplog.text
+    write_image(path, pixels[..., 0], metadata=Metadata(xmp=XMP % (b"", b"a" * 70_000)))
     assert decode_image(path).pixels.shape == ((64, 64) if suffix == ".jpg" else (64, 64, 3))
+    assert ("XMP" in caplog.text) == (suffix == ".jpg")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -186,12 +176,10 @@ def test_opencv_reads_and_writes_the_same_16_bit_files(tmp_path, suffix, channel
     assert np.array_equal(stored if channels == 1 else stored[..., order], samples)
 
 
-def test_16_bits_are_compressed_and_rounded_to_8_exactly(tmp_path):
+def test_16_bits_are_rounded_to_8_exactly(tmp_path):
     every_value = np.arange(65536, dtype=np.uint32).astype(np.uint16).reshape(256, 256)
     write_image(tmp_path / "all.png", every_value)
-    assert (tmp_path / "all.png").stat().st_size <= len(cv2.imencode(".png", every_value)[1])
-    expected = np.rint(np.arange(65536) / 257).reshape(256, 256)
-    assert np.array_equal(read_rgb(tmp_path / "all.png")[..., 1], expected)
+    assert np.array_equal(read_rgb(tmp_path / "all.png")[..., 1], np.rint(every_value / 257))
 
 
 def test_a_tiff_of_many_strips_and_a_png_hold_a_large_profile_and_text(tmp_path):
@@ -210,45 +198,34 @@ def test_a_tiff_of_many_strips_and_a_png_hold_a_large_profile_and_text(tmp_path)
 # Files of others
 
 
-def palette_image():
-    indices = random_pixels(1) % 4
-    palette = np.array([[255, 0, 0], [0, 255, 0], [1, 2, 3], [200, 100, 50]], np.uint8)
-    image = Image.fromarray(indices).convert("P")
-    image.putdata(indices.ravel().tolist())
-    image.putpalette(palette.ravel().tolist())
-    return image, indices, palette[indices]
+def assert_decodes_as_pillow_does(path):
+    """Also upright; of 8 bits."""
+    with Image.open(path) as opened:
+        expected = np.array(ImageOps.exif_transpose(opened).convert("RGBA"))
+    decoded = decode_image(path)
+    assert np.array_equal(as_rgb8(decoded.pixels), expected[..., :3])
+    assert np.array_equal(255 if decoded.alpha is None else decoded.alpha, expected[..., 3]) or (
+        decoded.alpha is None and (expected[..., 3] == 255).all()
+    )
+    assert image_size(path) == expected.shape[:2]
+    return decoded
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".gif"])
 def test_files_of_pillow_are_read_as_pillow_reads_them(tmp_path, suffix):
+    palette = Image.fromarray(random_pixels(3)).quantize(9)
     images = [Image.fromarray(random_pixels(channels)) for channels in (1, 3)]
-    images += [Image.fromarray(random_pixels(1) > 127), palette_image()[0]]
+    images += [Image.fromarray(random_pixels(1) > 127), palette]
     if suffix in (".png", ".tif"):
         images += [Image.fromarray(random_pixels(channels)) for channels in (2, 4)]
     for number, image in enumerate(images):
-        path = tmp_path / f"{number}{suffix}"
-        image.save(path)
-        stored = np.array(Image.open(path).convert({"LA": "LA", "RGBA": "RGBA"}.get(image.mode, "RGB")))
-        stored = (
-            stored[..., 0] if stored.shape[2] == 3 and image.mode in "L1" and suffix != ".gif" else stored
-        )
-        alpha = stored[..., -1] if image.mode in ("LA", "RGBA") else None
-        colours = {2: stored[..., 0], 4: stored[..., :3]}.get(stored.shape[-1], stored)
-        decoded = decode_image(path)
-        assert np.array_equal(
-            decoded.pixels, colours if decoded.pixels.ndim == colours.ndim else colours[..., 0]
-        )
-        assert decoded.alpha is None if alpha is None else np.array_equal(decoded.alpha, alpha)
-        assert image_size(path) == (HEIGHT, WIDTH)
-
-
-def test_a_palette_may_hold_transparency(tmp_path):
-    image, indices, colours = palette_image()
-    opacities = np.array([0, 64, 128, 255], np.uint8)
-    image.save(tmp_path / "one.png", transparency=2)
-    assert_decodes_to(tmp_path / "one.png", colours, np.where(indices == 2, 0, 255).astype(np.uint8))
-    image.save(tmp_path / "all.png", transparency=opacities.tobytes())
-    assert_decodes_to(tmp_path / "all.png", colours, opacities[indices])
+        image.save(tmp_path / f"{number}{suffix}")
+        grey = assert_decodes_as_pillow_does(tmp_path / f"{number}{suffix}").pixels.ndim == 2
+        assert suffix == ".gif" or grey == (image.mode in ("1", "L", "LA"))
+    if suffix == ".png":
+        for number, transparency in enumerate([2, bytes(range(0, 250, 25))[:9]]):
+            palette.save(tmp_path / f"{number}.png", transparency=transparency)
+            assert assert_decodes_as_pillow_does(tmp_path / f"{number}.png").alpha.min() == 0
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -284,18 +261,20 @@ def test_cmyk_becomes_srgb_through_its_profile_as_littlecms_does(tmp_path, suffi
     assert max(others) < 80
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp", ".gif"])
-def test_the_first_of_several_frames_is_read(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("i.png", "PNG", 2),
+        ("i.tif", "TIFF", 2),
+        ("i.webp", "WEBP", 2),
+        ("i.gif", "GIF", 2),
+        ("i.jpg", "MPO", 1),
+    ],
+)
+def test_the_first_of_several_frames_is_read_and_previews_are_none(tmp_path, name, kind, count):
     frames = [Image.fromarray(np.full((5, 6, 3), value, np.uint8)) for value in (10, 200)]
-    path = tmp_path / f"frames{suffix}"
-    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
-    assert assert_decodes_to(path, np.array(frames[0])).frames == 2
-
-
-def test_the_previews_of_a_phone_photo_are_not_frames(tmp_path):
-    frames = [Image.fromarray(random_pixels(3, seed=seed)) for seed in range(2)]
-    frames[0].save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=frames[1:])
-    assert decode_image(tmp_path / "photo.jpg").frames == 1
+    frames[0].save(tmp_path / name, kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert assert_decodes_to(tmp_path / name, np.array(frames[0])).frames == count
 
 
 @pytest.mark.parametrize("depth", [8, 10])
@@ -365,8 +344,9 @@ def test_hidden_colours_are_not_read_where_alpha_is_dropped(tmp_path, suffix):
 
 
 def test_a_forked_worker_decodes_after_its_parent_has_read_and_written(tmp_path):
-    for name in ("i.png", "i.tif", "i.jpg", "i.webp", "i.bmp"):
+    for name in ("i.png", "i.tif", "i.jpg", "i.webp"):
         write_image(tmp_path / name, random_pixels(3, np.uint16 if name in ("i.png", "i.tif") else np.uint8))
+    Image.fromarray(random_pixels(3)).save(tmp_path / "i.bmp")
     photo = pyvips.Image.black(300, 300, bands=3).copy(interpretation="srgb")
     photo.pngsave(str(tmp_path / "interlaced.png"), interlace=True)
     photo.jpegsave(str(tmp_path / "progressive.jpg"), interlace=True)
@@ -400,28 +380,25 @@ def test_pictures_are_turned_upright_as_pillow_does(tmp_path, suffix):
     for orientation in (*range(1, 9), *([] if suffix == ".tif" else [99])):  # which does not exist
         path = tmp_path / f"{orientation}{suffix}"
         Image.fromarray(random_pixels(3)).save(path, exif=exif_block(orientation))
-        decoded = assert_decodes_to(path, np.array(ImageOps.exif_transpose(Image.open(path))))
-        exif = parsed_exif(decoded.metadata.exif)
+        exif = parsed_exif(assert_decodes_as_pillow_does(path).metadata.exif)
         assert 0x0112 not in exif
-        assert exif[0x010F] == "Maker"
-        assert exif.get_ifd(0x8769)[0x9003] == "2020:02:03 04:05:06"
+        assert (exif[0x010F], exif.get_ifd(0x8769)[0x9003]) == ("Maker", "2020:02:03 04:05:06")
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_16_bit_pictures_are_turned_as_8_bit_ones(tmp_path, suffix):
-    pixels, path = random_pixels(3, np.uint16), tmp_path / f"i{suffix}"
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_16_bit_pictures_are_turned_as_8_bit_ones(tmp_path, orientation):
+    pixels = random_pixels(3, np.uint16)
     upper = Image.fromarray((pixels >> 8).astype(np.uint8))
-    for orientation in range(1, 9):
-        if suffix == ".tif":
-            tags = [(274, "H", 1, orientation, True)]
-            tifffile.imwrite(path, pixels, photometric="rgb", extratags=tags)
-        else:  # exiftool writes EXIF behind the pixels
-            write_image(path, pixels)
-            block = exif_block(orientation).removeprefix(b"Exif\0\0")
-            path.write_bytes(png_with_chunks(path.read_bytes(), [(b"eXIf", block)], before=b"IEND"))
-        upper.getexif()[0x0112] = orientation
-        deep = decode_image(path).pixels
-        assert_decodes_to(path, deep)
+    upper.getexif()[0x0112] = orientation
+    tags = [(274, "H", 1, orientation, True)]
+    tifffile.imwrite(tmp_path / "i.tif", pixels, photometric="rgb", extratags=tags)
+    write_image(tmp_path / "i.png", pixels)  # exiftool writes EXIF behind the pixels
+    block = exif_block(orientation).removeprefix(b"Exif\0\0")
+    with_exif = png_with_chunks((tmp_path / "i.png").read_bytes(), [(b"eXIf", block)], before=b"IEND")
+    (tmp_path / "i.png").write_bytes(with_exif)
+    for name in ("i.tif", "i.png"):
+        deep = decode_image(tmp_path / name).pixels
+        assert_decodes_to(tmp_path / name, deep)
         assert np.array_equal(deep >> 8, np.array(ImageOps.exif_transpose(upper)))
 
 
@@ -456,13 +433,13 @@ def test_a_tiff_hands_on_what_describes_the_picture_and_not_its_layout(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
-def test_xmp_says_the_new_size_and_nothing_of_parts_that_are_gone(tmp_path, caplog, suffix):
+def test_xmp_says_nothing_of_sizes_and_of_parts_that_are_gone(tmp_path, caplog, suffix):
     attributes = (
-        b'tiff:Orientation="6" tiff:ImageWidth="14" GPano:FullPanoWidthPixels="28" '
-        b'GPano:CroppedAreaTopPixels="3" GCamera:MotionPhoto="1" GCamera:MicroVideoOffset="99999" '
+        b' tiff:Orientation="6" tiff:ImageWidth="14" GPano:FullPanoWidthPixels="28" GCamera:MotionPhoto="1" '
         b'hdrgm:Version="1.0" dc:format="image/jpeg"'
     )
     elements = (
+        b"<exif:PixelYDimension>9</exif:PixelYDimension>"
         b'<Container:Directory><rdf:Seq><rdf:li><Container:Item Item:Mime="video/mp4"/></rdf:li></rdf:Seq>'
         b"</Container:Directory><xmpNote:HasExtendedXMP>1F</xmpNote:HasExtendedXMP><dc:title>a</dc:title>"
     )
@@ -471,14 +448,11 @@ def test_xmp_says_the_new_size_and_nothing_of_parts_that_are_gone(tmp_path, capl
     chunk = (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP % (attributes, elements))
     source.write_bytes(png_with_chunks(source.read_bytes(), [chunk], before=b"IEND"))
     write_image(target, np.zeros((36, 56, 3), np.uint8), metadata=decode_image(source).metadata)
-    said = (
-        b'tiff:Orientation="1" tiff:ImageWidth="56" GPano:FullPanoWidthPixels="112" '
-        b'GPano:CroppedAreaTopPixels="12" dc:format="image/jpeg"'
-    )
-    expected = (XMP % (said, b"<dc:title>a</dc:title>")).replace(b'"99"', b'"56"').replace(b">9<", b">36<")
+    expected = XMP % (b' dc:format="image/jpeg"', b"<dc:title>a</dc:title>")
     assert decode_image(target).metadata.xmp == expected
     (record,) = caplog.records
-    assert all(name in record.getMessage() for name in ("GCamera:MotionPhoto", "hdrgm:Version"))
+    assert all(name in record.getMessage() for name in ("GCamera:MotionPhoto", "hdrgm:Version", "GPano"))
+    assert "tiff" not in record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -532,6 +506,7 @@ HEIC = struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(2000)
         ("eps.png", lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0"), "not an image"),
         ("svg.png", lambda path: path.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"), "SVG"),
         ("empty.png", lambda path: path.touch(), "the file is empty"),
+        ("raw.mrw", lambda path: path.write_bytes(b"\0MRM" + bytes(99)), "raw"),
         ("gone.png", lambda path: None, r"cannot be read \(No such file"),
         ("folder.png", lambda path: path.mkdir(), "cannot be read"),
         ("float.tif", lambda path: tifffile.imwrite(path, np.zeros((9, 9), np.float32)), "float"),
@@ -564,21 +539,23 @@ def test_a_jpeg_is_read_whatever_its_name(tmp_path, name):
 WHOLE_FILES = [
     *itertools.product([".png", ".tif"], [np.uint8, np.uint16], [False, True]),
     *itertools.product([".webp"], [np.uint8], [False, True]),
-    *itertools.product([".jpg", ".bmp"], [np.uint8], [False]),
+    (".jpg", np.uint8, False),
+    (".bmp", np.uint8, False),
 ]
 
 
 @pytest.mark.parametrize(("suffix", "dtype", "with_alpha"), WHOLE_FILES)
-@given(
-    share=st.floats(0, 1, exclude_max=True), channels=st.sampled_from([1, 3]), quality=st.integers(50, 100)
-)
+@given(share=st.floats(0, 1, exclude_max=True), channels=st.sampled_from([1, 3]))
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_short_anywhere_is_never_half_a_picture(
-    tmp_path, suffix, dtype, with_alpha, share, channels, quality
+    tmp_path, suffix, dtype, with_alpha, share, channels
 ):
     path = tmp_path / f"image{suffix}"
     alpha = random_pixels(1, dtype, seed=1) if with_alpha else None
-    write_image(path, random_pixels(channels, dtype), alpha, quality=quality)
+    if suffix == ".bmp":
+        Image.fromarray(random_pixels(channels)).save(path)
+    else:
+        write_image(path, random_pixels(channels, dtype), alpha)
     encoded, whole = path.read_bytes(), decode_image(path)
     kept = int(share * len(encoded))
     # a BMP ends with what fills its last row up to four bytes
@@ -665,49 +642,43 @@ def test_names_that_are_not_utf_8_or_hold_brackets_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "value"),
+    ("name", "size", "how", "value"),
     [
-        ("a.jpg", {"pixels": random_pixels(3, np.uint16)}, "JPEG.*16 bits"),
-        ("a.webp", {"pixels": random_pixels(3, np.uint16)}, "WEBP.*16 bits"),
-        ("a.jpg", {"pixels": random_pixels(3), "alpha": random_pixels(1)}, "JPEG.*alpha"),
-        ("a.bmp", {"pixels": random_pixels(3), "alpha": random_pixels(1)}, "BMP.*alpha"),
-        ("a.jpg", {"pixels": np.zeros((1, 65501), np.uint8)}, "JPEG.*65501"),
-        ("a.webp", {"pixels": np.zeros((16384, 1), np.uint8)}, "WEBP.*16384"),
-        ("a.gif", {"pixels": random_pixels(3)}, r"\.gif"),
-        ("a", {"pixels": random_pixels(3)}, "''"),
-        ("a.png", {"pixels": random_pixels(4)}, "4"),
-        ("a.png", {"pixels": np.zeros((0, 4), np.uint8)}, r"\(0, 4\)"),
-        ("a.png", {"pixels": np.zeros((4, 4))}, "float64"),
-        ("a.png", {"pixels": random_pixels(3), "alpha": random_pixels(1, np.uint16)}, "uint16"),
-        ("a.png", {"pixels": random_pixels(3), "alpha": random_pixels(1).T}, r"\(14, 9\)"),
-        ("a.jpg", {"pixels": random_pixels(3), "quality": 0}, "0"),
-        ("none/a.png", {"pixels": random_pixels(3)}, "none"),
+        ("a.webp", (100, 16384), {}, "16384"),
+        ("a.jpg", (65501, 100), {}, "65501"),
+        ("a.tif", (40_000, 40_000), {}, "4 GB"),
+        ("a.pgn", (1, 1), {}, r"\.pgn"),
+        ("a.gif", (1, 1), {}, r"\.gif"),
+        ("a", (1, 1), {}, "''"),
+        ("a.jpg", (1, 1), {"dtype": np.uint16}, "JPEG.*16 bits"),
+        ("a.webp", (1, 1), {"dtype": np.uint16}, "WEBP.*16 bits"),
+        ("a.jpg", (1, 1), {"has_alpha": True}, "JPEG.*alpha"),
     ],
 )
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, arguments, value):
+def test_what_a_format_cannot_hold_is_known_before_it_is_written(name, size, how, value):
     with pytest.raises(ValueError, match=value):
-        write_image(tmp_path / name, **arguments)
-    assert list(tmp_path.iterdir()) == []
+        check_format(name, *size, **how)
+
+
+def test_the_largest_that_a_format_holds_is_not_refused():
+    sizes = {"a.webp": (16383, 16383), "a.jpg": (65500, 9), "a.png": (99_999, 99_999)}
+    assert [check_format(name, *size) for name, size in sizes.items()] == ["WEBP", "JPEG", "PNG"]
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "value"),
+    ("arguments", "value"),
     [
-        ("a.webp", (100, 16384), "16384"),
-        ("a.jpg", (65501, 100), "65501"),
-        ("a.tif", (40_000, 40_000), "4 GB"),
-        ("a.pgn", (1, 1), r"\.pgn"),
-        ("a.webp", (16383, 16383), None),
-        ("a.jpg", (65500, 9), None),
-        ("a.png", (99_999, 99_999), None),
+        ({"pixels": random_pixels(4)}, "4"),
+        ({"pixels": np.zeros((0, 4), np.uint8)}, r"\(0, 4\)"),
+        ({"pixels": np.zeros((4, 4))}, "float64"),
+        ({"pixels": random_pixels(3), "alpha": random_pixels(1, np.uint16)}, "uint16"),
+        ({"pixels": random_pixels(3), "alpha": random_pixels(1).T}, r"\(14, 9\)"),
     ],
 )
-def test_what_a_format_cannot_hold_is_known_from_sizes_alone(name, size, value):
-    if value is None:
-        check_format(name, *size)
-        return
+def test_what_is_no_picture_is_refused_and_leaves_nothing(tmp_path, arguments, value):
     with pytest.raises(ValueError, match=value):
-        check_format(name, *size)
+        write_image(tmp_path / "a.png", **arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", sorted(WRITABLE_SUFFIXES))
@@ -718,9 +689,8 @@ def test_every_suffix_is_written_as_its_format_or_the_old_file_stays(tmp_path, s
     assert Image.open(path).format == Image.registered_extensions()[suffix]
 
     def fail(*args, **options):
-        raise OSError("encoder error")
+        raise pyvips.Error("encoder error")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
     monkeypatch.setattr(pyvips.Image, "write_to_buffer", fail)
     with pytest.raises(ValueError, match=rf"image\{suffix}: cannot be encoded as .*encoder error"):
         write_image(path, random_pixels(3, seed=1))

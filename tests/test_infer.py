@@ -218,7 +218,7 @@ def test_compare_and_uncertainty_are_written(weights, picture, tmp_path):
 
 def test_two_files_of_one_name_get_two_results(weights, picture, tmp_path):
     write_image(tmp_path / "a.png", picture)
-    write_image(tmp_path / "a.bmp", picture)
+    Image.fromarray(picture).save(tmp_path / "a.bmp")
     output = tmp_path / "out"
     inputs = (tmp_path / "a.png", tmp_path / "a.bmp")
     assert here("--weights_path", weights, *inputs, "--output", output, "--steps", 1) == 0
@@ -519,7 +519,7 @@ def test_transparency_can_be_put_on_a_colour(weights, picture, tmp_path, capsys)
 )
 def test_a_background_is_seen_by_what_alpha_leaves(pixels, colour, expected):
     alpha = np.full((1, 1), 102 if pixels.dtype == np.uint8 else 102 * 257, pixels.dtype)  # 0.4
-    flat = on_background(DecodedImage(Path(), pixels, alpha), colour)
+    flat = on_background(DecodedImage(pixels, alpha), colour)
     assert flat.alpha is None
     assert flat.pixels.dtype == pixels.dtype
     assert np.array_equal(flat.pixels, expected)

@@ -74,7 +74,7 @@ def test_pictures_keep_depth_alpha_and_grey():
     seen = []
     pixels = (dead_leaves((10, 12), np.random.default_rng(0)).astype(np.uint16) * 257)[..., 0]
     alpha = np.linspace(0, 65535, 120).reshape(10, 12).astype(np.uint16)
-    image = DecodedImage("x.png", pixels, alpha)
+    image = DecodedImage(pixels, alpha)
     found = restore_to(chain_to(3.0, [restorer()]), image, progress=seen.append)
     assert found.pixels.shape == found.alpha.shape == (30, 36)
     assert found.pixels.dtype == found.alpha.dtype == np.uint16
