@@ -54,7 +54,7 @@ from training import (
     restore_state,
     train_step,
 )
-from util import CropDataset, Crops, ImageDataset
+from util import Crops, ImageDataset
 
 MakeStep = Callable[[TrainState, ResolvedConfig, Processes], StepFunction]
 Denoiser = Callable[[Tensor, Tensor, object], Tensor]
@@ -312,7 +312,7 @@ class DiffusionModel:
         sections: dict[str, object] = {name: one.to_dict() for name, one in options.items()}
         sections["network_class"] = name_of(type(network_of(model)))
         run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", {**sections, **record})
-        loop = TrainingLoop(state, step, CropDataset(dataset), resolved, run, processes, validate)
+        loop = TrainingLoop(state, step, dataset, resolved, run, processes, validate)
         return run, loop.train()
 
     def _make_step(self, degradation: Degradation) -> MakeStep:

@@ -61,20 +61,12 @@ CPU_STEPS = 6000  # of it on a CPU; as many as it says elsewhere
 @dataclass(frozen=True)
 class DataOptions(Options):
     image_folder: str = option("./data", "folder of photos, with its subfolders", path=True)
-    val_folder: str | None = option(
-        None, "folder to validate on, never trained on; else a part is held out", path=True
-    )
+    val_folder: str | None = option(None, "folder to validate on alone; else a part is held out", path=True)
     val_fraction: float = option(0.05, "part of the folder to hold out, at most 64 images", above=0, high=0.9)
     img_size: int = option(256, "side of the crops, in pixels of the high resolution", low=8)
-    tokens: str | None = option(
-        None,
-        "folder of tokens (N, E) of each image, NAME.safetensors or .npy, with --conditioning tokens",
-        path=True,
-    )
+    tokens: str | None = option(None, "folder of tokens (N, E), NAME.safetensors or NAME.npy", path=True)
     augment: Augmentation = option("flip", "flip: left-right; dihedral: all 8 flips and rotations")
-    cache_dir: str | None = option(
-        None, "folder for decoded images; by default in the user's cache", path=True
-    )
+    cache_dir: str | None = option(None, "folder of decoded images; else in the user's cache", path=True)
     cache_gb: float = option(4.0, "gigabytes of decoded images in it; 0: none", low=0, fixed=False)
 
 
@@ -84,21 +76,13 @@ class RunOptions(Options):
 
     residual_std: float | None = option(None, "divisor of the residuals; by default measured", above=0)
     device: str = option("auto", "device: auto, cpu, mps, cuda or one such as cuda:1", fixed=False)
-    precision: Precision = option(
-        "auto", "number format; auto: bf16 where the device has it; fp16: with a scaled loss", fixed=False
-    )
+    precision: Precision = option("auto", "number format; auto: bf16 where the device has it", fixed=False)
     checkpoint_activations: bool = option(False, "less memory, a third more time", fixed=False)
     compile: bool = option(False, "torch.compile of the network: a slow start", fixed=False)
     log_dir: str = option("./logs", "folder of TensorBoard's logs", path=True)
     checkpoint_dir: str = option("./checkpoints", "folder for a folder of each run", path=True)
-    perceptual_features: str | None = option(
-        None,
-        "VGG16's features by torchvision's names, to sharpen with; by default fetched (528 MB)",
-        path=True,
-    )
-    init_weights: str | None = option(
-        None, "model to start from: clean or photo, as they come with the project, or a file", fixed=False
-    )
+    perceptual_features: str | None = option(None, "torchvision's VGG16, a file; else fetched", path=True)
+    init_weights: str | None = option(None, "model to start from: clean, photo or a file", fixed=False)
 
 
 class Settings(NamedTuple):
@@ -165,10 +149,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None
     for section, kind in kinds.items():
         own = {name: given[spec.flag] for name, spec in specs(kind).items() if spec.flag in given}
         if checkpoint is None:
-            defaults = {
-                name: spec.of_flag() for name, spec in specs(kind).items() if spec.script or spec.path
-            }
-            sections[section] = kind.of(**{**defaults, **own})
+            sections[section] = kind.of(**own)
         else:
             former = dict(content.get(section, {}))
             check_fixed(kind, former, own, checkpoint.path)
@@ -324,10 +305,8 @@ def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path
     if checkpoint is not None:
         folder = checkpoint.path.resolve().parent
     else:
-        name, parent = (
-            f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}",
-            settings.run.checkpoint_dir,
-        )
+        parent = settings.run.checkpoint_dir
+        name = f"{settings.process.mode}_{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             folder = new_folder(Path(parent), name)
         except OSError as error:

@@ -58,7 +58,7 @@ class Samples(Protocol):
     """A dataset the loop can train on; keys are (epoch, index)."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, key: tuple[int, int]) -> object: ...  # for `collate`
+    def crop(self, key: tuple[int, int]) -> object: ...  # a sample, for `collate`
     def collate(self, samples: list[Any]) -> Batch: ...
     def name(self, index: int) -> str: ...  # its file
     def failures(self) -> int: ...  # how many could not be read
@@ -530,7 +530,7 @@ class _Watched(Dataset[object]):
         worker = get_worker_info()
         slot = 0 if worker is None else worker.id
         self.reading[slot] = key[1]
-        sample = self.samples[key]
+        sample = self.samples.crop(key)
         self.reading[slot] = -1
         return sample
 

@@ -268,6 +268,15 @@ class ImageDataset(Dataset[Sample]):
             tokens,
         )
 
+    def collate(self, crops: Sequence[Crops]) -> Crops:
+        return Crops.stack(crops)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def failures(self) -> int:
+        return sum(self.failed)
+
     def _window(self, pixels: npt.NDArray[np.uint8], random: np.random.Generator) -> Tensor:
         """(3, H, W): a crop at a drawn place, augmented, with the margin that its degradation needs."""
         multiple = exact_scale(self.degradation.scale).numerator
@@ -301,28 +310,6 @@ class ImageDataset(Dataset[Sample]):
                 self.failed[candidate] = True
                 logger.warning("left out from now on: %s", error)
         raise RuntimeError(f"none of the {len(self.paths)} images can be read any more")
-
-
-class CropDataset(Dataset[object]):
-    """The crops of an ImageDataset, as a TrainingLoop takes them."""
-
-    def __init__(self, images: ImageDataset) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> Crops:
-        return self.images.crop(index)
-
-    def collate(self, samples: Sequence[Crops]) -> Crops:
-        return Crops.stack(samples)
-
-    def name(self, index: int) -> str:
-        return str(self.images.paths[index])
-
-    def failures(self) -> int:
-        return sum(self.images.failed)
 
 
 def _cut(image: Tensor, place: Sequence[int], size: int) -> Tensor:

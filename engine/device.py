@@ -1,5 +1,6 @@
 """Devices and precisions."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -20,17 +21,12 @@ def select_device(name: str = "auto") -> torch.device:
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         return torch.device(next(kind for kind in count if count[kind]))
-    try:
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in count:
-        raise OptionError("device", name, "give auto, cuda, mps or cpu, or such as cuda:1")
-    if (device.index or 0) >= count[device.type]:
-        raise OptionError(
-            "device", name, "PyTorch has no such device on this machine; auto takes what there is"
-        )
-    return device
+        if (device.index or 0) < count.get(device.type, 0):
+            return device
+    there = ", ".join(kind for kind in count if count[kind])
+    raise OptionError("device", name, f"give auto, or of what this machine has: {there}")
 
 
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
@@ -43,11 +39,9 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     if precision in ("fp32", "fp16"):
         return None if precision == "fp32" else torch.float16
     native = _has_bfloat16(device)
-    if precision == "auto":
-        return torch.bfloat16 if native else None
-    if native or device.type == "cpu":
-        return torch.bfloat16
-    raise OptionError("precision", precision, f"{device.type} does not have it here: give auto, fp16 or fp32")
+    if precision == "bf16" and not native and device.type != "cpu":
+        raise OptionError("precision", precision, f"{device.type} here lacks it: give auto, fp16 or fp32")
+    return torch.bfloat16 if native or precision == "bf16" else None
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -64,7 +58,6 @@ def _has_bfloat16(device: torch.device) -> bool:
 def tune_for_training(device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
 
 

@@ -121,8 +121,8 @@ class Options:
 
     @classmethod
     def of(cls, **given: Any) -> Self:  # noqa: ANN401  # any option
-        """Build it from what a user gave; a class may have other values than its defaults for the rest."""
-        return cls(**given)
+        """Build it from the flags that a user gave, and what they are if they are not given."""
+        return cls(**{**{name: spec.of_flag() for name, spec in specs(cls).items()}, **given})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:

@@ -26,7 +26,7 @@ from samplers import draw_noise, level_steps, noise_stream
 from sharpening import Discriminator, Seen, Sharpening, SharpeningConfig, discriminator_loss, generator_loss
 from tests.networks import random_model
 from training import BatchPlan, TrainingConfig, new_state
-from util import CropDataset, ImageDataset, Sample
+from util import ImageDataset, Sample
 
 ONE, TWO = ProcessConfig(levels=(6.0,)), ProcessConfig(levels=(8.0, 1.2))
 CPU = torch.device("cpu")
@@ -171,11 +171,11 @@ def sharpened_state(model, folder, steps, perceptual=None, **options):
     settings = SharpeningConfig(adversarial_warmup=0, discriminator_dim=8, **options)
     make_step = Sharpening(generator, model.degradation, perceptual or RandomFeatures(), settings)
     step = make_step(state, resolved, Processes(CPU))
-    crops, reports = CropDataset(dataset), []
+    reports = []
     plan = BatchPlan(len(dataset), resolved)
     for number in range(steps):
         parts = plan.micro_batches(number, 0)
-        batches = ((part, crops.collate([crops[pair] for pair in part.pairs])) for part in parts)
+        batches = ((part, dataset.collate([dataset.crop(pair) for pair in part.pairs])) for part in parts)
         reports.append(step(batches))
     return state, reports
 

@@ -23,7 +23,7 @@ from samplers import SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, tiny_unet
 from training import TrainingConfig
 from unet import UNet
-from util import CropDataset, Crops, ImageDataset
+from util import Crops, ImageDataset
 
 CPU = torch.device("cpu")
 LOW_RES = torch.rand(2, 3, 12, 16, generator=torch.Generator().manual_seed(0))
@@ -136,8 +136,7 @@ def test_tokens_steer_at_any_scale(scale):
 def test_crops_carry_the_tokens_of_the_image_they_are_from(stripes):
     dataset = ImageDataset(stripes, 16, tokens=stripes, degradation=Degradation("photo", scale=2.0))
     (stripes / "0.png").unlink()
-    crops = CropDataset(dataset)
-    batch = crops.collate([crops[0, 0], crops[0, 1], crops[0, 2]]).to(CPU)
+    batch = dataset.collate([dataset.crop(index) for index in range(3)]).to(CPU)
     assert batch.tokens[:, 0, 0].tolist() == [-1, -1, 1]  # the next image took the place of the first
     assert batch.low_res.shape == (3, 3, 8, 8)
     losses = DiffusionModel().restoration_loss(dataset.degradation)(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import CheckpointError, load_checkpoint, read_for_resume
@@ -38,7 +37,7 @@ from training import (
 )
 
 
-class Numbers(Dataset):
+class Numbers:
     """Sample (epoch, index) is a vector that depends on both."""
 
     def __init__(self, length=10):
@@ -56,7 +55,7 @@ class Numbers(Dataset):
     def collate(self, samples):
         return torch.stack(samples)
 
-    def __getitem__(self, key):
+    def crop(self, key):
         epoch, index = key
         return torch.randn(3, generator=torch.Generator().manual_seed(1000 * epoch + index))
 
@@ -417,10 +416,10 @@ def test_a_profile_is_written_beside_the_curves(tmp_path):
 
 def test_images_that_vanish_end_the_run_with_what_was_learnt(tmp_path):
     class Vanishing(Numbers):
-        def __getitem__(self, key):
+        def crop(self, key):
             if key[0] == 1:
                 raise RuntimeError("none of the 10 images can be read any more")
-            return super().__getitem__(key)
+            return super().crop(key)
 
     settings = config(save_every=100)
     state = new_state(small_model(), settings)
@@ -431,10 +430,10 @@ def test_images_that_vanish_end_the_run_with_what_was_learnt(tmp_path):
 
 def test_a_worker_that_dies_is_reported_with_its_files(tmp_path):
     class Deadly(Numbers):
-        def __getitem__(self, key):
+        def crop(self, key):
             if key[1] == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().__getitem__(key)
+            return super().crop(key)
 
     settings = config(num_workers=1, save_every=100)
     state = new_state(small_model(), settings)
@@ -490,12 +489,12 @@ def test_workers_give_the_same_run_without_shared_memory(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_signal_is_heeded_while_waiting_for_a_worker_that_is_stuck(tmp_path):
     class Stuck(Numbers):
-        def __getitem__(self, key):
+        def crop(self, key):
             if key[0] == 1:
                 time.sleep(3)  # until the steps of the first epoch are done
                 os.kill(os.getppid(), signal.SIGTERM)
                 time.sleep(300)
-            return super().__getitem__(key)
+            return super().crop(key)
 
     def work(settings):
         return run_training(tmp_path, settings, dataset=Stuck())[1]
