@@ -69,7 +69,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if damage := _damage(path):
         raise CheckpointError(f"{path} {damage}; {_offer_instead(path)}")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with path.open("rb") as file:  # torch would trust the suffix of a name
+            content = torch.load(file, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         # The message is left out: it advises to run what is in the file.
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: {type(error).__name__} when read") from error

@@ -1,9 +1,34 @@
-"""Runs of a script's main in processes that a test may stop or kill."""
+"""Runs of a script's main in processes that a test may stop or kill, and what runs log."""
 
 import multiprocessing
 import os
 import sys
 import time
+
+TINY = (
+    "--img_size 32 --downscale_factor 2 --batch_size 2 --accumulation_steps 1 --unet_base_dim 8 "
+    "--unet_dim_mults 1 2 --context_dim 16 --blocks_per_level 1 --predictor_blocks 1 --device cpu "
+    "--precision fp32 --learning_rate 1e-3"
+).split()
+
+
+def flags(photo_folder, folder, *more):
+    """Flags of a tiny training on these photos, in a folder of its own."""
+    places = ["--log_dir", str(folder / "logs"), "--checkpoint_dir", str(folder / "checkpoints")]
+    return [*TINY, "--image_folder", str(photo_folder), *places, *more]
+
+
+def newest(folder, kind="last"):
+    """The checkpoint of the only run in such a folder."""
+    return next((folder / "checkpoints").glob(f"*/diffusion_model_*_{kind}.pth"))
+
+
+def logged(folder, tag="train/loss"):
+    """The (step, value) pairs of a curve, of a log folder or of the only one in it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = next((path for path in folder.iterdir() if path.is_dir()), folder)
+    return [(event.step, event.value) for event in EventAccumulator(str(run)).Reload().Scalars(tag)]
 
 
 def start(main, argv, output, **environment):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,32 +19,12 @@ import infer
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.processes import Processes, started_processes
 from tests.networks import PROCESS, random_model
-from tests.runs import start, wait_for
+from tests.runs import flags, logged, newest, start, wait_for
 from train_diffusion import main
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_diffusion.py")
-TINY = "--img_size 32 --downscale_factor 2 --batch_size 1 --unet_base_dim 8 --unet_dim_mults 1 2".split()
-TINY += "--blocks_per_level 1 --predictor_blocks 1 --context_dim 16 --device cpu --precision fp32".split()
-TINY += "--learning_rate 1e-3 --log_every 1".split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-
-
-def flags(photo_folder, folder, *more):
-    places = ["--log_dir", str(folder / "logs"), "--checkpoint_dir", str(folder / "checkpoints")]
-    return [*TINY, "--image_folder", str(photo_folder), *places, *more]
-
-
-def losses(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = next((folder / "logs").iterdir())
-    events = EventAccumulator(str(run)).Reload()
-    return [event.value for event in events.Scalars("train/loss")]
-
-
-def last(folder):
-    return next((folder / "checkpoints").glob("*/*_last.pth"))
 
 
 def test_a_process_alone_is_rank_0():
@@ -83,21 +64,24 @@ def run_two(script, folder, argv):
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(photo_folder, tmp_path):
     """5 training images in groups of 4: the last group of an epoch leaves one process without a sample."""
-    more = ["--max_steps", "4", "--validate_every", "2"]
+    more = ["--batch_size", "1", "--log_every", "1", "--max_steps", "4", "--validate_every", "2"]
     assert main(flags(photo_folder, tmp_path / "one", *more, "--accumulation_steps", "4")) == 0
     argv = flags(photo_folder, tmp_path / "two", *more, "--accumulation_steps", "2")
     statuses, printed = run_two(main, tmp_path / "two", argv)
     assert statuses == [0, 0], printed
     assert "2 process(es)" in printed[0]
     assert "process(es)" not in printed[1]  # rank 0 alone speaks
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    ours, theirs = load_checkpoint(last(tmp_path / "two")), load_checkpoint(last(tmp_path / "one"))
+    ours, theirs = (np.array(logged(tmp_path / name / "logs")) for name in ("two", "one"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    ours, theirs = load_checkpoint(newest(tmp_path / "two")), load_checkpoint(newest(tmp_path / "one"))
     assert ours["best_score"] == pytest.approx(theirs["best_score"], abs=1e-2)
     for name, value in theirs["ema"].items():
         torch.testing.assert_close(ours["ema"][name], value, atol=1e-3, rtol=0)
 
 
-ENDLESS = "--max_steps 100000 --save_every 2 --validate_every 100000 --accumulation_steps 1".split()
+ENDLESS = (
+    "--batch_size 1 --max_steps 100000 --save_every 2 --validate_every 100000 --accumulation_steps 1".split()
+)
 
 
 @pytest.mark.slow
@@ -108,7 +92,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_checkpoint_is_good(phot
     two[rank].kill()
     two[1 - rank].join(60)
     assert two[1 - rank].exitcode not in (None, 0)
-    assert load_checkpoint(last(tmp_path / "run"))["step"] >= 2
+    assert load_checkpoint(newest(tmp_path / "run"))["step"] >= 2
 
 
 @pytest.mark.slow
@@ -124,7 +108,7 @@ def test_a_signal_to_torchrun_ends_the_job_and_saves(photo_folder, tmp_path):
     _, errors = job.communicate(timeout=90)
     assert job.returncode != 0
     assert "SIGTERM" in errors
-    assert load_checkpoint(last(tmp_path))["step"] >= 1
+    assert load_checkpoint(newest(tmp_path))["step"] >= 1
 
 
 @pytest.fixture(scope="module")
