@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers.schedulers import (
     DDIMScheduler,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -126,17 +125,14 @@ def test_every_step_count_ends_in_its_last_clean_estimate(name, total):
     scales = preserving(cosine_alpha_bar(total))
     for count in range(1, total + 1):
         steps = sampler_steps(name, scales, count)
-        last = steps[-1]
-        assert last.noisy_weight == pytest.approx(0, abs=1e-6)
-        assert last.clean_weights == pytest.approx((1.0,), abs=1e-6)
+        last, timesteps = steps[-1], [step.timestep for step in steps]
+        assert (last.noisy_weight, *last.clean_weights) == pytest.approx((0, 1), abs=1e-6)
         assert count > 1 or last.clean_weights == (1.0,)
         assert last.noise_weight == 0
-        assert steps[0].timestep == total - 1
         assert all(len(step.clean_weights) <= HISTORY for step in steps)
-        timesteps = [step.timestep for step in steps]
+        assert timesteps[0] == total - 1
         assert timesteps == sorted(timesteps, reverse=True)
-        expected = 2 * count - 2 if name == "heun" and count > 1 else count
-        assert len(steps) == expected
+        assert len(steps) == (2 * count - 2 if name == "heun" and count > 1 else count)
         assert len(set(timesteps)) == count
 
 
@@ -205,14 +201,14 @@ def sent(reference, timesteps, sigmas, repeats=1):
 
 def run_diffusers(name, timesteps, sigmas, noisy, denoise):
     """Sample with diffusers' own objects; before Heun's method comes one step of Euler's (= DDIM's)."""
-    kind, order = (UniPCMultistepScheduler, 2) if name == "unipc" else (DPMSolverMultistepScheduler, 2)
-    if name == "heun":
-        order = 1
-    reference = sent(kind(T, solver_order=order, **PREDICTS_CLEAN), timesteps, sigmas)
-    for timestep in reference.timesteps[: 1 if name == "heun" else None]:
-        noisy = reference.step(denoise(noisy, int(timestep)), timestep, noisy).prev_sample
     if name != "heun":
+        kind = UniPCMultistepScheduler if name == "unipc" else DPMSolverMultistepScheduler
+        reference = sent(kind(T, solver_order=2, **PREDICTS_CLEAN), timesteps, sigmas)
+        for timestep in reference.timesteps:
+            noisy = reference.step(denoise(noisy, int(timestep)), timestep, noisy).prev_sample
         return noisy
+    euler = sent(DPMSolverMultistepScheduler(T, solver_order=1, **PREDICTS_CLEAN), timesteps, sigmas)
+    noisy = euler.step(denoise(noisy, timesteps[0]), euler.timesteps[0], noisy).prev_sample
     reference = sent(HeunDiscreteScheduler(T, **PREDICTS_CLEAN), timesteps[1:], sigmas[1:], repeats=2)
     scaled = noisy * (1 + reference.sigmas[0] ** 2).sqrt()
     for timestep in reference.timesteps:
@@ -249,7 +245,7 @@ def test_the_schedules_are_those_of_diffusers(schedule):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 10, 50, 125, pytest.param(T, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("schedule", DIFFUSERS_SCHEDULES)
 def test_ddim_is_that_of_diffusers_where_the_step_count_divides_t(schedule, count, eta):
     reference = DDIMScheduler(
@@ -273,30 +269,9 @@ def test_ddim_is_that_of_diffusers_where_the_step_count_divides_t(schedule, coun
         noisy = ours
 
 
-@pytest.mark.parametrize("count", [1, 3, 10, 17])
-@pytest.mark.parametrize("schedule", DIFFUSERS_SCHEDULES)
-def test_ddpm_has_mean_and_variance_of_diffusers_ddpm(schedule, count):
-    signal_scale, noise_scale = diffusers_pair(schedule)
-    kept = signal_scale[trailing_timesteps(T, count)[::-1]].square().clamp(min=LEAST_ALPHA_BAR)
-    betas = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
-    reference = DDPMScheduler(
-        num_train_timesteps=count,
-        trained_betas=betas.tolist(),
-        clip_sample=False,
-        prediction_type="sample",
-        timestep_spacing="trailing",
-    )
-    reference.set_timesteps(count)
-    generator = torch.Generator().manual_seed(0)
-    noisy, clean = torch.randn(2, 1, 3, 128, 128, generator=generator, dtype=torch.float64)
-    for step, own in zip(
-        sampler_steps("ddpm", (signal_scale, noise_scale), count), reference.timesteps, strict=True
-    ):
-        seeded = torch.Generator().manual_seed(1)
-        drawn = reference.step(clean, int(own), noisy, generator=seeded).prev_sample
-        mean = step.advance(noisy, [clean], torch.zeros_like(noisy))
-        assert float((drawn - mean).mean()) == pytest.approx(0, abs=0.02)
-        assert float((drawn - mean).std()) == pytest.approx(step.noise_weight, rel=0.02, abs=1e-6)
+def test_ddpm_is_ddim_that_draws_all_of_the_posterior_s_variance():
+    for count in (1, 3, 17, T):
+        assert sampler_steps("ddpm", COSINE, count) == sampler_steps("ddim", COSINE, count, eta=1.0)
 
 
 def test_log_snr_is_evenly_spaced():
@@ -322,24 +297,6 @@ def test_detail_scales_the_largest_noise_level_after_the_first(name, detail):
     assert own[-1] <= 1.1 * whole[-1]
 
 
-@pytest.mark.parametrize("detail", [0.125, 0.5, 1.0])
-def test_a_sample_keeps_the_variance_that_its_detail_leaves(detail):
-    """Of Gaussian data of deviation 0.5: what starts at level s has the variance of the posterior of s."""
-    steps = sampler_steps("unipc", COSINE, 12, detail=detail)
-    deviation = 0.5
-    noisy = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    def denoise(noisy, timestep):
-        signal, noise = (scale[timestep] for scale in COSINE)
-        return noisy * signal * deviation**2 / (signal**2 * deviation**2 + noise**2)
-
-    *_, result = sample(steps, noisy, denoise, lambda step, noisy, cleans: step.advance(noisy, cleans))
-    level = float(((1 - ALPHA_BAR) / ALPHA_BAR).sqrt()[steps[1].timestep])
-    # A deterministic path maps N(0, level^2) as the flow of N(0, deviation^2 + sigma^2) does.
-    expected = level * deviation / math.hypot(deviation, level)
-    assert float(result.std()) == pytest.approx(expected, rel=0.1)
-
-
 @given(data=st.data(), total=st.integers(1, 3000))
 def test_timestep_lists_fall_strictly_from_the_noisiest(data, total):
     count = data.draw(st.integers(1, total))
@@ -351,23 +308,24 @@ def test_timestep_lists_fall_strictly_from_the_noisiest(data, total):
         assert timesteps[-1] >= 0
 
 
-def test_what_is_out_of_range_is_refused_by_name():
-    def refused(name, value, ask):
-        with pytest.raises(OptionError) as caught:
-            ask()
-        assert (caught.value.field, caught.value.value) == (name, value)
+@pytest.mark.parametrize(
+    ("field", "value", "name", "count", "options"),
+    [
+        ("scheduler", "euler", "euler", 4, {}),
+        *(("steps", count, "dpm++", count, {}) for count in (0, -1, 1001)),
+        *(("eta", eta, "ddim", 10, {"eta": eta}) for eta in (-0.1, 1.5, math.nan)),
+        *(("eta", 0.5, name, 10, {"eta": 0.5}) for name in SCHEDULERS if name != "ddim"),
+        *(("detail", detail, "unipc", 10, {"detail": detail}) for detail in (-0.1, 1.5, math.nan)),
+        *(("scheduler", name, name, 10, {"detail": 0.5}) for name in ("ddim", "ddpm")),  # from pure noise
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(field, value, name, count, options):
+    with pytest.raises(OptionError) as caught:
+        sampler_steps(name, COSINE, count, **options)
+    assert (caught.value.field, caught.value.value) == (field, value)
 
-    refused("scheduler", "euler", lambda: sampler_steps("euler", COSINE, 4))
-    for count in (0, -1, 1001):
-        refused("steps", count, lambda count=count: sampler_steps("dpm++", COSINE, count))
-    for eta in (-0.1, 1.5, float("nan")):
-        refused("eta", eta, lambda eta=eta: sampler_steps("ddim", COSINE, 10, eta=eta))
-    for name in set(SCHEDULERS) - {"ddim"}:
-        refused("eta", 0.5, lambda name=name: sampler_steps(name, COSINE, 10, eta=0.5))
-    for detail in (-0.1, 1.5, float("nan")):
-        refused("detail", detail, lambda detail=detail: sampler_steps("unipc", COSINE, 10, detail=detail))
-    for name in ("ddim", "ddpm"):  # they start from pure noise
-        refused("scheduler", name, lambda name=name: sampler_steps(name, COSINE, 10, detail=0.5))
+
+def test_a_process_whose_noise_falls_is_refused():
     with pytest.raises(ValueError, match="fall"):
         sampler_steps("ddim", tuple(scale.flip(0) for scale in COSINE), 4)
 
