@@ -135,23 +135,6 @@ def test_uint8_is_the_exact_result_rounded_half_up_and_clamped(size, scale, bord
     assert torch.equal(resize(image, scale=scale, border=border), expected)
 
 
-@given(sizes, sizes, borders, st.integers(0, 255))
-def test_an_image_of_one_value_keeps_it(size, new_size, border, value):
-    image = torch.full((1, *size), value, dtype=torch.uint8)
-    assert torch.equal(
-        resize(image, size=new_size, border=border),
-        torch.full_like(image[:, :1, :1], value).expand(1, *new_size),
-    )
-
-
-@pytest.mark.parametrize("border", ["mirror", "replicate"])
-def test_scale_one_changes_nothing(border):
-    floats, pixels = random_image(3, 37, 53), random_image(3, 37, 53, dtype=torch.uint8)
-    assert torch.equal(resize(floats, scale=1, border=border), floats)
-    assert torch.equal(resize(pixels, scale=1, border=border, rounding="uint8"), pixels)
-    assert resize(floats, scale=1).data_ptr() != floats.data_ptr()
-
-
 @pytest.mark.parametrize(("size", "first"), [((10, 30), 0), ((30, 10), 1), ((15, 15), 0)])
 def test_rounding_after_each_direction_starts_with_the_smaller_scale(size, first):
     image = random_image(20, 20, dtype=torch.uint8)

@@ -20,7 +20,6 @@ import infer
 from bicubic import downscale_image, resize, upscale_image
 from diffusion import ProcessConfig
 from engine.checkpoint import save_checkpoint
-from engine.processes import Processes
 from evaluate import main
 from evaluation import measure, metrics
 from evaluation.images import EvaluationConfig, ImageSet
@@ -182,19 +181,6 @@ def test_what_is_measured_is_what_infer_writes(leaves, random_weights, tmp_path,
     assert [model["file"] for model in found["protocol"]["models"]] == models
 
 
-def test_any_callable_is_a_restorer_whose_result_is_clamped(leaves):
-    def overshooting_nearest(low_res):
-        return 3 * low_res.repeat_interleave(2, -1).repeat_interleave(2, -2) - 1
-
-    expected = [
-        metrics.psnr(
-            overshooting_nearest(pair.low_res[None] / 255).clamp(0, 1), pair.truth[None] / 255, Comparison(2)
-        ).item()
-        for pair in image_set(leaves)
-    ]
-    assert by(overshooting_nearest, leaves).rows[1]["psnr"] == pytest.approx(np.mean(expected), abs=1e-9)
-
-
 @pytest.mark.parametrize(
     ("restore", "message"),
     [
@@ -207,17 +193,6 @@ def test_a_result_of_another_size_or_that_is_not_a_number_is_refused(leaves, res
         by(restore, leaves, limit=1)
 
 
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_table_and_another_seed_another(leaves, random_weights):
-    first, again, other = (
-        [*map(timeless, measured(leaves, random_weights, [{"steps": 2, "seed": seed}]).rows)]
-        for seed in (1, 1, 2)
-    )
-    assert first == again
-    assert first[1]["psnr"] != other[1]["psnr"]
-    assert first[0] == other[0]
-
-
 @pytest.mark.parametrize("kind", ["light", "photo", "heavy"])
 def test_a_random_degradation_depends_on_the_seed_and_the_name_alone(leaves, kind):
     first, again, another, bicubic = (
@@ -228,18 +203,6 @@ def test_a_random_degradation_depends_on_the_seed_and_the_name_alone(leaves, kin
     assert torch.equal(alone, list(first)[1].low_res)
     assert not any(torch.equal(alone, other.read(other.paths[1]).low_res) for other in (another, bicubic))
     assert kind in first.describe()
-
-
-def test_a_grey_file_is_its_own_luma(leaves, tmp_path):
-    expected = []
-    for path in sorted(leaves.glob("*.png")):
-        pixels = read_rgb(path).mean(axis=-1).astype(np.uint8)
-        write_image(tmp_path / path.name, pixels)
-        truth = pixels[: len(pixels) // 2 * 2, : pixels.shape[1] // 2 * 2]
-        low_res = downscale_image(truth, 2, rounding="uint8")
-        error = (upscale_image(low_res, 2) - truth.astype(float))[2:-2, 2:-2]
-        expected.append(10 * math.log10(255**2 / np.square(error).mean()))
-    assert measured(tmp_path).rows[0]["psnr"] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
 def test_an_image_that_is_exact_hides_no_other(leaves, tmp_path):
@@ -318,22 +281,6 @@ def test_grey_low_resolution_of_a_colour_image_and_the_reverse(leaves, tmp_path)
         first(tmp_path / "truth", tmp_path / "coloured")
 
 
-class SecondOfTwo(Processes):
-    """Measures its part, and hears nothing of the first."""
-
-    def gather(self, value):
-        return [value]
-
-
-def test_a_process_reads_its_images_alone_and_measures_what_one_process_would(leaves, monkeypatch):
-    read, decode = [], ImageSet.read
-    whole = measured(leaves)
-    monkeypatch.setattr(ImageSet, "read", lambda self, path: (read.append(path.name), decode(self, path))[1])
-    part = evaluate(image_set(leaves), (), SecondOfTwo(CPU, 1, 2))
-    assert read == ["1.png"]
-    assert [score["psnr"] for score in part.scores] == [whole.scores[1]["psnr"]]
-
-
 def test_one_image_is_in_memory_at_a_time(leaves):
     given, alive = [], []
 
@@ -353,9 +300,11 @@ def test_time_is_that_of_restoring(leaves):
         return resize(low_res, scale=2)
 
     report = by(slow, leaves)
-    found = [score["seconds_per_megapixel"] for score in report.scores if score["method"] == "mine"]
-    for value, pixels in zip(found, (64 * 72, 66 * 64), strict=True):
-        assert 0.05e6 / pixels <= value < 5e6 / pixels
+    found = [score["seconds_per_megapixel"] for score in report.scores[2:]]
+    assert all(
+        0.05e6 / pixels <= value < 5e6 / pixels
+        for value, pixels in zip(found, (64 * 72, 66 * 64), strict=True)
+    )
     assert report.rows[1]["seconds_per_megapixel"] == pytest.approx(np.mean(found))
 
 

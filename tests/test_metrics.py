@@ -125,35 +125,15 @@ def test_published_bicubic_rows(name, scale, sr_data):
     assert similarity == pytest.approx(PUBLISHED[name, scale][1], abs=0.0002)
 
 
-@pytest.mark.parametrize("levels", [1, 3, 25])
-def test_psnr_of_a_constant_offset(levels):
-    truth = rounded(texture(0))
-    expected = 20 * math.log10(255 / levels)
-    assert psnr(truth + levels / 255, truth, WHOLE).item() == pytest.approx(expected, abs=1e-9)
-    assert psnr(truth + 0.4 / 255, truth, WHOLE).item() == math.inf  # rounded, as a file holds it
-
-
 @pytest.mark.parametrize("metric", [psnr, ssim])
-@pytest.mark.parametrize("channel", ["luma", "rgb"])
-def test_fidelity_is_symmetric_and_per_image(metric, channel):
-    protocol = Comparison(crop=2, channel=channel)
-    truth = torch.cat([texture(0), texture(1)])
+def test_scores_are_of_each_image_of_a_batch(metric):
+    truth, protocol = torch.cat([texture(0), texture(1)]), Comparison(crop=2)
     restored = torch.cat([noisy(texture(0), 0.02), noisy(texture(1), 0.1)])
     scores = metric(restored, truth, protocol)
-    assert scores.shape == (2,)
-    assert scores.dtype == torch.float64
+    assert (scores.shape, scores.dtype) == ((2,), torch.float64)
     assert scores[0] > scores[1]
-    torch.testing.assert_close(metric(truth, restored, protocol), scores, rtol=0, atol=1e-12)
     alone = torch.cat([metric(restored[i : i + 1], truth[i : i + 1], protocol) for i in range(2)])
     torch.testing.assert_close(alone, scores, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("metric", "perfect"), [(psnr, math.inf), (ssim, 1.0)])
-def test_border_is_not_compared(metric, perfect):
-    truth, restored = texture(0), texture(0)
-    restored[..., :4, :] = restored[..., -4:, :] = restored[..., :4] = restored[..., -4:] = 0.0
-    assert metric(restored, truth, Comparison(crop=4)).item() == pytest.approx(perfect, abs=1e-12)
-    assert metric(restored, truth, Comparison(crop=3)).item() < perfect
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim, high_frequency_energy])
@@ -186,17 +166,6 @@ def test_images_smaller_than_window_and_crop():
 
 
 # ---------------------------------------------------------------- consistency with the input
-
-
-def test_low_resolution_psnr_forgives_detail_and_not_colour():
-    truth = texture(0, height=64, width=64)
-    low_res = resize(truth, scale=0.25)
-    checker = 0.05 * (-1.0) ** (torch.arange(64)[:, None] + torch.arange(64))
-    with_detail, with_tint = truth + checker, truth + 0.05
-    errors = [(image - truth).square().mean().item() for image in (with_detail, with_tint)]
-    assert errors[0] == pytest.approx(errors[1])
-    assert low_resolution_psnr(with_detail, low_res).item() > 45
-    assert low_resolution_psnr(with_tint, low_res).item() < 27
 
 
 def test_low_resolution_psnr_shrinks_with_the_border_the_input_was_made_with():
