@@ -39,15 +39,7 @@ from models import LoadedModel
 from network import Network, name_of, network_class
 from restoration.weights import load_model
 from sharpening import Sharpening, SharpeningConfig
-from training import (
-    BatchPlan,
-    NonFiniteError,
-    ResolvedConfig,
-    TrainingConfig,
-    WorkerError,
-    learning_rate_at,
-    optimizer_for,
-)
+from training import BatchPlan, ResolvedConfig, TrainingConfig, learning_rate_at, optimizer_for
 from unet import UNet
 from util import Augmentation, ImageDataset
 
@@ -446,7 +438,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train_diffusion.py",
         lambda: run(sys.argv[1:] if argv is None else argv),
         options=list(Settings.sections().values()),
-        failures=(NonFiniteError, WorkerError),
         out_of_memory="lower --batch_size and raise --accumulation_steps as much, or add "
         "--checkpoint_activations; the checkpoints are as they were",
         stopped="the checkpoints are as they were",

@@ -33,7 +33,7 @@ from engine.device import default_workers
 from engine.muon import Muon
 from engine.options import Options, narrowed, option, rare_option
 from engine.packages import IMPORT_ERRORS
-from engine.processes import LostProcessError, Processes
+from engine.processes import LostProcessError, Processes, RunError
 from engine.progress import progress
 from engine.run import RunFiles
 from engine.run_log import RunLogger, tracer
@@ -113,11 +113,11 @@ class ResolvedConfig(TrainingConfig):
     save_every: int = narrowed(TrainingConfig, "save_every")
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """Too many steps in a row had no finite loss or gradient."""
 
 
-class WorkerError(RuntimeError):
+class WorkerError(RunError):
     """A process that reads data died, or no data can be read; names the files."""
 
 

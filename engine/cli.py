@@ -15,7 +15,7 @@ import torch
 
 from engine.device import Precision, is_out_of_memory
 from engine.options import OptionError, Options, one_line, path, specs
-from engine.processes import LostProcessError
+from engine.processes import RunError
 from engine.signals import Stopped, handled_by, stop
 
 logger = logging.getLogger(__name__)
@@ -75,17 +75,15 @@ def run_script(
     script: str,
     work: Callable[[], int],
     options: Sequence[type[Options]] = (),
-    failures: tuple[type[Exception], ...] = (),
     out_of_memory: str = "take a smaller image or another device",
     stopped: str = "nothing was written",
 ) -> int:
     """Return the status of work(), or of its exception, which becomes one line on stderr.
 
-    2 for wrong flags and files (ValueError, OSError), 1 for `failures` and for no more memory, 128 + n for
+    2 for wrong flags and files (ValueError, OSError), 1 for a RunError and for no more memory, 128 + n for
     signal n; other exceptions are mistakes of the program, and pass. `options` translate the field of an
     OptionError to its flag; `out_of_memory` is a remedy, `stopped` the state of the work after a signal.
     """
-    failures = (*failures, LostProcessError)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -95,7 +93,7 @@ def run_script(
             return work()
     except (ValueError, OSError) as error:
         status, message = 2, with_flag(error, options) if isinstance(error, OptionError) else one_line(error)
-    except failures as error:
+    except RunError as error:
         status, message = 1, one_line(error)
     except torch.AcceleratorError as error:
         status, message = 1, f"{str(error).splitlines()[0]}; --device cpu works without it"

@@ -19,7 +19,11 @@ T = TypeVar("T")
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed, from torchrun
 
 
-class LostProcessError(RuntimeError):
+class RunError(RuntimeError):
+    """The run ended for want of data, of finite numbers or of another process: one line says why."""
+
+
+class LostProcessError(RunError):
     """Another process of the run has ended."""
 
 

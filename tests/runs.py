@@ -5,6 +5,8 @@ import os
 import sys
 import time
 
+import torch
+
 TINY = (
     "--img_size 32 --downscale_factor 2 --batch_size 2 --accumulation_steps 1 --unet_base_dim 8 "
     "--unet_dim_mults 1 2 --context_dim 16 --blocks_per_level 1 --predictor_blocks 1 --device cpu "
@@ -21,6 +23,19 @@ def flags(photo_folder, folder, *more):
 def newest(folder, kind="last"):
     """The checkpoint of the only run in such a folder."""
     return next((folder / "checkpoints").glob(f"*/diffusion_model_*_{kind}.pth"))
+
+
+def assert_equal(one, other):
+    """Compare nested dicts and lists of tensors and numbers, to the bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), [other[key] for key in one]
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_equal(*pair)
+    else:
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
 
 
 def logged(folder, tag="train/loss"):

@@ -11,16 +11,13 @@ import torch
 
 from engine.cli import Parser, expand, run_script, say
 from engine.options import OptionError, Options, option, path
+from engine.processes import RunError
 from engine.signals import StopSignals
 
 
 @dataclass(frozen=True)
 class Example(Options):
     kind: str = option("x", "kind of thing", flag="the_kind")
-
-
-class HardError(RuntimeError):
-    """The work failed."""
 
 
 def raising(error):
@@ -36,7 +33,7 @@ def raising(error):
         (OptionError("kind", "z", "give x"), 2, "error: --the_kind is 'z': give x"),
         (ValueError("two\nlines"), 2, "error: two lines"),
         (FileNotFoundError(2, "No such file", "a.png"), 2, "a.png"),
-        (HardError("it failed"), 1, "error: it failed"),
+        (RunError("it failed"), 1, "error: it failed"),
         (MemoryError(), 1, "lower it"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "lower it"),
         (torch.AcceleratorError("CUDA error: no kernel image is available\nmore"), 1, "--device cpu"),
@@ -45,7 +42,7 @@ def raising(error):
     ids=str,
 )
 def test_what_a_user_can_cause_is_one_line_and_a_status(error, status, said, capsys):
-    assert run_script("x.py", raising(error), [Example], (HardError,), "lower it", "nothing") == status
+    assert run_script("x.py", raising(error), [Example], "lower it", "nothing") == status
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.startswith("x.py: ")

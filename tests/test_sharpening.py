@@ -25,6 +25,7 @@ from restoration import RestoreConfig, Restorer, restore
 from samplers import draw_noise, level_steps, noise_stream
 from sharpening import Discriminator, Seen, Sharpening, SharpeningConfig, discriminator_loss, generator_loss
 from tests.networks import random_model
+from tests.runs import assert_equal
 from training import BatchPlan, TrainingConfig, new_state
 from util import ImageDataset, Sample
 
@@ -278,15 +279,8 @@ def test_sharpening_resumes_to_the_same_bits(sharpened):
         torch.load(folder / "diffusion_model_clean_last.pth", weights_only=True) for folder in (whole, part)
     )
 
-    def equal(a, b):
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-        if isinstance(a, list | tuple):
-            return len(a) == len(b) and all(map(equal, a, b))
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
     for key in ("model", "ema", "optimizer", "discriminator", "step", "best_score"):
-        assert equal(one[key], other[key]), key
+        assert_equal(one[key], other[key])
     untrained = Discriminator((64, 128, 256, 512, 512), 64).state_dict()
     trained = one["discriminator"]["model"]
     assert any(not torch.equal(untrained[name], value) for name, value in trained.items())

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from engine.checkpoint import CheckpointError, load_checkpoint, read_for_resume
 from engine.processes import Processes
 from engine.run import RunFiles
-from tests.runs import logged, start
+from tests.runs import assert_equal, logged, start
 from training import (
     BatchPlan,
     NonFiniteError,
@@ -245,7 +245,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, optimizer,
     run_training(folder, settings, resumed)
     assert (whole.skipped == 0) == (precision is None)
     ours, theirs = whole.content(), resumed.content()
-    assert_equal_contents({**ours, "best_score": 0}, {**theirs, "best_score": 0})
+    assert_equal({**ours, "best_score": 0}, {**theirs, "best_score": 0})
     assert logged(tmp_path / "whole" / "logs") == logged(folder / "logs")
     kinds = {
         value.dtype
@@ -253,19 +253,6 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, optimizer,
         if torch.is_tensor(value)
     }
     assert (torch.uint8 in kinds) == (optimizer == "adamw8bit")
-
-
-def assert_equal_contents(one, other):
-    """Compare nested dicts and lists of tensors and numbers, to the bit."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        one, other = list(one.values()), [other[key] for key in one]
-    if isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for pair in zip(one, other, strict=True):
-            assert_equal_contents(*pair)
-    else:
-        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
 
 
 def test_the_state_of_another_optimiser_is_refused(tmp_path):
