@@ -23,7 +23,7 @@ import torch
 from PIL import ImageColor
 
 from engine.cli import Parser, add_computing_flags, expand, run_script, say, warn
-from engine.device import autocast_dtype, compile_network
+from engine.device import autocast_dtype
 from engine.options import OptionError, add_flags, from_args, path
 from engine.processes import Processes, started_processes
 from engine.progress import progress
@@ -45,10 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     _add_file_flags(parser.add_argument_group("files").add_argument)
     add_flags(parser.add_argument_group("restoring"), RestoreConfig)
-    add = parser.add_argument_group("computing").add_argument
-    add_computing_flags(add)
-    compiled = "compilation by torch.compile: a minute per new size of image, no gain on CPUs"
-    add("--compile", action="store_true", help=compiled)
+    add_computing_flags(parser.add_argument_group("computing").add_argument)
     return parser
 
 
@@ -185,22 +182,16 @@ def map_of(base: Path, named: Path, inputs: int) -> Path:
     return named.with_suffix("") if named.suffix in (".png", ".npy") else named
 
 
-def restore_all(tasks: Sequence[Task], chain: Chain, args: argparse.Namespace, processes: Processes) -> int:
+def restore_all(chain: Chain, tasks: Sequence[Task], args: argparse.Namespace, processes: Processes) -> int:
     """Restore this process's part; returns the status of all: 0, 1 where some failed, 2 where all did."""
     failures: list[str] = []
     done = 0
+    how = {"strip": args.strip, "background": args.background}
     for number in range(processes.rank, len(tasks), processes.world_size):
-        task = tasks[number]
+        task, name = tasks[number], f"[{number + 1}/{len(tasks)}] {tasks[number].source.name}"
         try:
-            name = f"[{number + 1}/{len(tasks)}] {task.source.name}"
             with progress(name, 100, hidden=not processes.is_main) as show:
-                remark = restore_file(
-                    task,
-                    chain,
-                    lambda part: show(round(100 * part), ""),
-                    strip=args.strip,
-                    background=args.background,
-                )
+                remark = restore_file(task, chain, lambda part: show(round(100 * part), ""), **how)
         except OptionError:
             raise  # it would be the same for every image
         except FILE_ERRORS as error:
@@ -221,45 +212,38 @@ def restore_all(tasks: Sequence[Task], chain: Chain, args: argparse.Namespace, p
     return 0 if done == len(tasks) else 1 if done else 2
 
 
-def open_models(args: argparse.Namespace, paths: Sequence[Path]) -> tuple[list[LoadedModel], str]:
-    """Load the models of these files, the first blended if asked to, and say which they are."""
-    network, names = network_class(args.network), ", ".join(map(str, paths))
-    models = [load_model(file, network) for file in paths]
-    if args.strength is None:
-        return models, names
-    clean = released_model(float(models[0].network.scale))
-    if paths[0].resolve() == clean.resolve():
-        raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
-    models[0] = blend(load_model(clean), models[0], args.strength)
-    return models, f"{args.strength:g} of the way from {clean} to {names}"
+def open_models(args: argparse.Namespace) -> tuple[list[LoadedModel], str]:
+    """Load the models for the scale, the first blended if asked to, export one if asked to, and name them."""
+    paths, network = find_weights(args.weights_path, args.scale), network_class(args.network)
+    models, names = [load_model(file, network) for file in paths], ", ".join(map(str, paths))
+    if args.strength is not None:
+        clean = released_model(float(models[0].network.scale))
+        if paths[0].resolve() == clean.resolve():
+            raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
+        models[0] = blend(load_model(clean), models[0], args.strength)
+        names = f"{args.strength:g} of the way from {clean} to {names}"
+    if args.export is not None:
+        target = Path(args.export)
+        if len(models) > 1:
+            raise ValueError(f"--export: --scale {args.scale:g} takes several models; give one of theirs")
+        if target.suffix != ".safetensors":
+            raise ValueError(f"--export {target}: the name must end in .safetensors")
+        check_outputs([target], inputs=paths, overwrite=args.overwrite)
+        export_safetensors(models[0], target)
+        say(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {names}")
+    return models, names
 
 
-def export(
-    args: argparse.Namespace, paths: Sequence[Path], models: Sequence[LoadedModel], names: str
-) -> None:
-    """Write the model of these files; ValueError where there are several, or for a wrong name."""
-    target = Path(args.export)
-    if len(models) > 1:
-        raise ValueError(f"--export: --scale {args.scale:g} takes several models; give one of theirs")
-    if target.suffix != ".safetensors":
-        raise ValueError(f"--export {target}: the name must end in .safetensors")
-    check_outputs([target], inputs=paths, overwrite=args.overwrite)
-    export_safetensors(models[0], target)
-    say(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {names}")
-
-
-def run(args: argparse.Namespace, processes: Processes) -> int:
+def prepare(args: argparse.Namespace, processes: Processes) -> tuple[Chain, list[Task]]:
+    """Load, plan and check everything; no task where a model is to be exported and nothing else."""
+    config, device = from_args(RestoreConfig, args), processes.device
     if args.overwrite and args.skip_existing:
         raise ValueError("--overwrite and --skip_existing: give one of the two")
-    config, device = from_args(RestoreConfig, args), processes.device
-    paths = find_weights(args.weights_path, args.scale)
-    models, names = open_models(args, paths)
-    if args.export is not None:
-        export(args, paths, models, names)
-        if not args.inputs and not args.input:
-            return 0
+    models, names = open_models(args)
     precision = autocast_dtype(device, args.precision)
     chain = chain_to(args.scale, [Restorer(one, config, device, precision) for one in models])
+    if args.export is not None and not (args.inputs or args.input):
+        return chain, []
     check(chain, deviation=args.uncertainty is not None, tokens=args.tokens is not None)
     tasks = plan_tasks(args, float(chain.scale))
     if args.skip_existing:
@@ -267,28 +251,24 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         if processes.is_main:
             warn(SCRIPT, f"{len(tasks) - len(missing)} of {len(tasks)} images have a result already")
         tasks = missing  # of the one moment that all share
-    targets = [target for task in tasks for target in task.targets]
-    originals = [task.truth for task in tasks if task.truth is not None]
+    inputs = [path for task in tasks for path in (task.source, task.truth) if path is not None]
     check_outputs(
-        targets,
-        inputs=[*(task.source for task in tasks), *originals],
+        [target for task in tasks for target in task.targets],
+        inputs=inputs,
         overwrite=args.overwrite or args.skip_existing,
         remedy="use --overwrite, --skip_existing or another --output",
     )
     processes.gather(None)  # none begins to write before all have checked
     if processes.is_main:
         warn(SCRIPT, f"{names}, on {device} in {str(precision or torch.float32).removeprefix('torch.')}")
-    if args.compile:
-        for one in models:
-            compile_network(one.network, device)
-    return restore_all(tasks, chain, args, processes)
+    return chain, tasks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         args = build_parser().parse_args(argv)
         with started_processes(args.device, timedelta(days=7)) as processes:
-            return run(args, processes)
+            return restore_all(*prepare(args, processes), args, processes)
 
     stopped = "finished images are whole, --skip_existing does the others"
     return run_script(SCRIPT, work, [RestoreConfig], stopped=stopped)

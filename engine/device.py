@@ -7,7 +7,6 @@ import os
 from typing import Literal, get_args
 
 import torch
-from torch import nn
 
 from engine.options import OptionError
 
@@ -84,15 +83,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     # CUDA has a class for it; the CPU and MPS have words.
     words = ("out of memory", "can't allocate memory")
     return isinstance(error, RuntimeError) and any(one in str(error) for one in words)
-
-
-def compile_network(network: nn.Module, device: torch.device) -> bool:
-    """Compile a network; return False, with a warning, where there is no working compiler."""
-    try:
-        torch.compile(torch.square)(torch.ones(16, device=device))
-    except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        logger.warning("torch.compile does not work here, going on without it: %s", reason)
-        return False
-    network.compile(dynamic=False)
-    return True

@@ -57,8 +57,8 @@ class Metadata:
         directory.update({0xA002: image.width, 0xA003: image.height})
         # libvips would make one up: 1 is sRGB, 0xFFFF says "by the profile"
         directory.setdefault(_COLOUR_SPACE, 0xFFFF if profile else 1)
-        # JPEG and WebP have no other place for the resolution
-        wanted = self.exif or (self.dpi and name in ("JPEG", "WEBP"))
+        # JPEG and WebP have no other place for the resolution; into TIFF libvips writes none
+        wanted = {"PNG": self.exif, "TIFF": None}.get(name, self.exif or self.dpi)
         xmp = _UNTRUE.sub(b"", self.xmp or b"")
         for vips_name, value in zip(_BLOBS.values(), (profile, wanted and exif.tobytes(), xmp), strict=True):
             if value:

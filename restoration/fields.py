@@ -4,7 +4,6 @@ import errno
 import math
 import mmap
 import os
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -36,8 +35,8 @@ def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
     OSError: the folder of temporary files has no room.
     """
-    size = bytes_on_disk(shape)
-    if not size:
+    size = 4 * math.prod(shape)
+    if size <= IN_MEMORY_BYTES:
         return torch.zeros(shape, device=device)
     with tempfile.TemporaryFile(prefix="field-") as file:
         try:
@@ -55,22 +54,6 @@ def release_pages() -> None:
     for mapped in list(_mapped):
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def bytes_on_disk(shape: tuple[int, ...]) -> int:
-    """Bytes in a file that `zeros` of this shape take; 0 where they fit in memory."""
-    size = 4 * math.prod(shape)
-    return size if size > IN_MEMORY_BYTES else 0
-
-
-def check_room(shape: tuple[int, ...], count: int) -> None:
-    """Raise OSError where the folder of temporary files has no room for so many tensors of this shape."""
-    needed, folder = count * bytes_on_disk(shape), tempfile.gettempdir()
-    if needed and needed > (free := shutil.disk_usage(folder).free):
-        raise OSError(
-            f"{shape[-1]} x {shape[-2]} pixels need {needed / 1e6:.0f} MB in {folder} while they are "
-            f"restored, and {free / 1e6:.0f} MB are free: set TMPDIR to a folder with more room"
-        )
 
 
 def _reserve(file: int, size: int) -> None:

@@ -97,8 +97,6 @@ def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
 def write_results(
     task: Task, source: DecodedImage, restoration: Restoration, scale: float, truth: Pixels | None
 ) -> None:
-    for target in task.targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
     if task.comparison is not None:
         bicubic = cast(Pixels, upscale_image(source.pixels, scale))
         write_image(task.comparison, comparison_picture(source.pixels, bicubic, restoration.pixels, truth))

@@ -8,12 +8,11 @@ together. [-1, 1] inside, [0, 1] once restored.
 import itertools
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +27,7 @@ from imaging.metadata import Metadata
 from imaging.pixels import Pixels, to_model_range, to_unit_range
 from models import LoadedModel
 from network import Condition
-from restoration.fields import check_room, release_pages, row_bands, zeros
+from restoration.fields import release_pages, row_bands, zeros
 from restoration.pictures import Restorable, to_deviation, to_picture
 from restoration.tiling import Scale, Tile, Window, plan_windows, rounded_side
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
@@ -108,14 +107,6 @@ class Restoration:
     def save(self, path: str | Path) -> None:
         pixels = self.pixels[..., 0] if self.pixels.shape[2:] == (1,) else self.pixels
         write_image(path, pixels, self.alpha, metadata=self.metadata)
-
-
-class Inputs(NamedTuple):
-    """Holds what all samples of an image have in common."""
-
-    low_res: Tensor  # (B, C, h, w)
-    tokens: Tensor | None  # (B, N, E), of the whole images
-    base: Tensor  # (B, C, H, W), upscaled plus the predicted mean
 
 
 class Restorer:
@@ -214,8 +205,10 @@ class Restorer:
     def __call__(self, low_res: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Restore (B, 3, h, w) in [0, 1], with tokens (B, N, E), to (B, 3, H, W), float32 on the CPU.
 
-        Unlike `restore`, it rounds nothing; all images have the same noise.
+        Unlike `restore`, it rounds nothing; all images have the same noise. ValueError for another shape.
         """
+        if low_res.ndim != 4 or low_res.shape[1] != 3:
+            raise ValueError(f"images of shape {tuple(low_res.shape)}: expected a batch (B, 3, h, w)")
         self.check(tokens=tokens is not None)
         low_res = to_model_range(low_res)
         restored, _ = self._restore(low_res, self.steps, tokens)
@@ -268,18 +261,25 @@ class Restorer:
         deviation: bool,
         progress: Progress,
     ) -> tuple[Tensor, Tensor | None]:
-        """Average samples (Welford 1962); without steps there is one."""
-        count = self.config.num_images if steps else 1
-        remembered = max((len(step.clean_weights) + 1 for step in steps), default=0)
-        size = self.scale.high_size(*low_res.shape[-2:])
-        check_room((*low_res.shape[:2], *size), 1 + remembered + (count > 1) + deviation)
+        """Average samples (Welford 1962); without steps there is the predicted mean alone."""
+        size, count = self.scale.high_size(*low_res.shape[-2:]), self.config.num_images
+        windows = len(self.tiles(*size, overlap=0)), len(self.tiles(*size, self.config.overlap))
+        total, finished = windows[0] + len(steps) * count * windows[1], itertools.count(1)
+
+        def tick() -> None:
+            release_pages()
+            progress(next(finished) / total)
+
         with self.generator.autocast():
             tokens = self.network.encode_tokens(low_res) if tokens is None else tokens.to(self.device)
-        inputs = Inputs(low_res, tokens, self._base(low_res, tokens, no_progress if steps else progress))
-        mean = self._sample(inputs, steps, 0, lambda done: progress(done / count))
+        base = self._base(low_res, tokens, tick)
+        if not steps:
+            return clipped_to_unit_range(base), None
+        denoise = self._denoiser(low_res, tokens, base, tick)
+        mean = self._sample(base, steps, denoise, 0)
         variance = zeros(mean.shape, self.device) if deviation else None
         for number in range(1, count):
-            one = self._sample(inputs, steps, number, lambda done: progress(done / count))
+            one = self._sample(base, steps, denoise, number)
             for band in row_bands(*size):
                 before, new = (band.cut(image).to(self.device) for image in (mean, one))
                 after = before + (new - before) / (number + 1)
@@ -288,7 +288,6 @@ class Restorer:
                     band.cut(variance).add_(added.to(variance.device))
                 band.cut(mean).copy_(after)
             del one  # its memory is free before the next is made
-        progress(1.0)
         return mean, variance
 
     def _restore_alpha(self, alpha: Pixels) -> Pixels:
@@ -313,36 +312,41 @@ class Restorer:
                 corrected = band.cut(restored).to(self.device) + self.scale.upscale(error, band)
                 band.cut(restored).copy_(corrected.clamp(0, 1))
 
-    def _base(self, low_res: Tensor, tokens: Tensor | None, progress: Progress) -> Tensor:
-        """Upscale images to (B, C, H, W), and add the mean where the network predicts one."""
+    def _base(self, low_res: Tensor, tokens: Tensor | None, tick: Callable[[], None]) -> Tensor:
+        """Upscale images to (B, C, H, W), and add the mean where the network predicts one.
 
-        def predict(upscaled: Tensor) -> Tensor:
-            _, mean = self.generator.encode(self.network, Condition(upscaled, tokens=tokens))
-            return cast(Tensor, mean).float()
-
+        A self-ensemble averages the mean over 8 flips and rotations, each turned back.
+        """
+        views = list(itertools.product((False, True), range(4)))[: 8 if self.config.self_ensemble else 1]
+        if not self.network.mean_reach:
+            views = []
         # The predictor sees all that it reaches, from where the whole image would be padded and folded alike.
         multiple = self.network.window_multiple
         halo = math.ceil(self.network.mean_reach / multiple) * multiple
         size = self.scale.high_size(*low_res.shape[-2:])
-        base, tiles = zeros((*low_res.shape[:2], *size), self.device), self.tiles(*size, overlap=0)
-        for number, (window, *_) in enumerate(tiles, start=1):
+        base = zeros((*low_res.shape[:2], *size), self.device)
+        for window, *_ in self.tiles(*size, overlap=0):
             seen = window.grown(halo, *size)
             image = self.scale.upscale(low_res, seen).clamp(-1, 1)
-            if self.network.mean_reach:
-                mean = self_ensembled(predict, image) if self.config.self_ensemble else predict(image)
-                image = image + self.residual_std * mean
+            mean = torch.zeros_like(image)
+            for mirrored, turns in views:
+                turned = image.rot90(turns, (-2, -1))
+                seen_so = turned.flip(-1) if mirrored else turned
+                _, predicted = self.generator.encode(self.network, Condition(seen_so, tokens=tokens))
+                straight = cast(Tensor, predicted).float()
+                mean += (straight.flip(-1) if mirrored else straight).rot90(-turns, (-2, -1))
+            if views:
+                image = image + self.residual_std * (mean / len(views))
             window.cut(base).copy_(window.seen_from(seen.top, seen.left).cut(image))
-            release_pages()
-            progress(number / len(tiles))
+            tick()
         return base
 
-    def _sample(self, inputs: Inputs, steps: Sequence[Step], number: int, progress: Progress) -> Tensor:
-        """Make the sample of this number, (B, C, H, W) in [0, 1]; without steps, base is overwritten.
-
-        `progress` is called with the number of finished samples.
-        """
-        streams = [noise_stream(self.config.seed, number) for _ in inputs.base]
-        _, channels, height, width = inputs.base.shape
+    def _sample(
+        self, base: Tensor, steps: Sequence[Step], denoise: Callable[[Tensor, int], Tensor], number: int
+    ) -> Tensor:
+        """Make the sample of this number, (B, C, H, W) in [0, 1]."""
+        streams = [noise_stream(self.config.seed, number) for _ in base]
+        _, channels, height, width = base.shape
 
         def noise(band: Window) -> Tensor:  # (B, C, rows, W); bands must be asked for from the top
             return draw_noise(streams, channels, *band.shape).to(self.device)
@@ -354,53 +358,43 @@ class Restorer:
                 band.cut(noisy).copy_(step.advance(now, estimates, fresh))
             return noisy
 
-        restored = inputs.base
-        if steps:
-            restored = zeros(inputs.base.shape, self.device)
-            for band in row_bands(height, width):
-                band.cut(restored).copy_(self.generator.initial_scale * noise(band))
-            denoise = self._denoiser(inputs, lambda done: progress(number + done / len(steps)))
-            restored = deque(sample(steps, restored, denoise, advance), maxlen=1).pop()
+        noisy = zeros(base.shape, self.device)
         for band in row_bands(height, width):
-            image = band.cut(inputs.base)
-            if steps:
-                image = image + self.residual_std * band.cut(restored)
-            band.cut(restored).copy_(to_unit_range(image.clamp(-1, 1)))
-        return restored
+            band.cut(noisy).copy_(self.generator.initial_scale * noise(band))
+        *_, residual = sample(steps, noisy, denoise, advance)
+        for band in row_bands(height, width):
+            band.cut(residual).mul_(self.residual_std).add_(band.cut(base))
+        return clipped_to_unit_range(residual)
 
-    def _denoiser(self, inputs: Inputs, progress: Progress) -> Callable[[Tensor, int], Tensor]:
-        """Make the function that estimates clean residuals (B, C, H, W) of noisy ones at a timestep.
-
-        `progress` is called with the number of finished evaluations.
-        """
-        height, width = inputs.base.shape[-2:]
-        tiles, finished = self.tiles(height, width, self.config.overlap), itertools.count()
+    def _denoiser(
+        self, low_res: Tensor, tokens: Tensor | None, base: Tensor, tick: Callable[[], None]
+    ) -> Callable[[Tensor, int], Tensor]:
+        """Make the function that estimates clean residuals (B, C, H, W) of noisy ones at a timestep."""
+        height, width = base.shape[-2:]
+        tiles = self.tiles(height, width, self.config.overlap)
 
         # Encoding costs little next to the network; kept for a large image, it would fill the memory.
-        @lru_cache(maxsize=None if inputs.base.numel() <= 3 * WHOLE_PIXELS else 0)
+        @lru_cache(maxsize=None if base.numel() <= 3 * WHOLE_PIXELS else 0)
         def encode(window: Window) -> Contexts:
-            upscaled = self.scale.upscale(inputs.low_res, window).clamp(-1, 1)
-            return self.generator.encode(self.network, Condition(upscaled, tokens=inputs.tokens))[0]
+            upscaled = self.scale.upscale(low_res, window).clamp(-1, 1)
+            return self.generator.encode(self.network, Condition(upscaled, tokens=tokens))[0]
 
         # All windows see one noise field and are averaged before the next step begins, so no seam can grow.
         def denoise(noisy: Tensor, timestep: int) -> Tensor:
-            clean, evaluation = zeros(noisy.shape, self.device), next(finished)
-            for number, tile in enumerate(tiles, start=1):
-                now, base = (tile.window.cut(one).to(self.device) for one in (noisy, inputs.base))
-                estimate = self.generator.estimate(self.network, now, timestep, encode(tile.window), base)
+            clean = zeros(noisy.shape, self.device)
+            for tile in tiles:
+                now, here = (tile.window.cut(one).to(self.device) for one in (noisy, base))
+                estimate = self.generator.estimate(self.network, now, timestep, encode(tile.window), here)
                 tile.window.cut(clean).add_(tile.weighted(estimate).to(clean.device))
-                release_pages()
-                progress(evaluation + number / len(tiles))
+                tick()
             return clean
 
         return denoise
 
 
-def self_ensembled(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """Average what `predict` makes of 8 flips and rotations of (..., H, W), each turned back."""
-    total = torch.zeros_like(image)
-    for mirrored, turns in itertools.product((False, True), range(4)):
-        turned = image.rot90(turns, (-2, -1))
-        made = predict(turned.flip(-1) if mirrored else turned)
-        total += (made.flip(-1) if mirrored else made).rot90(-turns, (-2, -1))
-    return total / 8
+def clipped_to_unit_range(image: Tensor) -> Tensor:
+    """Clip (..., H, W) to [-1, 1] and map it to [0, 1], in its place."""
+    for band in row_bands(*image.shape[-2:]):
+        here = band.cut(image)
+        here.copy_(to_unit_range(here.clamp(-1, 1)))
+    return image

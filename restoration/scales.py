@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -90,13 +89,14 @@ def restore_to(
 ) -> Restoration:
     """Restore a picture at the scale of the chain; arguments and errors as Restorer.restore and `check`."""
     check(chain, deviation=deviation, tokens=tokens is not None)
-    reached = itertools.accumulate((float(one.scale) for one in chain.restorers), operator.mul)
-    pixels = [factor**2 for factor in reached]
-    size = (0, 0)
+    size, count = (0, 0), len(chain.restorers)
     for number, restorer in enumerate(chain.restorers):
-        done, part = sum(pixels[:number]) / sum(pixels), pixels[number] / sum(pixels)
-        report = partial(_report, progress, done, part)
-        made = restorer.restore(image, deviation=deviation, progress=report, tokens=tokens)
+        made = restorer.restore(
+            image,
+            deviation=deviation,
+            progress=partial(_report, progress, number, count),
+            tokens=tokens,
+        )
         if number == 0:  # a length is at most that of the result over the scale
             height, width = (int(length / restorer.scale.fraction) for length in made.pixels.shape[:2])
             size = chain.scale.high_size(height, width)
@@ -111,8 +111,8 @@ def restore_to(
     )
 
 
-def _report(progress: Progress, done: float, part: float, of_part: float) -> None:
-    progress(done + part * of_part)
+def _report(progress: Progress, done: int, count: int, part: float) -> None:
+    progress((done + part) / count)
 
 
 def shrunk(image: ArrayT, excess: Scale, size: tuple[int, int]) -> ArrayT:

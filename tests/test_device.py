@@ -1,13 +1,13 @@
 """Tests of engine/device.py: devices and precisions by name, and torch.compile against the eager network."""
 
 import copy
-import logging
 import os
+import shutil
 
 import pytest
 import torch
 
-from engine.device import autocast_dtype, compile_network, default_workers, is_out_of_memory, select_device
+from engine.device import autocast_dtype, default_workers, is_out_of_memory, select_device
 from util import ResidualBlock
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -68,8 +68,9 @@ def test_a_compiled_block_has_the_gradients_of_the_eager_one():
     # It starts at zero, and nothing before it would have a gradient.
     torch.nn.init.normal_(eager.conv2.weight)
     compiled = copy.deepcopy(eager)
-    if not compile_network(compiled, CPU):
+    if shutil.which("c++") is None:
         pytest.skip("this machine has no compiler that torch.compile can use")
+    compiled.compile(dynamic=False)
     features, embedding = torch.randn(2, 8, 8, 8), torch.randn(2, 16)
     outputs = [block(features, embedding) for block in (eager, compiled)]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
@@ -77,18 +78,6 @@ def test_a_compiled_block_has_the_gradients_of_the_eager_one():
         output.square().mean().backward()
     for (name, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         assert (one.grad - other.grad).norm() < 1e-4 * one.grad.norm(), f"gradient of {name}"
-
-
-def test_a_missing_compiler_is_said_and_not_fatal(monkeypatch, caplog):
-    def without_compiler(function):
-        raise RuntimeError("no-such-compiler: not found")
-
-    monkeypatch.setattr(torch, "compile", without_compiler)
-    network = torch.nn.Linear(2, 2)
-    with caplog.at_level(logging.WARNING):
-        assert not compile_network(network, CPU)
-    assert "no-such-compiler" in caplog.text
-    assert network(torch.ones(1, 2)).shape == (1, 2)
 
 
 @pytest.mark.parametrize(
