@@ -19,7 +19,7 @@ from PIL.ImageFile import ImageFile
 from tqdm.contrib.concurrent import thread_map
 
 from imaging.atomic import write_atomically
-from imaging.kinds import DEVELOP, FIRST_BYTES, WRITABLE_SUFFIXES, kind_of, refusal
+from imaging.kinds import DEVELOP, WRITABLE_SUFFIXES, kind_of, refusal
 from imaging.metadata import DAMAGE_ERRORS, Metadata, read_metadata
 from imaging.pixels import Pixels, as_rgb8, check_dtype, spread_colours
 
@@ -170,10 +170,7 @@ def _opened(path: Path) -> Iterator[tuple[_Header, BinaryIO]]:
     kind: str | None = None
     try:
         with path.open("rb") as file:
-            start = file.read(FIRST_BYTES)
-            if not start:
-                raise UnreadableImageError("the file is empty")
-            kind = kind_of(start)
+            kind = kind_of(path)
             if reason := refusal(kind, path.suffix.lower()):
                 raise UnreadableImageError(reason)
             yield _read_header(path, file, str(kind)), file

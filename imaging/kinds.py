@@ -14,6 +14,7 @@ IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".avif", ".bmp", ".gif"}
 READABLE = frozenset("AVIF BMP GIF JPEG PNG TIFF WEBP".split())
 
 DEVELOP = "camera raw is not a picture yet: develop it first, into a TIFF or JPEG"
+_CONVERT = "save it as PNG or TIFF first"
 # Names of kinds that cannot be read. A camera's raw file is a TIFF by its first bytes.
 _OTHER_SUFFIXES = frozenset(
     (
@@ -33,18 +34,13 @@ _FIRST_BYTES = {
     "AVIF": rb".{4}ftyp(?:avi[fs]|.{8,48}avif)",
     "HEIC": rb".{4}ftyp(?:hei|hev|mif1|msf1)",
     "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
-    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    "PSD": rb"8BP[SB]",
-    "OpenEXR": rb"\x76\x2f\x31\x01",
-    "Radiance HDR": rb"#\?RA",
-    "Netpbm": rb"P[1-7]\s",
-    "SVG": rb"\s*<(?:svg|\?xml)",
 }
-FIRST_BYTES = 64  # enough to tell the kinds apart
 
 
-def kind_of(start: bytes) -> str | None:
-    """Name the kind, such as "JPEG", by the first 64 bytes of a file, or None for what is no image."""
+def kind_of(path: Path) -> str | None:
+    """Name the kind of a file, such as "JPEG", by its first bytes, or None for what is no image; OSError."""
+    with path.open("rb") as file:
+        start = file.read(64)
     kinds = (kind for kind, begin in _FIRST_BYTES.items() if re.match(begin, start, re.DOTALL))
     return next(kinds, None)
 
@@ -52,10 +48,10 @@ def kind_of(start: bytes) -> str | None:
 def refusal(kind: str | None, suffix: str) -> str | None:
     """Say the reason why a file cannot be read, with a remedy, or None if it can."""
     if kind is None:
-        return "not an image of a kind that can be read, or its header is damaged"
+        return f"not an image of a kind that can be read, or its header is damaged; {_CONVERT}"
     if kind == "camera raw" or (kind == "TIFF" and suffix in _OTHER_SUFFIXES):
         return DEVELOP
-    return None if kind in READABLE else f"{kind}, which cannot be decoded here; save it as PNG or TIFF first"
+    return None if kind in READABLE else f"{kind}, which cannot be decoded here; {_CONVERT}"
 
 
 def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
@@ -77,7 +73,10 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
             continue
         reason = None if path.is_file() else "a link to nothing, or no ordinary file"
         if reason is None and suffix in _OTHER_SUFFIXES:
-            reason = refusal(_kind_of_file(path), suffix)
+            try:
+                reason = refusal(kind_of(path), suffix)
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror}"
         if reason is None:
             found.append(path)
         else:
@@ -91,14 +90,6 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(f"{folder}: no image in this folder {where}; wanted {wanted}; passed over: {kinds}")
     return sorted(found)
-
-
-def _kind_of_file(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return kind_of(file.read(FIRST_BYTES))
-    except OSError:
-        return None
 
 
 def _files_below(folder: Path, recursive: bool, refused: list[OSError]) -> Iterator[Path]:

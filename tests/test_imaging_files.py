@@ -344,32 +344,28 @@ def test_hidden_colours_are_not_read_where_alpha_is_dropped(tmp_path, suffix):
 
 
 def test_a_forked_worker_decodes_after_its_parent_has_read_and_written(tmp_path):
-    for name in ("i.png", "i.tif", "i.jpg", "i.webp"):
-        write_image(tmp_path / name, random_pixels(3, np.uint16 if name in ("i.png", "i.tif") else np.uint8))
-    Image.fromarray(random_pixels(3)).save(tmp_path / "i.bmp")
     photo = pyvips.Image.black(300, 300, bands=3).copy(interpretation="srgb")
     photo.pngsave(str(tmp_path / "interlaced.png"), interlace=True)
     photo.jpegsave(str(tmp_path / "progressive.jpg"), interlace=True)
     photo.tiffsave(str(tmp_path / "tiled.tif"), tile=True, pyramid=True)
     photo.heifsave(str(tmp_path / "i.avif"), compression="av1")
-    photo.gifsave(str(tmp_path / "i.gif"))
-    photo.webpsave(str(tmp_path / "large.webp"))
     photo.icc_transform("cmyk", input_profile="srgb").jpegsave(str(tmp_path / "cmyk.jpg"))
-    paths = sorted(tmp_path.iterdir())
+    for name in ("i.bmp", "i.gif", "i.webp"):
+        Image.fromarray(random_pixels(3)).save(tmp_path / name)
+    for name in ("deep.png", "deep.tif"):
+        write_image(tmp_path / name, random_pixels(3, np.uint16))
 
     def decode_all():
-        for path in paths:
-            decode_image(path)
-            image_size(path)
+        for path in sorted(tmp_path.iterdir()):
+            assert decode_image(path).pixels.shape[:2] == image_size(path)
 
     decode_all()
     worker = multiprocessing.get_context("fork").Process(target=decode_all)
     worker.start()
     worker.join(30)
-    stuck = worker.is_alive()
+    ended = worker.exitcode
     worker.kill()
-    assert not stuck
-    assert worker.exitcode == 0
+    assert ended == 0
 
 
 # Orientation
@@ -385,21 +381,14 @@ def test_pictures_are_turned_upright_as_pillow_does(tmp_path, suffix):
         assert (exif[0x010F], exif.get_ifd(0x8769)[0x9003]) == ("Maker", "2020:02:03 04:05:06")
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_16_bit_pictures_are_turned_as_8_bit_ones(tmp_path, orientation):
-    pixels = random_pixels(3, np.uint16)
-    upper = Image.fromarray((pixels >> 8).astype(np.uint8))
-    upper.getexif()[0x0112] = orientation
-    tags = [(274, "H", 1, orientation, True)]
-    tifffile.imwrite(tmp_path / "i.tif", pixels, photometric="rgb", extratags=tags)
-    write_image(tmp_path / "i.png", pixels)  # exiftool writes EXIF behind the pixels
+@pytest.mark.parametrize(("orientation", "down", "right"), [(6, -1, 1), (7, -1, -1)])
+def test_exif_behind_the_pixels_of_a_png_turns_it_too(tmp_path, orientation, down, right):
+    """As exiftool writes it."""
+    pixels, path = random_pixels(3, np.uint16), tmp_path / "i.png"
+    write_image(path, pixels)
     block = exif_block(orientation).removeprefix(b"Exif\0\0")
-    with_exif = png_with_chunks((tmp_path / "i.png").read_bytes(), [(b"eXIf", block)], before=b"IEND")
-    (tmp_path / "i.png").write_bytes(with_exif)
-    for name in ("i.tif", "i.png"):
-        deep = decode_image(tmp_path / name).pixels
-        assert_decodes_to(tmp_path / name, deep)
-        assert np.array_equal(deep >> 8, np.array(ImageOps.exif_transpose(upper)))
+    path.write_bytes(png_with_chunks(path.read_bytes(), [(b"eXIf", block)], before=b"IEND"))
+    assert_decodes_to(path, pixels[::down, ::right].swapaxes(0, 1))
 
 
 # What a file says besides its pixels
@@ -490,6 +479,14 @@ def hdr_png(path):
     path.write_bytes(png_with_chunks(path.read_bytes(), [(b"cICP", bytes([9, 18, 0, 1]))]))
 
 
+def holding(content):
+    return lambda path: path.write_bytes(content)
+
+
+def tiff(dtype=np.uint8, **how):
+    return lambda path: tifffile.imwrite(path, np.zeros((9, 9), dtype), **how)
+
+
 HEIC = struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(2000)
 
 
@@ -498,31 +495,21 @@ HEIC = struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(2000)
     [
         ("hdr.avif", hdr_avif, "HDR"),
         ("hdr.png", hdr_png, "HDR"),
-        ("i.heic", lambda path: path.write_bytes(HEIC), "HEIC"),
-        ("heic.jpg", lambda path: path.write_bytes(HEIC), "HEIC"),
-        ("i.jxl", lambda path: path.write_bytes(b"\xff\x0a" + bytes(99)), "JPEG XL"),
+        ("i.heic", holding(HEIC), "HEIC"),
+        ("heic.jpg", holding(HEIC), "HEIC"),
+        ("i.jxl", holding(b"\xff\x0a" + bytes(99)), "JPEG XL"),
         ("lab.tif", lambda path: Image.new("LAB", (9, 9)).save(path), "LAB"),
-        ("text.png", lambda path: path.write_text("this is not an image"), "not an image"),
-        ("eps.png", lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0"), "not an image"),
-        ("svg.png", lambda path: path.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"), "SVG"),
-        ("empty.png", lambda path: path.touch(), "the file is empty"),
-        ("raw.mrw", lambda path: path.write_bytes(b"\0MRM" + bytes(99)), "raw"),
+        ("eps.png", holding(b"%!PS-Adobe-3.0 EPSF-3.0"), "not an image"),
+        ("svg.png", holding(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not an image"),
+        ("empty.png", holding(b""), "not an image"),
         ("gone.png", lambda path: None, r"cannot be read \(No such file"),
         ("folder.png", lambda path: path.mkdir(), "cannot be read"),
-        ("float.tif", lambda path: tifffile.imwrite(path, np.zeros((9, 9), np.float32)), "float"),
-        ("int.tif", lambda path: tifffile.imwrite(path, np.zeros((9, 9), np.int32)), "int|short"),
-        ("raw.tif", lambda path: tifffile.imwrite(path, np.zeros((9, 9), np.uint8), subfiletype=1), "raw"),
-        (
-            "dng.tif",
-            lambda path: tifffile.imwrite(
-                path, np.zeros((9, 9), np.uint8), extratags=[(50706, "B", 4, (1, 4, 0, 0), False)]
-            ),
-            "raw",
-        ),
-        *(
-            (f"raw{suffix}", lambda path: tifffile.imwrite(path, np.zeros((9, 9), np.uint8)), "raw")
-            for suffix in (".dng", ".NEF", ".cr2", ".arw")
-        ),
+        ("float.tif", tiff(np.float32), "float"),
+        ("int.tif", tiff(np.int32), "int|short"),
+        ("raw.mrw", holding(b"\0MRM" + bytes(99)), "raw"),
+        ("raw.tif", tiff(subfiletype=1), "raw"),
+        ("dng.tif", tiff(extratags=[(50706, "B", 4, (1, 4, 0, 0), False)]), "raw"),
+        *((f"raw{suffix}", tiff(), "raw") for suffix in (".dng", ".NEF", ".cr2", ".arw")),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line_by_what_it_is(tmp_path, name, make, reason):
@@ -599,28 +586,14 @@ def test_the_limit_of_pixels_is_this_module_s_own_and_holds_before_decoding(tmp_
     assert_unreadable(tmp_path / "bomb.png", f"{HEIGHT * WIDTH} pixels")
 
 
-@pytest.mark.slow
-def test_an_image_of_100_megapixels_is_read(tmp_path):
-    pyvips.Image.black(10_000, 10_000).pngsave(str(tmp_path / "large.png"), bitdepth=1)
-    assert image_size(tmp_path / "large.png") == (10_000, 10_000)
-    assert decode_image(tmp_path / "large.png").pixels.shape == (10_000, 10_000)
-
-
-def test_a_refused_permission_and_a_lack_of_memory_name_the_file(tmp_path, monkeypatch):
-    def refuse(path, mode):
-        raise PermissionError(13, "Permission denied", str(path))
-
+def test_a_lack_of_memory_names_the_file(tmp_path, monkeypatch):
     def exhaust(shape, dtype):
         raise MemoryError
 
-    path = tmp_path / "image.png"
-    write_image(path, random_pixels(3))
-    with monkeypatch.context() as patched:
-        patched.setattr(files.np, "empty", exhaust)
-        with pytest.raises(UnreadableImageError, match=r"image\.png: .*memory"):
-            decode_image(path)
-    monkeypatch.setattr(files.Path, "open", refuse)
-    assert_unreadable(path, r"cannot be read \(Permission denied\)")
+    write_image(tmp_path / "image.png", random_pixels(3))
+    monkeypatch.setattr(files.np, "empty", exhaust)
+    with pytest.raises(UnreadableImageError, match=r"image\.png: .*memory"):
+        decode_image(tmp_path / "image.png")
 
 
 def test_the_error_survives_the_way_out_of_a_worker_process():
