@@ -232,12 +232,6 @@ class ImageDataset(Dataset[Sample]):
         self.train, self.augment, self.seed = train, augment, seed
         found = list_images(images) if isinstance(images, str | Path) else list(images)
         self.paths, self.left_out = _usable(found, img_size)
-        if not self.paths:
-            first = "".join(f" ({path}: {reason})" for path, reason in [*self.left_out.items()][:1])
-            raise ValueError(
-                f"none of {len(found)} images can be used{first}: "
-                f"give images of at least {img_size}x{img_size} or a smaller img_size"
-            )
         self.token_folder = tokens
         if tokens is not None:
             check_tokens(tokens, self.paths)
@@ -325,8 +319,12 @@ def _usable(paths: Sequence[Path], img_size: int) -> tuple[list[Path], dict[Path
             left_out[path] = str(size).removeprefix(f"{path}: ")
         elif min(size) < img_size:
             left_out[path] = f"{size[1]}x{size[0]} is smaller than the crop of {img_size}"
+    named = "; ".join(f"{path} ({reason})" for path, reason in [*left_out.items()][:3])
+    if len(left_out) == len(paths):
+        raise ValueError(
+            f"none of {len(paths)} images can be used ({named}): "
+            f"give images of at least {img_size}x{img_size} or a smaller img_size"
+        )
     if left_out:
-        first = "; ".join(f"{path} ({reason})" for path, reason in [*left_out.items()][:3])
-        more = " and others" if len(left_out) > 3 else ""
-        logger.warning("%d of %d images are left out: %s%s", len(left_out), len(paths), first, more)
+        logger.warning("%d of %d images are left out, such as %s", len(left_out), len(paths), named)
     return [path for path in paths if path not in left_out], left_out

@@ -3,7 +3,7 @@
 import io
 import os
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -70,16 +70,12 @@ def test_a_signal_stops_the_work_and_a_signal_that_is_ignored_does_not(capsys):
 
 
 def test_another_thread_works_without_signals():
-    statuses = []
-
     def work():
         with StopSignals() as signals:
             return 3 if signals.received is None else 1
 
-    thread = threading.Thread(target=lambda: statuses.append(run_script("x.py", work)))
-    thread.start()
-    thread.join()
-    assert statuses == [3]
+    with ThreadPoolExecutor() as other:
+        assert other.submit(run_script, "x.py", work).result() == 3
 
 
 def test_signs_that_an_encoding_lacks_are_replaced(monkeypatch):

@@ -15,14 +15,12 @@ from diffusion import DiffusionModel, ObjectiveConfig, ResidualGenerator
 from engine.options import OptionError
 from imaging.files import write_image
 from imaging.tokens import read_tokens
-from models import LoadedModel
+from models import LoadedModel, load_model
 from network import Condition
 from restoration import RestoreConfig, Restorer, restore
 from restoration.scales import chain_to, restore_to
 from samplers import SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, tiny_unet
-from training import TrainingConfig
-from unet import UNet
 from util import Crops, ImageDataset
 
 CPU = torch.device("cpu")
@@ -100,12 +98,15 @@ def test_the_generator_and_the_restorer_agree_about_tokens():
     torch.testing.assert_close(restored(TOKENS, guidance=2.0), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_without_tokens_and_tokens_without_attention_are_refused():
+def test_tokens_where_there_are_none_or_that_nothing_takes_are_refused():
     with pytest.raises(OptionError, match=r"guidance is 2\.0"):
         restored(None, guidance=2.0)
     deaf = LoadedModel(tiny_unet(conditioning="concat"), PROCESS, BICUBIC, 1)
     with pytest.raises(ValueError, match="takes no tokens"):
         restore(np.zeros((8, 8, 3), np.uint8), deaf, tokens=TOKENS[0], device="cpu")
+    mean = LoadedModel(tiny_unet(conditioning="tokens", predictor_blocks=2), PROCESS, BICUBIC, 1)
+    with pytest.raises(OptionError, match="steps is 0"):
+        Restorer(mean, RestoreConfig(mode="fidelity"), CPU)(LOW_RES, TOKENS)
 
 
 def test_dropped_tokens_change_nothing_and_kept_ones_do():
@@ -117,12 +118,6 @@ def test_dropped_tokens_change_nothing_and_kept_ones_do():
 
     assert torch.equal(loss(1.0, TOKENS), loss(1.0, -TOKENS))
     assert not torch.equal(loss(0.0, TOKENS), loss(0.0, -TOKENS))
-
-
-def test_a_predicted_mean_takes_no_tokens():
-    model = LoadedModel(tiny_unet(conditioning="tokens", predictor_blocks=2), PROCESS, BICUBIC, 1)
-    with pytest.raises(OptionError, match="steps is 0"):
-        Restorer(model, RestoreConfig(mode="fidelity"), CPU)(LOW_RES, TOKENS)
 
 
 @pytest.mark.parametrize("scale", [1.5, 3.0])
@@ -165,41 +160,31 @@ def stripes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_network_learns_what_only_tokens_tell(stripes, tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = {"base_dim": 16, "dim_mults": (1,), "patch_size": 4, "context_dim": 16, "blocks_per_level": 1}
-    unet = UNet(conditioning="tokens", **sizes)
+def test_the_scripts_learn_what_only_tokens_tell_and_restore_with_them(stripes, tmp_path_factory, capsys):
     folder = tmp_path_factory.mktemp("run")
-    diffusion = DiffusionModel(mode="clean")
-    config = TrainingConfig(max_steps=60, batch_size=8, learning_rate=5e-3, ema_decay=0.9)
-    dataset = ImageDataset(stripes, 32, 4, augment="none", tokens=stripes)
-    diffusion.train(unet, dataset, config, checkpoint_dir=folder, log_dir=folder)
+    run = (
+        "--img_size 32 --downscale_factor 4 --patch_size 4 --predictor_blocks 0 --unet_base_dim 16 "
+        "--unet_dim_mults 1 --blocks_per_level 1 --context_dim 16 --diffusion_mode clean --augment none "
+        "--max_steps 60 --batch_size 8 --accumulation_steps 1 --learning_rate 5e-3 --ema_decay 0.9"
+    ).split()
+    run += ["--device", "cpu", "--image_folder", str(stripes), "--tokens", str(stripes)]
+    run += ["--checkpoint_dir", str(folder), "--log_dir", str(folder / "logs")]
+    assert train_diffusion.main(run) == 2
+    assert "--conditioning is 'both'" in capsys.readouterr().err
+    assert train_diffusion.main([*run, "--conditioning", "tokens"]) == 0
+    weights = next(folder.glob("*/*_last.pth"))
+    dataset = ImageDataset(stripes, 32, 4, train=False, tokens=stripes)
     low_res, _, original, _ = dataset[0]
-    restorer = Restorer(LoadedModel(unet.eval(), diffusion.process, BICUBIC, 60), RestoreConfig(), CPU)
+    restorer = Restorer(load_model(weights), RestoreConfig(), CPU)
 
     def error(tokens):
         return float((restorer((low_res[None] + 1) / 2, tokens)[0] - (original + 1) / 2).square().mean())
 
     tokens = dataset.crop(0).tokens[None]
-    assert error(tokens) < 0.1 * error(None)
-    assert error(tokens) < 0.1 * error(-tokens)
-
-
-@pytest.mark.slow
-def test_the_scripts_train_and_restore_with_tokens(stripes, tmp_path_factory, capsys):
-    folder = tmp_path_factory.mktemp("run")
-    run = "--img_size 32 --downscale_factor 2 --predictor_blocks 0 --unet_base_dim 8 --unet_dim_mults 1 2"
-    run = f"{run} --max_steps 2 --batch_size 4 --device cpu".split()
-    run += ["--image_folder", str(stripes), "--tokens", str(stripes)]
-    run += ["--checkpoint_dir", str(folder), "--log_dir", str(folder / "logs")]
-    assert train_diffusion.main([*run, "--context_dim", "16"]) == 2
-    assert "--conditioning is 'both'" in capsys.readouterr().err
-    assert train_diffusion.main([*run, "--context_dim", "16", "--conditioning", "tokens"]) == 0
-    weights = next(folder.glob("*/*_last.pth"))
-    restoring = [str(stripes / "0.png"), "--weights_path", str(weights), "--device", "cpu"]
-    target = folder / "restored.png"
-    assert infer.main([*restoring, "--output", str(target), "--tokens", str(stripes), "--guidance", "2"]) == 0
-    assert infer.main([*restoring, "--output", str(folder / "other.png"), "--tokens", str(folder)]) == 2
-    assert "0.npy" in capsys.readouterr().err
-    assert infer.main([*restoring, "--output", str(folder / "other.png"), "--guidance", "2"]) == 2
-    assert "guidance is 2.0" in capsys.readouterr().err
+    assert error(tokens) < 0.1 * min(error(None), error(-tokens))
+    restoring = [str(stripes / "0.png"), "--weights_path", str(weights), "--device", "cpu", "--output"]
+    guided = ["--guidance", "2"]
+    assert infer.main([*restoring, str(folder / "0.png"), "--tokens", str(stripes), *guided]) == 0
+    for more, named in ((["--tokens", str(folder)], "0.npy"), (guided, "guidance is 2.0")):
+        assert infer.main([*restoring, str(folder / "1.png"), *more]) == 2
+        assert named in capsys.readouterr().err
