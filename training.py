@@ -376,7 +376,7 @@ class TrainingLoop:
         state, config, signals, is_main = self.state, self.config, self.signals, self.processes.is_main
         with (
             signals,
-            RunLogger(self.run.log_dir, is_main, state.step, self.run.record) as log,
+            contextlib.closing(RunLogger(self.run.log_dir, is_main, state.step, self.run.record)) as log,
             tracer(self.run.log_dir) if config.profile and is_main else contextlib.nullcontext() as trace,
             progress("train", config.max_steps, state.step, hidden=not is_main) as show,
         ):

@@ -65,7 +65,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no file"
-        raise CheckpointError(f"{path} is {what}: give the path of a .pth file that training wrote")
+        raise CheckpointError(f"{path} is {what}: give the path of a checkpoint or of an exported model")
     if damage := _damage(path):
         raise CheckpointError(f"{path} {damage}; {_offer_instead(path)}")
     try:
@@ -128,7 +128,8 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
 def read_model(path: str | Path) -> ModelFile:
     """Read and verify a checkpoint or an exported model, told apart by content; CheckpointError."""
     path = Path(path)
-    content = _read_safetensors(path) if _is_safetensors(path) else load_checkpoint(path)
+    known = path.is_file() and _is_safetensors(path)
+    content = _read_safetensors(path) if known else load_checkpoint(path)
     if content["format"] == 1 and "unet" in content:
         content["network"] = content.pop("unet")
     try:
@@ -177,8 +178,6 @@ def _is_safetensors(path: Path) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise CheckpointError(f"no model at {path}: give the path of a .safetensors file that was exported")
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}

@@ -2,15 +2,12 @@
 
 import contextlib
 import errno
-import logging
 import os
 from typing import Literal, get_args
 
 import torch
 
 from engine.options import OptionError
-
-logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 

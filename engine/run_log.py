@@ -32,10 +32,7 @@ class RunLogger:
         rows = [f"| {name}/{key} | {sections[name][key]} |" for name in sections for key in sections[name]]
         self._write("add_text", "configuration", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
-    def __enter__(self) -> "RunLogger":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._write("close")
 
     def add(self, kind: str, group: str, step: int, values: Mapping[str, float | Tensor]) -> None:
