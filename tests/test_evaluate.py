@@ -181,18 +181,6 @@ def test_what_is_measured_is_what_infer_writes(leaves, random_weights, tmp_path,
     assert [model["file"] for model in found["protocol"]["models"]] == models
 
 
-@pytest.mark.parametrize(
-    ("restore", "message"),
-    [
-        (lambda low_res: low_res, r"\(1, 3, 32, 36\)"),
-        (lambda low_res: resize(low_res, scale=2) * math.nan, "NaN"),
-    ],
-)
-def test_a_result_of_another_size_or_that_is_not_a_number_is_refused(leaves, restore, message):
-    with pytest.raises(ValueError, match=message):
-        by(restore, leaves, limit=1)
-
-
 @pytest.mark.parametrize("kind", ["light", "photo", "heavy"])
 def test_a_random_degradation_depends_on_the_seed_and_the_name_alone(leaves, kind):
     first, again, another, bicubic = (

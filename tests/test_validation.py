@@ -5,20 +5,16 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from degradation import Degradation
-from diffusion import DiffusionModel, ResidualGenerator
+from diffusion import DiffusionModel, ProcessConfig, ResidualGenerator
 from evaluation import metrics
 from evaluation.metrics import METRICS
 from evaluation.validation import VALIDATION_SEED, Validator
 from imaging.files import write_image
 from imaging.pixels import to_unit_range
-from network import Network
 from tests.networks import tiny_unet
 from training import NonFiniteError
-from unet import UNetConfig
 from util import ImageDataset
 
 SCALE = 2
@@ -85,30 +81,26 @@ def test_a_network_that_restores_exactly_has_a_finite_score(photo_folder, tmp_pa
     assert found.scalars["psnr_over_bicubic"] == pytest.approx(0, abs=1e-6)
 
 
-class OneConvolution(Network):
-    """The least that is a network."""
-
-    def __init__(self):
-        super().__init__(UNetConfig())
-        self.layer = nn.Conv2d(6, 3, 1)
-        self.residual_std.fill_(0.1)
-        self.scale.fill_(SCALE)
-
-    def encode_context(self, condition):
-        return condition.upscaled, None
-
-    def forward(self, noisy, t, context):
-        return self.layer(torch.cat([noisy, context], dim=1))
-
-
-def test_any_network_is_validated_without_torchvision(dataset, monkeypatch):
+def test_validation_needs_no_torchvision(dataset, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    found = Validator(DiffusionModel(), dataset)(OneConvolution())
-    assert 0 < found.score < 60
+    found = Validator(DiffusionModel(), dataset)(tiny_unet())
     assert all(image.shape[0] == 3 for image in found.images.values())
     edges, heights = found.curves["loss_by_timestep"]
     assert edges[-1] == 1000
     assert len(edges) == len(heights) == 20
+
+
+def absolute_error(restored, truth):
+    return (restored - truth).abs().mean((1, 2, 3))
+
+
+def test_a_sharpened_model_is_scored_by_its_lpips_and_what_it_loses_of_the_mean(dataset):
+    unet = tiny_unet(predictor_blocks=1)
+    mean = Validator(DiffusionModel(), dataset)(unet).scalars["psnr"]
+    sharpened = DiffusionModel(process=ProcessConfig(levels=(8.0, 1.2)))
+    found = Validator(sharpened, dataset, lpips=absolute_error, most_psnr_lost=-3.0)(unet)
+    assert found.score == pytest.approx(-found.scalars["lpips"] - (mean + 3 - found.scalars["psnr"]))
+    assert not found.curves  # the loss of a diffusion says nothing of it
 
 
 def test_weights_that_are_not_finite_are_said(dataset):
