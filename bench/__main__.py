@@ -21,6 +21,7 @@ from torch import nn
 
 from bench import networks
 from bench.contenders import NAMES, OURS, RECIPE, contenders, enlargers, our_network
+from bench.networks import parameter_count
 from bench.timing import Timing, in_turns
 from engine.cli import module_parser
 from engine.device import autocast_dtype, select_device
@@ -29,7 +30,7 @@ from evaluation.report import table
 from imaging.atomic import check_outputs, write_text_atomically
 
 RESULTS = Path("bench/RESULTS.md")
-NEEDED = ("diffusers", "denoising_diffusion_pytorch", "spandrel")
+PACKAGES = ("torch", "diffusers", "denoising_diffusion_pytorch", "spandrel")
 
 
 def machine(device: torch.device) -> list[str]:
@@ -37,12 +38,11 @@ def machine(device: torch.device) -> list[str]:
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    precision = autocast_dtype(device) or torch.float32
+    capability, precision = torch.backends.cpu.get_cpu_capability(), autocast_dtype(device) or torch.float32
     return [
         f"- {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads; {gpu}",
-        f"- CPU capability {torch.backends.cpu.get_cpu_capability()}; {precision}",
-        f"- Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in NEEDED)}, "
-        f"torch {torch.__version__}",
+        f"- CPU capability {capability}; {precision}",
+        f"- Python {platform.python_version()}, {', '.join(f'{one} {version(one)}' for one in PACKAGES)}",
         f"- commit {commit}; our network: `{RECIPE}`",
     ]
 
@@ -53,12 +53,7 @@ def times(
     """A table of timings, with sizes of networks, and how many times longer each takes than the first."""
     first = next(iter(timings.values())).median
     rows = [
-        [
-            name,
-            f"{networks.parameter_count(models[name]) / 1e6:.2f}",
-            show(timing),
-            f"{timing.median / first:.1f}",
-        ]
+        [name, f"{parameter_count(models[name]) / 1e6:.2f}", show(timing), f"{timing.median / first:.1f}"]
         for name, timing in timings.items()
     ]
     return [*table(["network", "M parameters", f"{unit} (range)", "time over ours"], rows), ""]
@@ -106,9 +101,8 @@ def floor(_: argparse.Namespace, device: torch.device) -> Iterator[str]:
     """Measure how far an optimiser step is from the machine's matrix products."""
     batch, size, side = (16, 64, 2048) if device.type == "cpu" else (128, 128, 8192)
     ceiling = networks.matrix_product_rate(device, side)
-    works = {
-        name: networks.training_step(one, batch, size, device) for name, one in contenders(device).items()
-    }
+    models = contenders(device)
+    works = {name: networks.training_step(one, batch, size, device) for name, one in models.items()}
     operations = {name: networks.floating_point_operations(step) for name, step in works.items()}
     yield "## The floor by arithmetic\n"
     yield f"One optimiser step on {batch} crops of {size}²; a matrix product reaches"
@@ -159,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--networks", nargs="+", choices=NAMES, default=NAMES, help="networks of quality")
     add("--out", type=Path, default=RESULTS, help=f"file to write (default: {RESULTS})")
     args = parser.parse_args(argv)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} not installed: pip install -e '.[bench]'")
     check_outputs([args.out], overwrite=True)

