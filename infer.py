@@ -52,12 +52,15 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_file_flags(add: Callable[..., object]) -> None:
     add("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
     add("--input", nargs="+", default=[], metavar="INPUT", help="the same")
-    weights = (
-        "photo or clean, the project's own for photos and for what bicubic shrank; or FILE, a checkpoint "
-        "(.pth) or model (.safetensors) (default: photo if there is one for the scale, else clean)"
+    weights = "photo or clean, the project's own, or FILE, .pth or .safetensors (default: by the scale)"
+    add(
+        "--weights",
+        "--weights_path",
+        dest="weights_path",
+        type=path,
+        metavar="photo|clean|FILE",
+        help=weights,
     )
-    name = "photo|clean|FILE"
-    add("--weights", "--weights_path", dest="weights_path", type=path, metavar=name, help=weights)
     network = "class of a network of your own that the weights are of (default: unet:UNet)"
     add("--network", default=name_of(UNet), metavar="MODULE:CLASS", help=network)
     strength = "blend of two weights, from 0, as the clean ones restore, to 1, as those of --weights do"
@@ -73,15 +76,9 @@ def _add_file_flags(add: Callable[..., object]) -> None:
     add("--strip", action="store_true", help=strip)
     background = "colour to put transparent images on, white or #ff8800 (default: keep transparency)"
     add("--background", type=colour, metavar="COLOUR", help=background)
-    compare = (
-        "picture, besides, of input, bicubic, restored and, if given, the original side by side; ORIGINAL is "
-        "a file, or a folder of images of the same names or such as 0801.png for 0801x4.png"
-    )
+    compare = "picture of input, bicubic, restored and the original, a file or a folder of such names"
     add("--compare", nargs="?", type=path, const=True, metavar="ORIGINAL", help=compare)
-    uncertainty = (
-        "standard deviation over the samples, besides, as MAP.png and MAP.npy; for several images MAP is a "
-        "folder"
-    )
+    uncertainty = "standard deviation over the samples, as MAP.png and MAP.npy; for several images a folder"
     add("--uncertainty", type=path, metavar="MAP", help=uncertainty)
     tokens = "folder of tokens that describe the images, NAME.safetensors or NAME.npy, for models trained so"
     add("--tokens", type=path, metavar="DIR", help=tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imaging.files import DecodedImage, decode_image
 from imaging.metadata import DAMAGE_ERRORS, Metadata
-from imaging.pixels import Pixels, pixels_to_unit, spread_colours, to_model_range, unit_to_pixels
+from imaging.pixels import Pixels, pixels_to_unit, to_model_range, unit_to_pixels
 from restoration.fields import row_bands
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,10 @@ class Picture:
 def to_picture(image: Restorable) -> Picture:
     """Convert what ACCEPTED lists; ValueError for anything else, or an unreadable file."""
     decoded = _decoded(image)
-    pixels, alpha = decoded.pixels, decoded.alpha
-    if alpha is not None:
-        pixels = spread_colours(pixels, alpha)
     floats = isinstance(image, Tensor) and image.is_floating_point()
-    dtype = np.uint8 if floats else pixels.dtype
-    low_res = to_model_range(pixels_to_unit(pixels)).expand(3, -1, -1)
-    return Picture(low_res, alpha, pixels.shape, dtype, decoded.metadata)
+    dtype = np.uint8 if floats else decoded.pixels.dtype
+    low_res = to_model_range(pixels_to_unit(decoded.visible)).expand(3, -1, -1)
+    return Picture(low_res, decoded.alpha, decoded.pixels.shape, dtype, decoded.metadata)
 
 
 def to_deviation(variance: Tensor) -> npt.NDArray[np.float32]:

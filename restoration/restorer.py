@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
@@ -22,8 +22,7 @@ from torch import Tensor
 from diffusion import Contexts, ResidualGenerator
 from engine.device import is_out_of_memory
 from engine.options import OptionError, Options, option
-from imaging.files import write_image
-from imaging.metadata import Metadata
+from imaging.files import DecodedImage, write_image
 from imaging.pixels import Pixels, to_model_range, to_unit_range
 from models import LoadedModel
 from network import Condition
@@ -55,36 +54,23 @@ class RestoreConfig(Options):
     """Holds the options of restoring."""
 
     mode: Preset | None = option(
-        None,
-        "preset: fidelity is the most faithful, without sampling; balanced a sample of little invented "
-        "texture; detail a sharp sample (default: detail where steps or num_images ask for samples, else "
-        "fidelity)",
+        None, "preset, faithful to sharp (default: detail for samples, else fidelity)"
     )
-    detail: float | None = option(
-        None, "amount of texture to invent, 0 to 1, instead of the mode's", low=0, high=1
-    )
+    detail: float | None = option(None, "amount of texture to invent, not the mode's", low=0, high=1)
     steps: int | None = option(
-        None, "number of denoising steps, instead of the mode's; 0 is the predicted mean", low=0
+        None, "number of denoising steps, not the mode's; 0: the predicted mean", low=0
     )
     num_images: int = option(1, "number of samples to average", low=1)
     scheduler: SchedulerName = option(DEFAULT_SCHEDULER, "sampler: how to step from noise to image")
     eta: float = option(0.0, "fresh noise at each step of ddim, 0 to 1")
     seed: int = option(0, "seed of the noise: the same one gives the same bytes", low=0, high=2**63 - 1)
     tile: int | None = option(
-        None,
-        "side of the windows a large image is restored in; 0 is one piece, auto goes by its size",
-        low=0,
+        None, "side of the windows of a large image; 0: one piece; auto: by size", low=0
     )
     overlap: int = option(64, "pixels that neighbouring windows share", low=2)
-    consistency: bool = option(
-        False, "correction that makes the result shrink to the input, for inputs that bicubic shrank"
-    )
-    self_ensemble: bool = option(
-        False, "average of the predicted mean over 8 flips and rotations, 8 times its work"
-    )
-    guidance: float = option(
-        1.0, "weight of tokens: 1 as trained, 2 doubles what they change, at twice the work", low=0
-    )
+    consistency: bool = option(False, "correction: the result shrinks to the input, which bicubic shrank")
+    self_ensemble: bool = option(False, "average of the predicted mean over 8 flips and rotations")
+    guidance: float = option(1.0, "weight of tokens: 2 doubles what they change, at twice the work", low=0)
 
     def steps_and_detail(self, sampled_steps: int = SAMPLED_STEPS) -> tuple[int, float]:
         """Steps and detail: the mode's, where they were not given."""
@@ -96,13 +82,10 @@ class RestoreConfig(Options):
 
 
 @dataclass(frozen=True)
-class Restoration:
-    """A restored picture."""
+class Restoration(DecodedImage):
+    """A restored picture: (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16, as the input."""
 
-    pixels: Pixels  # (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16, as the input
-    alpha: Pixels | None = None  # (H, W) of the same dtype
     deviation: npt.NDArray[np.float32] | None = None  # (H, W) in [0, 1], over samples; RMS of the channels
-    metadata: Metadata = field(default_factory=Metadata)  # of the input's file
 
     def save(self, path: str | Path) -> None:
         pixels = self.pixels[..., 0] if self.pixels.shape[2:] == (1,) else self.pixels
@@ -198,8 +181,8 @@ class Restorer:
         return Restoration(
             picture.to_pixels(mean),
             None if picture.alpha is None else self._restore_alpha(picture.alpha),
-            None if variance is None else to_deviation(variance),
             picture.metadata,
+            deviation=None if variance is None else to_deviation(variance),
         )
 
     def __call__(self, low_res: Tensor, tokens: Tensor | None = None) -> Tensor:

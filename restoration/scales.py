@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from engine.options import OptionError
-from imaging.files import DecodedImage
 from restoration.fields import row_bands
 from restoration.pictures import Restorable
 from restoration.restorer import Progress, Restoration, Restorer, no_progress
@@ -100,7 +99,7 @@ def restore_to(
         if number == 0:  # a length is at most that of the result over the scale
             height, width = (int(length / restorer.scale.fraction) for length in made.pixels.shape[:2])
             size = chain.scale.high_size(height, width)
-        image = DecodedImage(made.pixels, made.alpha, made.metadata)
+        image = made
     if chain.excess.fraction == 1:
         return made
     return replace(

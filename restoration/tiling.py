@@ -51,31 +51,27 @@ class Tile(NamedTuple):
 
 
 def plan_windows(height: int, width: int, side: int, overlap: int, multiple: int) -> list[Tile]:
-    """Plan windows whose sides, overlaps and beginnings are multiples of `multiple`; side 0 is one piece."""
+    """Cover an image with square windows whose weights sum to 1 at every pixel; side 0 is one piece.
+
+    Sides, overlaps and beginnings are multiples of `multiple`; neighbours share at most half a side. The
+    outermost MARGIN of what they share has no weight: there the network saw the padding beyond the window.
+    """
     if side == 0:
-        return plan_tiles(height, width, max(height, width), 0, 0)
-    side = rounded_side(side, multiple)
-    overlap = min(math.ceil(overlap / multiple), side // multiple // 2) * multiple
-    return plan_tiles(height, width, side, overlap, min(MARGIN, max(0, overlap - 1) // 2))
+        side, overlap = max(height, width), 0
+    else:
+        side = rounded_side(side, multiple)
+        overlap = min(math.ceil(overlap / multiple), side // multiple // 2) * multiple
+    margin = min(MARGIN, max(0, overlap - 1) // 2)
+    return [
+        Tile(Window(top, bottom, left, right), row_weights[:, None], column_weights)
+        for top, bottom, row_weights in _axis_spans(height, side, overlap, margin)
+        for left, right, column_weights in _axis_spans(width, side, overlap, margin)
+    ]
 
 
 def rounded_side(side: int, multiple: int) -> int:
     """Return the next side that windows can have: two multiples or more, so that one can be shared."""
     return max(2, math.ceil(side / multiple)) * multiple
-
-
-def plan_tiles(height: int, width: int, tile: int, overlap: int, margin: int) -> list[Tile]:
-    """Cover an image with square windows whose weights sum to 1 at every pixel.
-
-    Neighbours share `overlap` pixels, at most tile / 2. The outermost `margin` of these, less than
-    overlap / 2, have no weight: there the network saw the padding beyond the window.
-    """
-    assert tile >= max(height, width) or tile >= 2 * overlap >= 4 * margin >= 0
-    return [
-        Tile(Window(top, bottom, left, right), row_weights[:, None], column_weights)
-        for top, bottom, row_weights in _axis_spans(height, tile, overlap, margin)
-        for left, right, column_weights in _axis_spans(width, tile, overlap, margin)
-    ]
 
 
 def _axis_spans(length: int, tile: int, overlap: int, margin: int) -> list[tuple[int, int, Tensor]]:
