@@ -66,10 +66,10 @@ def _link(name: Path, target: Path) -> None:
 
 def new_folder(parent: Path, name: str) -> Path:
     """Make a folder `name`, or `name-2` and so on where there is one; OSError: it cannot be."""
+    parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
-            parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
             break
     return folder

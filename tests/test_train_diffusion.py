@@ -99,6 +99,7 @@ def test_eight_bit_adamw_is_the_default_on_cuda_where_it_imports(monkeypatch, ca
         (["--cache_gb", "nan"], "--cache_gb"),
         (["--seed", "-1"], "--seed"),
         (["--checkpoint_dir", f"{__file__}/runs"], "--checkpoint_dir"),
+        (["--checkpoint_dir", __file__], "--checkpoint_dir"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(photo_folder, tmp_path, capsys, more, message):
