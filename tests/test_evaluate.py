@@ -29,6 +29,7 @@ from evaluation.metrics import METRICS, Comparison
 from examples.dead_leaves import dead_leaves
 from imaging.files import read_rgb, write_image
 from imaging.pairs import find_original
+from imaging.pixels import pixels_to_unit
 from models import load_model
 from restoration import RestoreConfig
 from tests.networks import tiny_unet
@@ -85,15 +86,19 @@ def first(folder, low_res=None):
     return next(iter(image_set(folder, low_res=low_res and str(low_res))))
 
 
+def output_flags(folder):
+    """The flags for a file of each kind, a.json to a.png."""
+    endings = {"json": "json", "csv": "csv", "markdown": "md", "plot": "png"}
+    return [part for name, ending in endings.items() for part in (f"--{name}", str(folder / f"a.{ending}"))]
+
+
 def timeless(row):
     """The part of a row that the same seed has to give again."""
     return {name: value for name, value in row.items() if name != "seconds_per_megapixel"}
 
 
 def as_unit(pixels):
-    """(H, W) or (H, W, 3) uint8 to (1, C, H, W) in [0, 1]."""
-    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(planes.astype(np.float64))[None] / 255
+    return pixels_to_unit(pixels)[None]
 
 
 def bicubic_pair(path, scale):
@@ -247,17 +252,12 @@ def test_the_same_name_goes_before_an_ending_and_two_endings_are_refused(leaves,
 
 
 def test_grey_low_resolution_of_a_colour_image_and_the_reverse(leaves, tmp_path):
-    grey = np.full((32, 36), 9, np.uint8)
-    colours = {
-        "grey": grey,
-        "rgb": np.stack([grey] * 3, axis=-1),
-        "coloured": np.stack([grey, grey, grey + 1], -1),
-    }
-    for name, pixels in colours.items():
+    grey = np.full((32, 36, 1), 9, np.uint8)
+    pictures = {"truth": np.full((64, 72), 9, np.uint8), "grey": grey[..., 0], "rgb": grey.repeat(3, axis=-1)}
+    pictures["coloured"] = pictures["rgb"] + np.array([0, 0, 1], np.uint8)
+    for name, pixels in pictures.items():
         (tmp_path / name).mkdir()
         write_image(tmp_path / name / "0.png", pixels)
-    (tmp_path / "truth").mkdir()
-    write_image(tmp_path / "truth" / "0.png", np.full((64, 72), 9, np.uint8))
     assert first(leaves, tmp_path / "grey").low_res.shape == (3, 32, 36)
     assert first(tmp_path / "truth", tmp_path / "rgb").low_res.shape == (1, 32, 36)
     with pytest.raises(ValueError, match="coloured"):
@@ -323,19 +323,17 @@ def test_lpips_is_measured_where_it_can_be_had_and_else_the_notes_say_why(leaves
 @pytest.mark.slow
 def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path, monkeypatch, capsys):
     flags = "--scale 2 --no_lpips --steps 2 1 --num_images 1 2 --seed 3 --device cpu --precision fp32"
-    flags = [*flags.split(), "--mode", "fidelity"]
-    command = ["evaluate.py", "--data", leaves, *flags, "--weights_path", random_weights]
-    files = {name: tmp_path / "new" / f"table.{name}" for name in ("json", "csv", "markdown")}
-    files["plot"] = tmp_path / "new" / "plot.png"
-    command += [part for name, path in files.items() for part in (f"--{name}", path)]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    command = ["evaluate.py", "--data", str(leaves), *flags.split(), "--mode", "fidelity"]
+    folder = tmp_path / "new"
+    command += ["--weights_path", str(random_weights), *output_flags(folder)]
+    monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setenv("MPLBACKEND", "module://a_notebook.that_is_not_there")
     with pytest.raises(SystemExit) as end:
         runpy.run_path(script.__file__, run_name="__main__")
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    assert printed == files["markdown"].read_text()
-    found = json.loads(files["json"].read_text())
+    assert printed == (folder / "a.md").read_text()
+    found = json.loads((folder / "a.json").read_text())
     expected = [("bicubic", None, 1), ("fidelity", 1, 1), ("fidelity", 1, 2)]
     expected += [("model", 2, 1), ("model", 2, 2), ("model", 1, 1), ("model", 1, 2)]
     assert [(row["method"], row["steps"], row["samples"]) for row in found["rows"]] == expected
@@ -346,7 +344,7 @@ def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path, monkeypa
     assert (protocol["data"], protocol["images"], protocol["scale"]) == (leaves.name, 2, 2)
     assert set(protocol["metrics"]) == set(NAMES)
     assert protocol["models"][0]["steps_trained"] == 7
-    lines = list(csv.DictReader(files["csv"].open()))
+    lines = list(csv.DictReader((folder / "a.csv").open()))
     assert list(lines[0]) == ["image", *LABEL, *NAMES]
     assert [line["image"] for line in lines] == ["0.png", "1.png"] * 7
     mean = np.mean([float(line["psnr"]) for line in lines[2:4]])
@@ -355,9 +353,8 @@ def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path, monkeypa
     assert len(table) == 2 + 7
     assert len({line.count("|") for line in table}) == 1
     assert f"| bicubic |  |  | 1 | {rows[0]['psnr']:.2f} | {rows[0]['ssim']:.4f} |" in table[2]
-    with Image.open(files["plot"]) as plot:
-        assert plot.format == "PNG"
-    assert len(list((tmp_path / "new").iterdir())) == 4
+    assert Image.open(folder / "a.png").format == "PNG"
+    assert len(list(folder.iterdir())) == 4
 
 
 # ---------------------------------------------------------------- faults of one file
@@ -414,8 +411,7 @@ def test_an_output_that_cannot_be_written_loses_no_other(leaves, tmp_path, monke
         write(path, content)
 
     monkeypatch.setattr(script, "write_atomically", full)
-    flags = ["--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv", "--markdown", tmp_path / "a.md"]
-    assert run_main("--data", leaves, *flags, "--plot", tmp_path / "a.png") == 1
+    assert run_main("--data", leaves, *output_flags(tmp_path)) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.md", "a.png"]
     printed = capsys.readouterr()
     assert "a.json" in printed.err
@@ -429,12 +425,9 @@ def test_file_names_that_are_not_utf8_are_written(leaves, tmp_path, capsys):
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     (folder / "0.png").rename(folder / os.fsdecode(b"\xe9.png"))
-    flags = [
-        part for name in ("json", "csv", "markdown") for part in (f"--{name}", tmp_path / f"table.{name}")
-    ]
-    assert run_main("--data", folder, *flags) == 0
-    assert json.loads((tmp_path / "table.json").read_text())["protocol"]["data"] == "caf\\xe9"
-    assert "\\xe9.png" in (tmp_path / "table.csv").read_text(encoding="utf-8")
+    assert run_main("--data", folder, *output_flags(tmp_path)) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["protocol"]["data"] == "caf\\xe9"
+    assert "\\xe9.png" in (tmp_path / "a.csv").read_text(encoding="utf-8")
     assert "caf\\xe9" in capsys.readouterr().out
 
 
