@@ -24,7 +24,7 @@ from engine.packages import IMPORT_ERRORS
 from engine.processes import Processes, started_processes
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import Method, describe_model, evaluate, model_method
-from evaluation.report import Json, Report
+from evaluation.report import Facts, Report
 from imaging.atomic import check_outputs, write_atomically
 from models import load_model
 from network import name_of, network_class
@@ -76,10 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     """One configuration for each row of the model: modes first, then detail and step counts."""
-    for flag in ROWS:
-        values = getattr(args, flag)
-        if len(set(values)) < len(values):
-            raise ValueError(f"--{flag} is {' '.join(map(str, values))}: give each once")
     common = from_args(RestoreConfig, args, mode=None, detail=None, steps=None, num_images=1)
     sampled = args.detail or args.steps
     rows = [replace(common, mode=mode) for mode in args.mode or ([] if sampled else PRESETS)]
@@ -106,9 +102,7 @@ def planned_outputs(args: argparse.Namespace, images: ImageSet) -> dict[str, Pat
     return outputs
 
 
-def open_model(
-    args: argparse.Namespace, scale: float, device: torch.device
-) -> tuple[list[Method], dict[str, Json]]:
+def open_model(args: argparse.Namespace, scale: float, device: torch.device) -> tuple[list[Method], Facts]:
     """Make the model's rows and its part of the protocol; none where no flag asks for a model."""
     how = restore_configs(args)
     if args.weights_path is None and how == [RestoreConfig(mode=mode, seed=args.seed) for mode in PRESETS]:

@@ -18,7 +18,7 @@ from engine.processes import Processes
 from evaluation.images import EvaluationConfig, ImageSet, Pair, printable
 from evaluation.lpips import Lpips, MetricUnavailableError, file_digest
 from evaluation.metrics import METRICS, Comparison
-from evaluation.report import LABEL, Json, Report, Row
+from evaluation.report import LABEL, Facts, Report
 from imaging.pixels import from_uint8, pixels_to_unit, to_uint8, unit_to_pixels
 from models import LoadedModel
 from restoration import RestoreConfig
@@ -40,7 +40,7 @@ class Method:
     samples: int = 1  # restorations of each image that are averaged before anything is measured
     device: torch.device = CPU
 
-    def label(self) -> Row:
+    def label(self) -> Facts:
         return dict(zip(LABEL, (self.name, self.scheduler, self.steps, self.samples), strict=True))
 
 
@@ -73,7 +73,7 @@ def model_method(
     return Method(name, restore, how.scheduler, chain.restorers[0].step_count, how.num_images, device)
 
 
-def describe_model(path: Path, model: LoadedModel, precision: torch.dtype | None = None) -> Row:
+def describe_model(path: Path, model: LoadedModel, precision: torch.dtype | None = None) -> Facts:
     """Describe a model's file and network, for the protocol."""
     process = model.process
     return {
@@ -108,7 +108,7 @@ def evaluate(
     comparison = _with_lpips(images.config, processes.device)
     methods = (bicubic_method(images.config), *methods)
     part = list(_measure_part(methods, images, comparison, progress, processes))
-    measured, failures = list[list[Row]](), list[str]()
+    measured, failures = list[list[Facts]](), list[str]()
     for _, found in sorted(itertools.chain(*processes.gather(part)), key=lambda numbered: numbered[0]):
         if isinstance(found, str):
             failures.append(found)
@@ -131,7 +131,7 @@ def _measure_part(
     comparison: Comparison,
     progress: bool,
     processes: Processes,
-) -> Iterator[tuple[int, list[Row] | str]]:
+) -> Iterator[tuple[int, list[Facts] | str]]:
     """Yield this process's images by number: a row per method, or why the image was left out."""
     numbers = range(processes.rank, len(images), processes.world_size)
     warm = False
@@ -148,7 +148,7 @@ def _measure_part(
             yield number, printable(describe_failure(error, path, path))
 
 
-def _measure(method: Method, pair: Pair, comparison: Comparison) -> Row:
+def _measure(method: Method, pair: Pair, comparison: Comparison) -> Facts:
     """Score one image by one method, its result rounded as an 8-bit file holds it."""
     low_res, truth = from_uint8(pair.low_res[None]), from_uint8(pair.truth[None])
     synchronize(method.device)
@@ -157,7 +157,7 @@ def _measure(method: Method, pair: Pair, comparison: Comparison) -> Row:
     synchronize(method.device)
     seconds = time.perf_counter() - start
     restored = pixels_to_unit(unit_to_pixels(found))[None]
-    row: Row = {"image": pair.name, **method.label()}
+    row: Facts = {"image": pair.name, **method.label()}
     for metric in METRICS:
         if metric.score is None:
             row[metric.name] = seconds / (truth.shape[-2] * truth.shape[-1] / 1e6)
@@ -178,7 +178,7 @@ def _with_lpips(config: EvaluationConfig, device: torch.device) -> Comparison:
     return replace(config.comparison, lpips=lpips, lpips_note=lpips.describe())
 
 
-def _protocol(images: ImageSet, comparison: Comparison, device: torch.device) -> dict[str, Json]:
+def _protocol(images: ImageSet, comparison: Comparison, device: torch.device) -> Facts:
     config = images.config
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {

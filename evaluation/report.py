@@ -4,15 +4,15 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from evaluation.metrics import BY_NAME, METRICS
 
-Json: TypeAlias = "str | int | float | Sequence[Json] | Mapping[str, Json] | None"
-# "image" (not for a set), the columns of LABEL and, by metric, a float or, where it is undefined, None
-Row: TypeAlias = dict[str, Any]
+# By name, such as JSON can hold. Those of a row of the table are the columns of LABEL and, by metric, a float
+# or, where it is undefined, None; those of an image have "image", too.
+Facts: TypeAlias = dict[str, Any]
 LABEL = ("method", "scheduler", "steps", "samples")
 
 
@@ -26,9 +26,9 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1
 class Report:
     """The scores of an evaluation, and all that they depend on."""
 
-    protocol: dict[str, Any]
-    rows: list[Row]  # of the set; bicubic first, then the methods in their order
-    scores: list[Row]  # of every image in every row
+    protocol: Facts
+    rows: list[Facts]  # of the set; bicubic first, then the methods in their order
+    scores: list[Facts]  # of every image in every row
     failures: list[str]  # why an image was left out, one line each
 
     def to_json(self) -> str:
@@ -83,7 +83,7 @@ class Report:
         other = BY_NAME["hf_energy" if any(row["lpips"] is None for row in self.rows) else "lpips"]
         figure = Figure(figsize=(7, 5), layout="constrained")
         axes = figure.add_subplot()
-        curves: dict[tuple[str, int], list[Row]] = {}
+        curves: dict[tuple[str, int], list[Facts]] = {}
         for row in self.rows:
             if row["psnr"] is not None and math.isfinite(row["psnr"]):
                 curves.setdefault((row["method"], row["samples"]), []).append(row)

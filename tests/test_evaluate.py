@@ -467,7 +467,6 @@ def test_a_package_that_does_not_import_costs_a_sentence(
         (["--weights_path", "small/small.png"], "small.png"),
         (["--weights_path", "GREY"], "1 channels"),
         (["--scale", "1"], "scale is 1"),
-        (["--steps", "4", "4"], "4 4"),
         (["--detail", "0.5", "1.5", "--weights_path", "MODEL"], "1.5"),
         (["--eta", "2", "--scheduler", "ddim", "--weights_path", "MODEL"], "2.0"),
         (["--limit", "0"], "limit is 0"),
