@@ -80,18 +80,17 @@ def test_the_limit_holds_and_what_no_run_uses_makes_room(opened, paths, reads, t
 
 
 def test_a_missing_or_broken_file_is_an_error(opened, tmp_path):
-    with pytest.raises(OSError, match="gone"):
-        opened()(tmp_path / "gone.png")
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(UnreadableImageError):
-        opened()(tmp_path / "broken.png")
+    for name, error in {"gone.png": OSError, "broken.png": UnreadableImageError}.items():
+        with pytest.raises(error, match=name):
+            opened()(tmp_path / name)
 
 
 def test_a_negative_limit_is_refused_and_none_makes_no_folder(opened, paths, tmp_path):
     with pytest.raises(ValueError, match="-1"):
         opened(-1)
-    opened(0)(paths[0])
-    CachedReader(None, 10**6)(paths[0])
+    for reader in (opened(0), CachedReader(None, 10**6)):
+        reader(paths[0])
     assert not (tmp_path / "cache").exists()
 
 
