@@ -42,9 +42,9 @@ class Metadata:
     text: Mapping[str, str] = field(default_factory=dict)  # of a PNG, by keyword
 
     def attach(self, image: pyvips.Image, name: str, colours: int) -> pyvips.Image:
-        """Give an image for a file of the format `name` what is true of it and what others can read.
+        """Describe an image that is to be saved in the format `name`, such as "JPEG".
 
-        `colours` is 1 for grey and 3 for RGB.
+        What is not true of it, or would be spoilt there, is left out. `colours` is 1 for grey and 3 for RGB.
         """
         horizontal, vertical = self.dpi or _UNKNOWN_DPI
         image = image.copy(xres=horizontal / 25.4, yres=vertical / 25.4)  # pixels per mm
@@ -69,7 +69,7 @@ class Metadata:
         return image
 
     def lost_in(self, written: "Metadata") -> list[str]:
-        """List what a file says no longer that was given this description."""
+        """List what of this description a file lacks that was written with it."""
         said = {"a colour profile": "icc_profile", "EXIF": "exif", "XMP": "xmp"}
         lost = [what for what, name in said.items() if getattr(self, name) and not getattr(written, name)]
         lost += [f"text {key!r}" for key in self.text if key not in written.text]
@@ -79,7 +79,7 @@ class Metadata:
 
 
 def read_metadata(image: pyvips.Image, tiff: Image.Exif | None = None) -> tuple[Metadata, list[str]]:
-    """Read what libvips says of a picture, upright or to be turned, and what is damaged of it.
+    """Read what libvips says of a picture, and list what is damaged of that.
 
     `tiff` is the directory of a TIFF, in which libvips sees no EXIF.
     """

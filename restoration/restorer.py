@@ -313,11 +313,12 @@ class Restorer:
             image = self.scale.upscale(low_res, seen).clamp(-1, 1)
             mean = torch.zeros_like(image)
             for mirrored, turns in views:
-                turned = image.rot90(turns, (-2, -1))
-                seen_so = turned.flip(-1) if mirrored else turned
-                _, predicted = self.generator.encode(self.network, Condition(seen_so, tokens=tokens))
-                straight = cast(Tensor, predicted).float()
-                mean += (straight.flip(-1) if mirrored else straight).rot90(-turns, (-2, -1))
+                view = image.rot90(turns, (-2, -1))
+                view = view.flip(-1) if mirrored else view
+                _, predicted = self.generator.encode(self.network, Condition(view, tokens=tokens))
+                back = cast(Tensor, predicted).float()
+                back = back.flip(-1) if mirrored else back
+                mean += back.rot90(-turns, (-2, -1))
             if views:
                 image = image + self.residual_std * (mean / len(views))
             window.cut(base).copy_(window.seen_from(seen.top, seen.left).cut(image))
