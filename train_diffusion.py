@@ -136,7 +136,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None
     content = {} if checkpoint is None else checkpoint.content
     network = network_class(given.get("network", content.get("network_class", name_of(UNet))))
     kinds, sections = Settings.sections(network), dict[str, Options]()
-    if checkpoint is not None and "training" not in content:
+    if checkpoint is not None and "data" not in content:
         raise ValueError(f"{checkpoint.path} holds no settings of a training run: it cannot be resumed")
     for section, kind in kinds.items():
         own = {name: given[spec.flag] for name, spec in specs(kind).items() if spec.flag in given}

@@ -85,9 +85,7 @@ class TrainingConfig(Options):
     save_every: int | None = option(None, "steps between; auto: as validations", low=1, fixed=False)
     log_every: int = option(10, "steps between points of the curves", low=1, fixed=False)
     keep_checkpoints: int = rare_option(2, "newest checkpoints to keep, besides the best", low=1, fixed=False)
-    num_workers: int | None = option(
-        None, "processes that read images; auto: 0 on a CPU, else by the cores", low=0, fixed=False
-    )
+    num_workers: int | None = option(None, "image readers; auto: by device and cores", low=0, fixed=False)
     profile: bool = option(False, "trace of 5 steps, written into the log folder", fixed=False)
 
     def resolved(self, length: int, world_size: int = 1) -> "ResolvedConfig":
@@ -247,8 +245,6 @@ def make_optimizer(name: str, model: nn.Module, config: TrainingConfig) -> torch
 def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
     """Continue from a checkpoint; CheckpointError: it does not fit, or is of another optimiser."""
     path, content = checkpoint
-    if "optimizer" not in content:
-        raise CheckpointError(f"{path} holds no optimiser state: it cannot be resumed, only used")
     name = content["optimizer"]["name"]
     if name != state.optimizer_name:
         raise CheckpointError(

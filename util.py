@@ -210,6 +210,8 @@ class ImageDataset(Dataset[Sample]):
     ValueError: no usable image, an impossible crop, or tokens that do not fit the images or each other.
     """
 
+    collate = staticmethod(Crops.stack)
+
     def __init__(
         self,
         images: str | Path | Sequence[Path],
@@ -261,9 +263,6 @@ class ImageDataset(Dataset[Sample]):
             _cut(low_res, [place * ratio.denominator for place in places], round(self.img_size / ratio)),
             tokens,
         )
-
-    def collate(self, crops: Sequence[Crops]) -> Crops:
-        return Crops.stack(crops)
 
     def name(self, index: int) -> str:
         return str(self.paths[index])

@@ -84,14 +84,16 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint to go on from; CheckpointError where training cannot."""
-    if _is_safetensors(Path(path)):
-        raise CheckpointError(f"{path} is a model without its training: start from it, as init_weights")
-    content = load_checkpoint(path, device)
-    if content["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {content['format']}, which can be restored with and started from, not resumed"
-        )
+    content = _read(Path(path), device)
+    if content["format"] != FORMAT or "optimizer" not in content:
+        raise CheckpointError(f"{path} holds no training to go on with: start from it, as init_weights")
     return Checkpoint(Path(path), content)
+
+
+def _read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint or an exported model, told apart by content."""
+    known = path.is_file() and _is_safetensors(path)
+    return _read_safetensors(path) if known else load_checkpoint(path, device)
 
 
 def _damage(path: Path) -> str | None:
@@ -127,9 +129,7 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
 
 def read_model(path: str | Path) -> ModelFile:
     """Read and verify a checkpoint or an exported model, told apart by content; CheckpointError."""
-    path = Path(path)
-    known = path.is_file() and _is_safetensors(path)
-    content = _read_safetensors(path) if known else load_checkpoint(path)
+    content = _read(Path(path))
     if content["format"] == 1 and "unet" in content:
         content["network"] = content.pop("unet")
     try:
