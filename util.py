@@ -180,16 +180,6 @@ class Crops(NamedTuple):
         return Sample(low_res, upscaled, original, original - upscaled)
 
 
-def check_crop_size(img_size: int, downscale_factor: float) -> None:
-    """Raise ValueError unless a crop becomes whole low-resolution pixels."""
-    low_size = img_size / downscale_factor
-    if img_size < 8 or not math.isclose(low_size, round(low_size), abs_tol=1e-6):
-        raise ValueError(
-            f"img_size must be at least 8 and a whole multiple of the downscale factor "
-            f"{downscale_factor:g}, not {img_size}"
-        )
-
-
 class ImageDataset(Dataset[Sample]):
     """Photos as samples: `dataset[index]` is of epoch 0, `dataset[epoch, index]` of any epoch.
 
@@ -227,7 +217,12 @@ class ImageDataset(Dataset[Sample]):
         tokens: str | Path | None = None,
     ) -> None:
         self.degradation = degradation or Degradation(scale=downscale_factor)
-        check_crop_size(img_size, self.degradation.scale)
+        low_size = img_size / self.degradation.scale
+        if img_size < 8 or not math.isclose(low_size, round(low_size), abs_tol=1e-6):
+            raise ValueError(
+                f"img_size must be at least 8 and a whole multiple of the downscale factor "
+                f"{self.degradation.scale:g}, not {img_size}"
+            )
         if augment not in ("none", "flip", "dihedral"):
             raise ValueError(f"augment must be 'none', 'flip' or 'dihedral', not {augment!r}")
         self.img_size, self.upscale_function, self.reader = img_size, upscale_function, reader

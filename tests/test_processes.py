@@ -1,7 +1,6 @@
 """Tests of processes.py: several processes train what one does, and none of them fails alone."""
 
 import csv
-import os
 import shutil
 import signal
 import socket
@@ -17,7 +16,7 @@ import torch
 import evaluate
 import infer
 from engine.checkpoint import load_checkpoint, save_checkpoint
-from engine.processes import Processes, started_processes
+from engine.processes import started_processes
 from tests.networks import PROCESS, random_model
 from tests.runs import flags, logged, newest, start, wait_for
 from train_diffusion import main
@@ -25,13 +24,6 @@ from train_diffusion import main
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_diffusion.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-
-
-def test_a_process_alone_is_rank_0():
-    with started_processes("cpu") as processes:
-        assert processes == Processes(torch.device("cpu"), 0, 1)
-        assert processes.is_main
-        assert processes.sum(torch.tensor([3.0])) == 3
 
 
 @pytest.mark.parametrize("given", ["4", "two", "0"])
@@ -158,27 +150,20 @@ def test_two_processes_restore_the_bytes_of_one_and_then_the_rest(photo_folder, 
 def test_a_killed_worker_loses_only_its_current_file_and_another_run_does_the_rest(
     photo_folder, weights, tmp_path
 ):
-    """torchrun asks the other worker to stop, and that is no loss but of the file it was at."""
     common = [str(photo_folder), "--weights_path", weights, "--device", "cpu", "--steps", "12", "--output"]
-    flags, results = [*common, str(tmp_path / "killed")], tmp_path / "killed"
-    job = subprocess.Popen([*TORCHRUN, str(ROOT / "infer.py"), *flags], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
-    while not {"0_x2.png", "1_x2.png"} <= contents(results).keys():  # one of each
-        assert job.poll() is None, job.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    killed, results = [*common, str(tmp_path / "killed")], tmp_path / "killed"
+    two = start_two(infer.main, tmp_path / "run", killed)
+    wait_for(lambda: {"0_x2.png", "1_x2.png"} <= contents(results).keys(), two[1], 200)  # one of each
+    two[1].kill()
     before = contents(results)
-    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(int(workers.split()[-1]), signal.SIGKILL)
-    _, errors = job.communicate(timeout=90)
-    assert job.returncode != 0
-    assert "SIGKILL" in errors
+    two[0].join(90)
+    assert two[0].exitcode == 1
     after = contents(results)
     assert len(after) < 6
     assert infer.main([*common, str(tmp_path / "whole")]) == 0
     images = contents(tmp_path / "whole")
     assert before.items() <= after.items() <= images.items()
-    assert infer.main([*flags, "--skip_existing"]) == 0
+    assert infer.main([*killed, "--skip_existing"]) == 0
     assert contents(results) == images
 
 
