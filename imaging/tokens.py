@@ -7,29 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SUFFIXES = (".safetensors", ".npy")
-
-
-def token_file(folder: str | Path, image: Path) -> Path:
-    """Find the tokens of an image; ValueError where there are none."""
-    paths = [Path(folder, image.stem + suffix) for suffix in SUFFIXES]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise ValueError(f"{folder} has no tokens of {image}: neither {paths[0].name} nor {paths[1].name}")
-    return path
-
 
 def check_tokens(folder: str | Path, images: Sequence[Path]) -> None:
     """Read the tokens of all images; ValueError unless each image has its own, all of one shape."""
     if len({image.stem for image in images}) < len(images):
         raise ValueError(f"{folder}: tokens belong to images by name, and two images have the same name")
-    shapes = {image: tuple(read_tokens(folder, image).shape) for image in images}
-    for image, shape in shapes.items():
-        if shape != shapes[images[0]]:
-            raise ValueError(
-                f"{token_file(folder, images[0])} holds {shapes[images[0]]} and {token_file(folder, image)} "
-                f"{shape}: give all images tokens of one shape"
-            )
+    shapes = {tuple(read_tokens(folder, image).shape): image.name for image in images}
+    if len(shapes) > 1:
+        named = ", ".join(f"{shape} for {name}" for shape, name in shapes.items())
+        raise ValueError(f"{folder} holds {named}: give all images tokens of one shape")
 
 
 def read_tokens(folder: str | Path, image: Path) -> Tensor:
@@ -37,7 +23,10 @@ def read_tokens(folder: str | Path, image: Path) -> Tensor:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = token_file(folder, image)
+    paths = [Path(folder, image.stem + suffix) for suffix in (".safetensors", ".npy")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder} has no tokens of {image}: neither {paths[0].name} nor {paths[1].name}")
     try:
         if path.suffix == ".npy":
             tokens = torch.from_numpy(np.load(path, allow_pickle=False)).float()

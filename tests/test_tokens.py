@@ -143,7 +143,7 @@ def test_crops_carry_the_tokens_of_the_image_they_are_from(stripes):
 @pytest.mark.parametrize("spoil", [lambda path: np.save(path, np.zeros((3, 16))), Path.unlink])
 def test_tokens_that_do_not_fit_are_refused_before_training(stripes, spoil):
     spoil(stripes / "5.npy")
-    with pytest.raises(ValueError, match=r"5\.npy"):
+    with pytest.raises(ValueError, match=r"5\.(npy|png)"):
         ImageDataset(stripes, 16, 2, tokens=stripes)
 
 
