@@ -9,26 +9,21 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 from skimage.data import astronaut
 
 import evaluate
 import infer
 import train_diffusion
-from bicubic import downscale_image, upscale_image
+from bicubic import downscale_image
 from engine.cli import module_parser
 from examples.dead_leaves import draw_dead_leaves_folder
 from imaging.files import read_rgb, write_image
-from imaging.panels import labelled_row
-from imaging.pixels import Pixels
 
 OUTPUT = Path("demo_output")
 RECIPE = Path("recipes/demo.args")
 TRAINING_IMAGES, HELD_OUT_IMAGES = 60, 4
 IMAGE_SIZE, SCALE = 192, 4
 MIN_RADIUS = 5.0  # pixels: leaves that a quarter of the size still shows
-MODES = ("fidelity", "detail")
-FACE, SIDE = np.s_[16:208, 144:336], 192  # the part of the photo that is compared
 
 
 def run(script: str, main: Callable[[Sequence[str]], int], *flags: str | int | Path) -> None:
@@ -40,58 +35,41 @@ def run(script: str, main: Callable[[Sequence[str]], int], *flags: str | int | P
         sys.exit(status)
 
 
-def restore_photo() -> Path:
-    """Shrink a photo that scikit-image carries, restore it in both modes, and compare them in one picture."""
-    photo, small = astronaut(), OUTPUT / "astronaut.png"
-    low_res = downscale_image(photo, SCALE)
-    write_image(small, low_res)
-    images: dict[str, Pixels] = {
-        "input": low_res.repeat(SCALE, axis=0).repeat(SCALE, axis=1),
-        "bicubic": np.asarray(upscale_image(low_res, SCALE)),
-    }
-    for mode in MODES:
-        folder = OUTPUT / mode
-        flags = ("--weights", "clean", "--mode", mode, "--output", folder, "--overwrite")
-        run("infer.py", infer.main, small, *flags)
-        images[mode] = read_rgb(folder / f"astronaut_x{SCALE}.png")
-    images["original"] = photo
-    compared = OUTPUT / "astronaut_compared.png"
-    write_image(compared, labelled_row({name: image[FACE] for name, image in images.items()}, SIDE, SIDE))
-    return compared
-
-
-def draw_images() -> None:
-    """Draw images for training, held-out ones, and the held-out ones at a quarter of the size."""
-    draw_dead_leaves_folder(OUTPUT / "train", TRAINING_IMAGES, IMAGE_SIZE, 0, min_radius=MIN_RADIUS)
-    held_out = OUTPUT / "held_out"
-    (OUTPUT / "low_res").mkdir(exist_ok=True)
-    for path in draw_dead_leaves_folder(held_out, HELD_OUT_IMAGES, IMAGE_SIZE, 1, min_radius=MIN_RADIUS):
-        write_image(OUTPUT / "low_res" / path.name, downscale_image(read_rgb(path), SCALE))
+def restore_photo() -> None:
+    """Shrink a photo that scikit-image carries, and restore it in both modes, beside the original."""
+    original, small = OUTPUT / "original.png", OUTPUT / "astronaut.png"
+    write_image(original, astronaut())
+    write_image(small, downscale_image(astronaut(), SCALE))
+    for mode in ("fidelity", "detail"):
+        results = ("--output", OUTPUT / mode, "--compare", original, "--overwrite")
+        run("infer.py", infer.main, small, "--weights", "clean", "--mode", mode, *results)
 
 
 def train_and_measure() -> None:
-    """Train on drawn images, then restore the held-out ones and print the table."""
-    draw_images()
+    """Train on drawn images, restore held-out ones from a quarter of their size, and print the table."""
+    draw_dead_leaves_folder(OUTPUT / "train", TRAINING_IMAGES, IMAGE_SIZE, 0, min_radius=MIN_RADIUS)
+    held_out, low_res = OUTPUT / "held_out", OUTPUT / "low_res"
+    low_res.mkdir(exist_ok=True)
+    for path in draw_dead_leaves_folder(held_out, HELD_OUT_IMAGES, IMAGE_SIZE, 1, min_radius=MIN_RADIUS):
+        write_image(low_res / path.name, downscale_image(read_rgb(path), SCALE))
     places = ("--log_dir", OUTPUT / "logs", "--checkpoint_dir", OUTPUT / "checkpoints")
     run("train_diffusion.py", train_diffusion.main, f"@{RECIPE}", "--image_folder", OUTPUT / "train", *places)
     best = max((OUTPUT / "checkpoints").glob("*/*_best.pth"), key=lambda path: path.stat().st_mtime)
-    results = ("--output", OUTPUT / "restored", "--compare", OUTPUT / "held_out", "--overwrite")
-    run("infer.py", infer.main, OUTPUT / "low_res", "--weights", best, *results)
-    data = ("--data", OUTPUT / "held_out", "--scale", SCALE, "--no_lpips")
-    run("evaluate.py", evaluate.main, *data, "--weights", best, "--mode", *MODES)
+    results = ("--output", OUTPUT / "restored", "--compare", held_out, "--overwrite")
+    run("infer.py", infer.main, low_res, "--weights", best, *results)
+    data = ("--data", held_out, "--scale", SCALE, "--no_lpips")
+    run("evaluate.py", evaluate.main, *data, "--weights", best, "--mode", "fidelity", "detail")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     module_parser("examples.demo", __doc__).parse_args(argv)
     started = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
-    compared = restore_photo()
-    print(
-        f"\nLook at {compared}. Now a small model is trained on drawn images, for a minute or so.", flush=True
-    )
+    restore_photo()
+    print("\nNow a small model is trained on drawn images, for a minute or so.", flush=True)
     train_and_measure()
-    print(f"\n{time.perf_counter() - started:.0f} seconds. The results are side by side in")
-    print(f"  {compared}  the released weights on a photo")
+    print(f"\n{time.perf_counter() - started:.0f} seconds. Look at the pictures named ..._compare.png in")
+    print(f"  {OUTPUT / 'fidelity'} and {OUTPUT / 'detail'}  the released weights on a photo")
     print(f"  {OUTPUT / 'restored'}  the model that was just trained on drawn images")
     print("Go on with a photo and a folder of your own, and watch what was learnt:")
     if sys.prefix != sys.base_prefix:
