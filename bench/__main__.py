@@ -125,8 +125,8 @@ def quality(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     images = ImageSet(photos / "test" / "Set5", EvaluationConfig(networks.SCALE, lpips=False))
     models = {name: one for name, one in contenders(device).items() if name in args.networks}
     yield f"## Set5 x4 after {args.seconds:.0f} seconds of training: dB on luma\n"
-    yield "The mean of ours, one step of the others. The same loop, data and settings for all (AdamW, batch"
-    yield f"{networks.QUALITY_BATCH} of {networks.QUALITY_CROP}² crops, learning rate "
+    yield "The mean of ours, one step of the others. The same loop, data and settings for all (AdamW,"
+    yield f"batches of {networks.QUALITY_BATCH} crops of {networks.QUALITY_CROP}², learning rate"
     yield f"{networks.LEARNING_RATE:g}); bicubic reads 28.43.\n"
     qualities = networks.qualities(models, args.seconds, photos / "train", images, device)
     rows = [[name, str(steps), f"{psnr:.2f}"] for name, (steps, psnr) in qualities.items()]
