@@ -73,7 +73,7 @@ class RunOptions(Options):
     compile: bool = option(False, "torch.compile of the network: a slow start", fixed=False)
     log_dir: str = option("./logs", "folder of TensorBoard's logs", path=True)
     checkpoint_dir: str = option("./checkpoints", "folder for a folder of each run", path=True)
-    perceptual_features: str | None = option(None, "torchvision's VGG16, a file; else fetched", path=True)
+    perceptual_features: str | None = option(None, "weights of torchvision's VGG16; else fetched", path=True)
     init_weights: str | None = option(None, "model to start from: clean, photo or a file", fixed=False)
 
 
