@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import VERSION
-from imaging.atomic import write_atomically
+from imaging.atomic import Write, write_atomically
 
 FORMAT = 2
 READABLE = (1, FORMAT)  # what models can be read from; format 1 cannot be resumed
@@ -51,13 +51,17 @@ class ModelFile(NamedTuple):
 
 
 def save_checkpoint(path: Path, content: dict[str, object]) -> None:
-    """Write a checkpoint; CheckpointError where that fails, and an older file is intact."""
+    """Write a checkpoint, or raise CheckpointError."""
     whole = {"format": FORMAT, "version": VERSION, **content}
+    _write(path, lambda stream: torch.save(whole, stream))
+
+
+def _write(path: Path, write: Write) -> None:
     try:
-        write_atomically(path, lambda stream: torch.save(whole, stream))
+        write_atomically(path, write)
     except OSError as error:
         reason = error.strerror or error
-        raise CheckpointError(f"could not write {path}: {reason}; earlier checkpoints are intact") from error
+        raise CheckpointError(f"could not write {path}: {reason}; earlier files are intact") from error
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -122,8 +126,8 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
         if here.get(key) != there.get(key)
     ]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems[:3])}{more}")
+        shown = "; ".join(problems[:3])
+        raise CheckpointError(f"{source} does not fit this model in {len(problems)} places: {shown}")
     model.load_state_dict(weights)
 
 
@@ -150,12 +154,9 @@ def export_model(path: str | Path, model: ModelFile) -> None:
     }
     header = {"format": str(FORMAT), "version": VERSION, "step": str(model.step), "sha256": _digest(weights)}
     header |= {name: json.dumps(values) for name, values in model.sections.items()}
-    try:
-        # Not save_file, which makes a file that its owner alone can read.
-        encoded = save(weights, metadata=header)
-        write_atomically(Path(path), lambda stream: stream.write(encoded))
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}") from error
+    # Not save_file, which makes a file that its owner alone can read.
+    encoded = save(weights, metadata=header)
+    _write(Path(path), lambda stream: stream.write(encoded))
 
 
 def _digest(weights: StateDict) -> str:
