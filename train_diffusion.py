@@ -384,7 +384,7 @@ def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processe
 def record_of(
     settings: Settings, training: ImageDataset, validation: ImageDataset, processes: Processes
 ) -> dict[str, object]:
-    """Return what checkpoints hold beside the state and what it was trained for."""
+    """Return what every checkpoint records of the data, the flags and the processes of a run."""
     folder = Path(settings.data.image_folder)
     below = [path.relative_to(folder).as_posix() for path in validation.paths if path.is_relative_to(folder)]
     sections = {name: getattr(settings, name).to_dict() for name in ("data", "run", "sharpening")}

@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,22 +17,12 @@ logger = logging.getLogger(__name__)
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
-@dataclass(frozen=True)
 class RunFiles:
     """A run's checkpoints, in a folder of its own; `record`, with a dict per kind of options, is in each."""
 
-    checkpoint_dir: Path
-    log_dir: Path
-    name: str
-    record: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def best(self) -> Path:
-        return self.checkpoint_dir / f"{self.name}_best.pth"
-
-    @property
-    def last(self) -> Path:
-        return self.checkpoint_dir / f"{self.name}_last.pth"
+    def __init__(self, checkpoint_dir: Path, log_dir: Path, name: str, record: Mapping[str, object]) -> None:
+        self.checkpoint_dir, self.log_dir, self.name, self.record = checkpoint_dir, log_dir, name, record
+        self.best, self.last = (checkpoint_dir / f"{name}_{kind}.pth" for kind in ("best", "last"))
 
     def numbered(self) -> list[Path]:
         """List the numbered checkpoints, by step."""

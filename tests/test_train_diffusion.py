@@ -231,7 +231,7 @@ def test_another_number_of_processes_keeps_the_global_batch_or_is_refused(finish
 def test_the_printed_line_starts_the_run_as_it_was_started(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for world_size, start_line in ((1, "python"), (2, "torchrun --nproc_per_node 2")):
-        *_, line = describe_end(RunFiles(tmp_path, tmp_path, "m"), signal.SIGTERM, world_size)
+        *_, line = describe_end(RunFiles(tmp_path, tmp_path, "m", {}), signal.SIGTERM, world_size)
         path = shlex.quote(f"{tmp_path}/m_last.pth")
         assert line == f"resume: {start_line} train_diffusion.py --weights_path {path}"
 
