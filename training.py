@@ -212,14 +212,13 @@ def optimizer_for(config: TrainingConfig, device: torch.device) -> OptimizerName
     """Decide what "auto" is on a device."""
     if config.optimizer != "auto":
         return config.optimizer
-    if device.type != "cuda":
-        return "adamw"
-    try:
-        _eight_bit_adamw()
-    except ValueError as error:
-        logger.warning("training with AdamW in full precision: %s", error)
-        return "adamw"
-    return "adamw8bit"
+    if device.type == "cuda":
+        try:
+            _eight_bit_adamw()
+            return "adamw8bit"
+        except ValueError as error:
+            logger.warning("training with AdamW in full precision: %s", error)
+    return "adamw"
 
 
 def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:

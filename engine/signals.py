@@ -24,11 +24,9 @@ class Stopped(BaseException):
 @contextlib.contextmanager
 def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
     """Let the handler have the signals that ask to stop; outside the main thread nothing can have them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    in_main_thread = threading.current_thread() is threading.main_thread()
     # A signal that the parent ignores, as nohup does SIGHUP, stays ignored.
-    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    heeded = [number for number in STOPPING if in_main_thread and signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
