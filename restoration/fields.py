@@ -6,7 +6,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,6 +28,15 @@ def row_bands(height: int, width: int, rows: int = NOISE_ROWS) -> Iterator[Windo
     for top in range(0, height, rows):
         yield Window(top, min(top + rows, height), 0, width)
         release_pages()
+
+
+def in_bands(
+    function: Callable[..., Tensor], device: torch.device, target: Tensor, *others: Tensor
+) -> Tensor:
+    """Replace an image (..., H, W) by what the function makes of it and others, on the device, in bands."""
+    for band in row_bands(*target.shape[-2:]):
+        band.cut(target).copy_(function(*(band.cut(one).to(device) for one in (target, *others))))
+    return target
 
 
 def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

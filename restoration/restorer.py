@@ -26,7 +26,7 @@ from imaging.files import DecodedImage, write_image
 from imaging.pixels import Pixels, to_model_range, to_unit_range
 from models import LoadedModel
 from network import Condition
-from restoration.fields import release_pages, row_bands, zeros
+from restoration.fields import in_bands, release_pages, row_bands, zeros
 from restoration.pictures import Restorable, to_deviation, to_picture
 from restoration.tiling import Scale, Tile, Window, plan_windows, rounded_side
 from samplers import DEFAULT_SCHEDULER, SchedulerName, Step, draw_noise, noise_stream, sample
@@ -257,7 +257,7 @@ class Restorer:
             tokens = self.network.encode_tokens(low_res) if tokens is None else tokens.to(self.device)
         base = self._base(low_res, tokens, tick)
         if not steps:
-            return clipped_to_unit_range(base), None
+            return in_bands(lambda band: to_unit_range(band.clamp(-1, 1)), self.device, base), None
         denoise = self._denoiser(low_res, tokens, base, tick)
         mean = self._sample(base, steps, denoise, 0)
         variance = zeros(mean.shape, self.device) if deviation else None
@@ -330,25 +330,23 @@ class Restorer:
     ) -> Tensor:
         """Make the sample of this number, (B, C, H, W) in [0, 1]."""
         streams = [noise_stream(self.config.seed, number) for _ in base]
-        _, channels, height, width = base.shape
 
-        def noise(band: Window) -> Tensor:  # (B, C, rows, W); bands must be asked for from the top
-            return draw_noise(streams, channels, *band.shape).to(self.device)
+        def noise(band: Tensor) -> Tensor:  # of the same shape; bands must be asked for from the top
+            return draw_noise(streams, *band.shape[1:]).to(self.device)
 
         def advance(step: Step, noisy: Tensor, cleans: Sequence[Tensor]) -> Tensor:
-            for band in row_bands(height, width):
-                fresh = noise(band) if step.noise_weight else None
-                now, *estimates = (band.cut(one).to(self.device) for one in (noisy, *cleans))
-                band.cut(noisy).copy_(step.advance(now, estimates, fresh))
-            return noisy
+            def following(now: Tensor, *estimates: Tensor) -> Tensor:
+                return step.advance(now, estimates, noise(now) if step.noise_weight else None)
+
+            return in_bands(following, self.device, noisy, *cleans)
+
+        def finished(residual: Tensor, below: Tensor) -> Tensor:
+            return to_unit_range((below + self.residual_std * residual).clamp(-1, 1))
 
         noisy = zeros(base.shape, self.device)
-        for band in row_bands(height, width):
-            band.cut(noisy).copy_(self.generator.initial_scale * noise(band))
+        in_bands(lambda band: self.generator.initial_scale * noise(band), self.device, noisy)
         *_, residual = sample(steps, noisy, denoise, advance)
-        for band in row_bands(height, width):
-            band.cut(residual).mul_(self.residual_std).add_(band.cut(base))
-        return clipped_to_unit_range(residual)
+        return in_bands(finished, self.device, residual, base)
 
     def _denoiser(
         self, low_res: Tensor, tokens: Tensor | None, base: Tensor, tick: Callable[[], None]
@@ -374,11 +372,3 @@ class Restorer:
             return clean
 
         return denoise
-
-
-def clipped_to_unit_range(image: Tensor) -> Tensor:
-    """Clip (..., H, W) to [-1, 1] and map it to [0, 1], in its place."""
-    for band in row_bands(*image.shape[-2:]):
-        here = band.cut(image)
-        here.copy_(to_unit_range(here.clamp(-1, 1)))
-    return image

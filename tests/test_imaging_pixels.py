@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.ndimage import distance_transform_edt
 
 from bicubic import upscale_image
-from imaging.panels import comparison_picture, labelled_row
+from imaging.panels import comparison_picture
 from imaging.pixels import pixels_to_unit, spread_colours, to_model_range, to_unit_range, unit_to_pixels
 
 SIZE = 24
@@ -62,22 +62,14 @@ def test_grey_pixels_are_spread_too(white_disc):
     assert spread_colours(np.where(alpha > 0, 200, 0).astype(np.uint8), alpha).min() == 200
 
 
-def test_panels_are_side_by_side_in_their_order():
-    red, deep = np.zeros((4, 6, 3), np.uint8), np.full((4, 6), 65535, np.uint16)
-    red[..., 0] = 255
-    row = labelled_row({"red": red, "white": deep}, 4, 6)
-    assert row.shape == (24 + 4, 6 + 8 + 6, 3)
-    assert np.array_equal(row[24:, :6], red)
-    assert (row[24:, -6:] == 255).all()
-
-
-def test_a_comparison_shows_the_input_enlarged_by_the_nearest_pixel():
+def test_a_comparison_shows_the_input_enlarged_by_the_nearest_pixel_and_the_others_beside_it():
     source = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    large = np.full((8, 8, 3), 7, np.uint8)
-    picture = comparison_picture(source, large, large + 1, truth=np.full((3, 20, 3), 9, np.uint8))
+    large, deep = np.full((8, 8, 3), 7, np.uint8), np.full((8, 8), 65535, np.uint16)
+    picture = comparison_picture(source, large, deep, truth=np.full((3, 20, 3), 9, np.uint8))
+    assert picture.shape == (24 + 8, 4 * 8 + 3 * 8, 3)
     panels = [picture[24:, start : start + 8] for start in range(0, picture.shape[1], 16)]
     assert np.array_equal(panels[0], source.repeat(4, axis=0).repeat(4, axis=1))
-    assert [int(panel[0, 0, 0]) for panel in panels[1:]] == [7, 8, 9]
+    assert [int(panel[0, 0, 0]) for panel in panels[1:]] == [7, 255, 9]
     assert (panels[3][3:] == 0).all()  # the original is padded to the result's size
 
 
