@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
-    """One configuration for each row of the model: modes first, then detail and step counts."""
+    """Make a configuration for each row of the model: modes first, then detail and step counts."""
     common = from_args(RestoreConfig, args, mode=None, detail=None, steps=None, num_images=1)
     sampled = args.detail or args.steps
     rows = [replace(common, mode=mode) for mode in args.mode or ([] if sampled else PRESETS)]

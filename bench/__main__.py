@@ -50,7 +50,7 @@ def machine(device: torch.device) -> list[str]:
 def times(
     unit: str, timings: Mapping[str, Timing], show: Callable[[Timing], str], models: Mapping[str, nn.Module]
 ) -> list[str]:
-    """A table of timings, with sizes of networks, and how many times longer each takes than the first."""
+    """Tabulate timings, with sizes of networks, and how many times longer each takes than the first."""
     first = next(iter(timings.values())).median
     rows = [
         [name, f"{parameter_count(models[name]) / 1e6:.2f}", show(timing), f"{timing.median / first:.1f}"]

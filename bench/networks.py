@@ -104,7 +104,7 @@ def matrix_product_rate(device: torch.device, side: int) -> float:
 
 
 def train_for(steps: int, network: Network, photos: Path, device: torch.device) -> LoadedModel:
-    """Train for some steps: the model with the averaged weights, in evaluation mode."""
+    """Train for some steps, and return the model with the averaged weights, in evaluation mode."""
     config = TrainingConfig(
         max_steps=steps,
         batch_size=QUALITY_BATCH,
@@ -128,16 +128,16 @@ def train_for(steps: int, network: Network, photos: Path, device: torch.device) 
 def qualities(
     networks: Mapping[str, Network], seconds: float, photos: Path, images: ImageSet, device: torch.device
 ) -> dict[str, tuple[int, float]]:
-    """Train each network for so many seconds: its optimiser steps, and then its PSNR in dB."""
+    """Train each network for so many seconds, and count its optimiser steps and measure its PSNR in dB."""
     works = {
         name: training_step(copy.deepcopy(network), QUALITY_BATCH, QUALITY_CROP, device)
         for name, network in networks.items()
     }
-    found = {}
+    results = {}
     for name, timing in in_turns(works, rounds=3, device=device).items():
         steps = max(2, round(seconds / timing.median))
         model = train_for(steps, networks[name], photos, device)
         # The predicted mean, or else one step.
         _, row = evaluate(images, [model_method([model], RestoreConfig(mode="fidelity"), SCALE, device)]).rows
-        found[name] = steps, row["psnr"]
-    return found
+        results[name] = steps, row["psnr"]
+    return results

@@ -60,7 +60,7 @@ CASES = (
 
 
 def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
-    """Measure a case: the lines of its table."""
+    """Measure a case, and list the lines of its table."""
     config = EvaluationConfig(case.scale, degradation=case.degradation)
     images = ImageSet(photos / "test" / case.images, config)
     methods = {}

@@ -20,7 +20,7 @@ class Timing(NamedTuple):
     high: float
 
     def rate(self, amount: float) -> str:
-        """An amount of work per second: the median, then the range."""
+        """Show an amount of work per second: the median, then the range."""
         return f"{amount / self.median:.3g} ({amount / self.high:.3g} to {amount / self.low:.3g})"
 
     def seconds(self, factor: float = 1.0) -> str:

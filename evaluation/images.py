@@ -64,7 +64,7 @@ class EvaluationConfig(Options):
 class Pair(NamedTuple):
     """An image to restore, and the truth."""
 
-    name: str  # of the file
+    name: str  # the file's
     truth: Tensor  # (C, H, W)
     low_res: Tensor  # (C, h, w), H / h = W / w = scale
 
@@ -131,7 +131,7 @@ def _read_planes(path: Path) -> Tensor:
 
 
 def random_of(path: Path, seed: int) -> np.random.Generator:
-    """Random numbers of an image, the same among any others."""
+    """Make the generator of the random numbers of an image, the same whichever other images there are."""
     return np.random.default_rng((seed, *os.fsencode(path.stem)))
 
 

@@ -101,7 +101,7 @@ def evaluate(
     An image that fails is left out of every row, and named; ValueError where all do, or of LPIPS's weights.
 
     Args:
-        methods: see model_method; for your own restorer, Method("mine", restore).
+        methods: see model_method; any other restorer is Method("mine", restore).
         processes: they share the images, all get the report, and LPIPS is computed on their device.
     """
     processes = processes or Processes(CPU)
@@ -109,11 +109,11 @@ def evaluate(
     methods = (bicubic_method(images.config), *methods)
     part = list(_measure_part(methods, images, comparison, progress, processes))
     measured, failures = list[list[Facts]](), list[str]()
-    for _, found in sorted(itertools.chain(*processes.gather(part)), key=lambda numbered: numbered[0]):
-        if isinstance(found, str):
-            failures.append(found)
+    for _, result in sorted(itertools.chain(*processes.gather(part)), key=lambda numbered: numbered[0]):
+        if isinstance(result, str):
+            failures.append(result)
         else:
-            measured.append(found)
+            measured.append(result)
     if not measured:
         raise ValueError(failures[0] if len(failures) == 1 else f"no image can be measured: {failures[0]}")
     protocol = _protocol(images, comparison, methods[-1].device) | {"images": len(measured)}
@@ -153,10 +153,10 @@ def _measure(method: Method, pair: Pair, comparison: Comparison) -> Facts:
     low_res, truth = from_uint8(pair.low_res[None]), from_uint8(pair.truth[None])
     synchronize(method.device)
     start = time.perf_counter()
-    found = method.restore(low_res[0])
+    result = method.restore(low_res[0])
     synchronize(method.device)
     seconds = time.perf_counter() - start
-    restored = pixels_to_unit(unit_to_pixels(found))[None]
+    restored = pixels_to_unit(unit_to_pixels(result))[None]
     row: Facts = {"image": pair.name, **method.label()}
     for metric in METRICS:
         if metric.score is None:

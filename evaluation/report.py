@@ -17,7 +17,7 @@ LABEL = ("method", "scheduler", "steps", "samples")
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
-    """Lines of a Markdown table whose first columns, `texts` of them, are text and the others numbers."""
+    """List the lines of a Markdown table, whose first columns, `texts` of them, are aligned as text."""
     rule = ["---"] * texts + ["---:"] * (len(headings) - texts)
     return [f"| {' | '.join(line)} |" for line in (headings, rule, *rows)]
 

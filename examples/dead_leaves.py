@@ -81,7 +81,7 @@ def covers(x: Floats, y: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
 
 
 def fill(x: Floats, y: Floats, radius: float, noise: Floats, rng: np.random.Generator) -> Floats:
-    """Colours (N, 3), or (3,) for all, at points of the leaf's own axes."""
+    """(N, 3), or (3,) for all: the colours at points on the axes of a leaf."""
     first, second, pattern = draw_colour(rng), draw_colour(rng), rng.integers(4)
     if radius <= PLAIN_RADIUS * SUPERSAMPLE or pattern == 0:
         return first
@@ -103,7 +103,7 @@ def draw_colour(rng: np.random.Generator) -> Floats:
 
 
 def draw_noise(rng: np.random.Generator) -> Floats:
-    """Periodic, of amplitude 1/f, mean 0.5, deviation 0.35."""
+    """(256, 256): periodic noise of amplitude 1/f, mean 0.5, deviation 0.35."""
     frequency = np.hypot(np.fft.fftfreq(NOISE_SIDE)[:, None], np.fft.rfftfreq(NOISE_SIDE))
     frequency[0, 0] = np.inf
     tile = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((NOISE_SIDE, NOISE_SIDE))) / frequency)
