@@ -102,7 +102,7 @@ def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
     """List the named images, each once, with its path below the output folder; ValueError for none."""
     if not names:
         raise ValueError("no input: name images or folders, for example: infer.py photo.png")
-    found: dict[Path, tuple[Path, Path]] = {}  # by what it is, however it was named
+    inputs: dict[Path, tuple[Path, Path]] = {}  # by what it is, however it was named
     results = output.resolve()
     for named in map(Path, expand(names)):
         if not named.exists():
@@ -113,8 +113,8 @@ def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
         below = named.resolve() in results.parents  # results of an earlier run are no inputs
         for one in images:
             if not (below and results in one.resolve().parents):
-                found.setdefault(one.resolve(), (one, one.relative_to(top)))
-    return list(found.values())
+                inputs.setdefault(one.resolve(), (one, one.relative_to(top)))
+    return list(inputs.values())
 
 
 def names_a_file(output: str) -> bool:
@@ -137,14 +137,14 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
     ValueError: no input, a file where a folder is needed, or two results of one name.
     """
     output, named = Path(args.output), names_a_file(args.output)
-    found = find_inputs([*args.inputs, *args.input], output)
-    if named and len(found) > 1:
-        raise ValueError(f"--output {output} names one image, but there are {len(found)}: give a folder")
+    inputs = find_inputs([*args.inputs, *args.input], output)
+    if named and len(inputs) > 1:
+        raise ValueError(f"--output {output} names one image, but there are {len(inputs)}: give a folder")
     if named and args.format is not None:
         raise ValueError(f"--format {args.format}: --output {output} says it already; leave one out")
-    together = Counter(relative.with_suffix("") for _, relative in found)
+    together = Counter(relative.with_suffix("") for _, relative in inputs)
     tasks: dict[Path, Task] = {}
-    for source, relative in found:
+    for source, relative in inputs:
         stem = relative.stem if together[relative.with_suffix("")] == 1 else relative.name.replace(".", "_")
         base = relative.with_name(f"{stem}_x{scale:.7g}")
         target = output if named else output / base.with_name(f"{base.name}.{args.format or 'png'}")
@@ -156,8 +156,8 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
             source,
             target,
             target.with_name(f"{target.stem}_compare.png") if args.compare else None,
-            original_of(relative, Path(args.compare), scale, len(found)) if given else None,
-            None if args.uncertainty is None else map_of(base, Path(args.uncertainty), len(found)),
+            original_of(relative, Path(args.compare), scale, len(inputs)) if given else None,
+            None if args.uncertainty is None else map_of(base, Path(args.uncertainty), len(inputs)),
             None if args.tokens is None else Path(args.tokens),
         )
     return list(tasks.values())

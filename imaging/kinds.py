@@ -65,7 +65,7 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
         what = "not a folder" if folder.exists() else "no such folder"
         raise ValueError(f"{folder}: {what}; give the folder that holds the images")
     passed_over: Counter[str] = Counter()
-    found = []
+    images = []
     refused: list[OSError] = []
     for path in _files_below(folder, recursive, refused):
         suffix = path.suffix.lower()
@@ -78,18 +78,18 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
             except OSError as error:
                 reason = f"cannot be read: {error.strerror}"
         if reason is None:
-            found.append(path)
+            images.append(path)
         else:
             passed_over[f"{suffix} ({reason})"] += 1
     passed_over.update(f"folder that may not be read ({error.filename})" for error in refused)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items())) or "nothing"
     if passed_over:
         logger.warning("%s: passed over: %s", folder, kinds)
-    if not found:
+    if not images:
         where = "or its subfolders" if recursive else "itself (subfolders were not searched)"
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(f"{folder}: no image in this folder {where}; wanted {wanted}; passed over: {kinds}")
-    return sorted(found)
+    return sorted(images)
 
 
 def _files_below(folder: Path, recursive: bool, refused: list[OSError]) -> Iterator[Path]:

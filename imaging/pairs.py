@@ -6,14 +6,14 @@ from pathlib import Path
 
 def find_low_resolution(path: Path, candidates: Sequence[Path], scale: float) -> Path:
     """Find the low resolution of a file; ValueError where there is none, or more than one."""
-    found = [candidate for candidate in candidates if _are_pair(path.stem, candidate.stem, scale)]
-    return _only(found, path, f"no low-resolution image for {path}; name it {path.stem}x{scale:g}")
+    matches = [candidate for candidate in candidates if _are_pair(path.stem, candidate.stem, scale)]
+    return _only(matches, path, f"no low-resolution image for {path}; name it {path.stem}x{scale:g}")
 
 
 def find_original(path: Path, candidates: Sequence[Path], scale: float) -> Path:
     """Find the original of a file; ValueError where there is none, or more than one."""
-    found = [candidate for candidate in candidates if _are_pair(candidate.stem, path.stem, scale)]
-    return _only(found, path, f"no original of {path}; give it the same name")
+    matches = [candidate for candidate in candidates if _are_pair(candidate.stem, path.stem, scale)]
+    return _only(matches, path, f"no original of {path}; give it the same name")
 
 
 def _are_pair(high: str, low: str, scale: float) -> bool:
@@ -22,10 +22,10 @@ def _are_pair(high: str, low: str, scale: float) -> bool:
     return low == high or low in {high.removesuffix("_hr") + ending for ending in endings}
 
 
-def _only(found: Sequence[Path], path: Path, nothing: str) -> Path:
-    found = [candidate for candidate in found if candidate.stem == path.stem] or found
-    if not found:
+def _only(matches: Sequence[Path], path: Path, nothing: str) -> Path:
+    matches = [candidate for candidate in matches if candidate.stem == path.stem] or matches
+    if not matches:
         raise ValueError(nothing)
-    if len(found) > 1:
-        raise ValueError(f"{found[0]} and {found[1].name} could both belong to {path}; leave one out")
-    return found[0]
+    if len(matches) > 1:
+        raise ValueError(f"{matches[0]} and {matches[1].name} could both belong to {path}; leave one out")
+    return matches[0]

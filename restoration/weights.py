@@ -1,4 +1,4 @@
-"""The project's own weights, and any other: found by name or path, loaded, blended."""
+"""Finds, loads and blends weights: the project's, by name, and any other, by path."""
 
 import copy
 from pathlib import Path

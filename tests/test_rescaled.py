@@ -47,11 +47,11 @@ def test_a_chain_reaches_the_scale_and_no_shorter_one_of_its_models_does(scale, 
 
 
 def test_the_scale_of_the_model_is_the_model_itself_and_one_beside_it_is_not():
-    own = restorer(2.4)  # kept in single precision
+    doubling = restorer(2.4)  # kept in single precision
     for scale in (2.4, None):
-        assert chain_to(scale, [own]).restorers == (own,)
-        assert chain_to(scale, [own]).excess.fraction == 1
-    near = chain_to(2.4001, [own])
+        assert chain_to(scale, [doubling]).restorers == (doubling,)
+        assert chain_to(scale, [doubling]).excess.fraction == 1
+    near = chain_to(2.4001, [doubling])
     assert float(near.scale) == pytest.approx(2.4001, abs=3e-6)
     assert len(near.restorers) == 2
 
@@ -60,14 +60,14 @@ def test_the_scale_of_the_model_is_the_model_itself_and_one_beside_it_is_not():
 @pytest.mark.parametrize(("scale", "passes"), [(1.5, 1), (3.0, 2), (3.7, 2), (4.0, 2)])
 def test_a_result_is_the_repeated_models_shrunk_as_a_whole(scale, passes):
     """70 rows become more than one band."""
-    own, low_res = restorer(), np.random.default_rng(0).integers(256, size=(70, 9, 3), dtype=np.uint8)
-    found, expected = restore_to(chain_to(scale, [own]), low_res).pixels, low_res
+    doubling, low_res = restorer(), np.random.default_rng(0).integers(256, size=(70, 9, 3), dtype=np.uint8)
+    result, expected = restore_to(chain_to(scale, [doubling]), low_res).pixels, low_res
     for _ in range(passes):
-        expected = own.restore(expected).pixels
+        expected = doubling.restore(expected).pixels
     whole = torch.from_numpy(expected).permute(2, 0, 1)
-    shrunk = resize(whole, scale=scale / 2**passes)[:, : found.shape[0], : found.shape[1]]
-    assert found.shape == (math.ceil(round(scale * 70, 9)), math.ceil(round(scale * 9, 9)), 3)
-    assert np.array_equal(found, shrunk.permute(1, 2, 0))
+    shrunk = resize(whole, scale=scale / 2**passes)[:, : result.shape[0], : result.shape[1]]
+    assert result.shape == (math.ceil(round(scale * 70, 9)), math.ceil(round(scale * 9, 9)), 3)
+    assert np.array_equal(result, shrunk.permute(1, 2, 0))
 
 
 def test_pictures_keep_depth_alpha_and_grey():
@@ -75,19 +75,19 @@ def test_pictures_keep_depth_alpha_and_grey():
     pixels = (dead_leaves((10, 12), np.random.default_rng(0)).astype(np.uint16) * 257)[..., 0]
     alpha = np.linspace(0, 65535, 120).reshape(10, 12).astype(np.uint16)
     image = DecodedImage(pixels, alpha)
-    found = restore_to(chain_to(3.0, [restorer()]), image, progress=seen.append)
-    assert found.pixels.shape == found.alpha.shape == (30, 36)
-    assert found.pixels.dtype == found.alpha.dtype == np.uint16
-    assert abs(found.pixels.mean() / pixels.mean() - 1) < 0.3
+    result = restore_to(chain_to(3.0, [restorer()]), image, progress=seen.append)
+    assert result.pixels.shape == result.alpha.shape == (30, 36)
+    assert result.pixels.dtype == result.alpha.dtype == np.uint16
+    assert abs(result.pixels.mean() / pixels.mean() - 1) < 0.3
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(1)
 
 
 def test_the_deviation_is_shrunk_too():
     chain = chain_to(1.5, [restorer(steps=2, num_images=2)])
-    found = restore_to(chain, np.zeros((8, 8, 3), np.uint8), deviation=True)
-    assert found.deviation.shape == (12, 12)
-    assert found.deviation.min() >= 0
+    result = restore_to(chain, np.zeros((8, 8, 3), np.uint8), deviation=True)
+    assert result.deviation.shape == (12, 12)
+    assert result.deviation.min() >= 0
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 17.0, float("nan")])

@@ -362,17 +362,17 @@ def test_consistency_makes_the_result_shrink_to_the_input_with_the_recorded_bord
 
 
 def test_presets_are_overridden_by_what_is_given():
-    def found(**options):
+    def steps_and_detail(**options):
         return RestoreConfig(**options).steps_and_detail()
 
-    steps, detail = found(mode="detail")
+    steps, detail = steps_and_detail(mode="detail")
     assert steps > 1
     assert detail == PRESETS["detail"] == 1
-    assert found() == found(mode="fidelity") == found(detail=0) == (0, 0)
-    assert found(mode="balanced", steps=3) == (3, PRESETS["balanced"])
-    assert found(mode="balanced", detail=0.7) == (steps, 0.7)
-    assert found(num_images=7) == (steps, 1)
-    assert found(steps=4) == (4, 1)
+    assert steps_and_detail() == steps_and_detail(mode="fidelity") == steps_and_detail(detail=0) == (0, 0)
+    assert steps_and_detail(mode="balanced", steps=3) == (3, PRESETS["balanced"])
+    assert steps_and_detail(mode="balanced", detail=0.7) == (steps, 0.7)
+    assert steps_and_detail(num_images=7) == (steps, 1)
+    assert steps_and_detail(steps=4) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -437,11 +437,11 @@ def test_fidelity_is_the_predicted_mean_whatever_the_noise(predicting, picture):
     upscaled = upscale_image(low_res, 4).clamp(-1, 1)
     _, mean = unet.encode_context(Condition(upscaled, low_res))
     expected = ((upscaled + unet.residual_std * mean).clamp(-1, 1) + 1) / 2
-    found = [
+    restored = [
         Restorer(predicting, RestoreConfig(mode="fidelity", seed=n), CPU)(low_res / 2 + 0.5) for n in (0, 1)
     ]
-    torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
-    assert torch.equal(*found)
+    torch.testing.assert_close(restored[0], expected, atol=1e-6, rtol=0)
+    assert torch.equal(*restored)
     generated = ResidualGenerator().generate_images(unet, low_res, 1, 0)
     torch.testing.assert_close(generated, expected, atol=1e-6, rtol=0)
 
@@ -574,10 +574,10 @@ def test_a_blend_is_clean_at_0_photo_at_1_and_between_in_between():
     assert blend(clean, photo, 0).degradation == clean.degradation
     half = blend(clean, photo, 0.5)
     assert half.degradation == photo.degradation
-    for own, first, last in zip(
+    for value, first, last in zip(
         *(model.network.state_dict().values() for model in (half, clean, photo)), strict=True
     ):
-        torch.testing.assert_close(own, (first + last) / 2)
+        torch.testing.assert_close(value, (first + last) / 2)
     assert torch.equal(restored(photo), ends[1])  # which the blend did not change
 
 
