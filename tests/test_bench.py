@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.contenders import Peer, enlargers, our_network
+from bench.contenders import Peer, enlargers
 from bench.networks import (
     denoising_step,
     floating_point_operations,
@@ -76,11 +76,6 @@ def test_a_peer_sees_the_upscaled_image_and_can_be_trained_and_measured(tmp_path
     steps, psnr = qualities({"mine": peer}, 1e-9, tmp_path, images, CPU)["mine"]
     assert steps == 2
     assert 10 < psnr < 40
-
-
-def test_our_network_is_the_recipe_s():
-    config = our_network(CPU).config
-    assert (config.patch_size, config.base_dim) == (4, 64)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -25,12 +25,6 @@ def dataset(photo_folder):
     return ImageDataset(photo_folder, 32, SCALE, train=False)
 
 
-def with_flat(photo_folder, folder, level=77):
-    """The photos and one image of a single colour."""
-    write_image(folder / "flat.png", np.full((40, 40, 3), level, np.uint8))
-    return ImageDataset([folder / "flat.png", *sorted(photo_folder.iterdir())], 32, SCALE, train=False)
-
-
 @pytest.mark.slow
 def test_the_validation_of_a_random_degradation_is_always_the_same(photo_folder):
     photos = ImageDataset(photo_folder, 32, train=False, degradation=Degradation("heavy", float(SCALE)))
@@ -67,7 +61,9 @@ def test_scalars_are_what_the_metrics_say_of_one_step(dataset):
 def test_a_flat_image_changes_no_scalar_and_is_said(photo_folder, dataset, tmp_path, caplog):
     unet, diffusion = tiny_unet(), DiffusionModel()
     without = Validator(diffusion, dataset)(unet)
-    validator = Validator(diffusion, with_flat(photo_folder, tmp_path))
+    write_image(tmp_path / "flat.png", np.full((40, 40, 3), 77, np.uint8))
+    images = [tmp_path / "flat.png", *sorted(photo_folder.iterdir())]
+    validator = Validator(diffusion, ImageDataset(images, 32, SCALE, train=False))
     assert "1 of 7" in caplog.text
     assert validator(unet).scalars == pytest.approx(without.scalars, abs=1e-6)
 
