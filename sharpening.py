@@ -28,7 +28,7 @@ from degradation import Degradation
 from diffusion import ResidualGenerator, network_of, with_mean
 from engine.options import Options, option
 from engine.processes import Processes
-from evaluation.lpips import PerceptualFeatures
+from evaluation.lpips import PerceptualFeatures, WithoutAutocast
 from network import Condition, Network
 from training import (
     Batches,
@@ -81,7 +81,7 @@ class Discriminator(nn.Module):
         for number, (width, following) in enumerate(itertools.pairwise(PIXEL_WIDTHS)):
             size, stride = (4, 2) if number in HALVING else (3, 1)
             layers += [nn.LeakyReLU(0.2), spectral_norm(nn.Conv2d(width, following, size, stride, padding=1))]
-        self.pixels = nn.Sequential(*layers[1:])
+        self.pixels = WithoutAutocast(nn.Sequential(*layers[1:]))
         self.heads = nn.ModuleList(
             nn.Sequential(
                 spectral_norm(nn.Conv2d(width, dim, 1)),
@@ -235,4 +235,6 @@ class Sharpening:
             contexts, mean = self.generator.encode(network, Condition(sample.upscaled, sample.low_res))
             base = with_mean(network, sample.upscaled, mean)
         denoise = partial(self.generator.estimate, network, contexts=contexts, base=base)
-        return base + network.residual_std * self.generator.sample(self.steps, lambda: noise, denoise)
+        restored = base + network.residual_std * self.generator.sample(self.steps, lambda: noise, denoise)
+        # A file holds 8 bits, whose rounding is as large as the finest texture; the gradient ignores it.
+        return restored + (((restored + 1) * 127.5).round() / 127.5 - 1 - restored).detach()

@@ -61,6 +61,19 @@ class Lpips:
         return distances.flatten().double().cpu()
 
 
+class WithoutAutocast(nn.Module):
+    """Runs a part in float32: bfloat16 has two levels of 8 bits for one step, and loses the texture of skin."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            result: Tensor = self.part(x.float())
+        return result
+
+
 class PerceptualFeatures(nn.Module):
     """VGG16 and the heads of LPIPS on it, to train with; what is measured is LPIPS of AlexNet.
 
@@ -75,6 +88,7 @@ class PerceptualFeatures(nn.Module):
     def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None) -> None:
         super().__init__()
         network = _load_network("vgg", Path(weights) if weights else None).requires_grad_(False)
+        network.get_submodule("net.slice1")[0] = WithoutAutocast(network.get_submodule("net.slice1.0"))
         self.network = network.eval().to(memory_format=torch.channels_last).to(device)
 
     def forward(self, image: Tensor) -> list[Tensor]:

@@ -162,6 +162,23 @@ def test_the_hinge_loss_is_its_closed_form():
     torch.testing.assert_close(discriminator_loss(Fixed(), seen), torch.tensor([0.0, 1.5 + 0.75]))
 
 
+def test_bfloat16_hides_no_texture_from_the_losses(sr_data):
+    """Skin has texture of half an 8-bit level; near 1, one step of bfloat16 is one level of them."""
+    features = sr_data / "perceptual" / "vgg16_features.safetensors"
+    perceptual, discriminator = PerceptualFeatures(weights=features), Discriminator(PerceptualFeatures.dims)
+    torch.manual_seed(0)
+    skin = torch.full((1, 3, 64, 64), 0.8)
+    texture = skin + torch.randn(skin.shape) * 0.5 / 127.5
+
+    def seen(precision):
+        with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision is not None):
+            flat, rough = perceptual(skin), perceptual(texture)
+            scores = [discriminator([image, *features])[0] for image, features in ((skin, flat), (texture, rough))]
+        return [float(perceptual.distance(flat, rough)), float((scores[1] - scores[0]).square().mean())]
+
+    assert seen(torch.bfloat16) == pytest.approx(seen(None), rel=0.1)
+
+
 def sharpened_state(model, folder, steps, perceptual=None, **options):
     """A state after some steps of the last phase, and the reports."""
     dataset = ImageDataset(folder, 32, 4)
