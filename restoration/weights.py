@@ -17,10 +17,8 @@ KINDS = {"clean": "x", "photo": "photo_x"}  # released weights, and how their na
 
 def released_scales(kind: str = "clean") -> list[float]:
     """List the enlargements that the project's own weights of this kind are for."""
-    beginning = KINDS[kind]
-    return sorted(
-        float(path.stem.removeprefix(beginning)) for path in RELEASED.glob(f"{beginning}*.safetensors")
-    )
+    names = (path.stem.removeprefix(KINDS[kind]) for path in RELEASED.glob(f"{KINDS[kind]}*.safetensors"))
+    return sorted(float(name) for name in names if name.replace(".", "").isdecimal())
 
 
 def released_model(scale: float = 4, kind: str = "clean") -> Path:
