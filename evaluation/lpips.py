@@ -62,7 +62,7 @@ class Lpips:
 
 
 class WithoutAutocast(nn.Module):
-    """Runs a part in float32: bfloat16 has two levels of 8 bits for one step, and loses the texture of skin."""
+    """Runs a part in float32. In bfloat16 one step is an 8-bit level or two: the texture of skin is lost."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -88,7 +88,8 @@ class PerceptualFeatures(nn.Module):
     def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None) -> None:
         super().__init__()
         network = _load_network("vgg", Path(weights) if weights else None).requires_grad_(False)
-        network.get_submodule("net.slice1")[0] = WithoutAutocast(network.get_submodule("net.slice1.0"))
+        first = network.get_submodule("net.slice1")
+        first.register_module("0", WithoutAutocast(first.get_submodule("0")))
         self.network = network.eval().to(memory_format=torch.channels_last).to(device)
 
     def forward(self, image: Tensor) -> list[Tensor]:

@@ -163,9 +163,12 @@ def test_the_hinge_loss_is_its_closed_form():
 
 
 def test_bfloat16_hides_no_texture_from_the_losses(sr_data):
-    """Skin has texture of half an 8-bit level; near 1, one step of bfloat16 is one level of them."""
+    """Skin has texture of half an 8-bit level; near 1, one step of bfloat16 is a whole one."""
     features = sr_data / "perceptual" / "vgg16_features.safetensors"
-    perceptual, discriminator = PerceptualFeatures(weights=features), Discriminator(PerceptualFeatures.dims).eval()
+    perceptual, discriminator = (
+        PerceptualFeatures(weights=features),
+        Discriminator(PerceptualFeatures.dims).eval(),
+    )
     torch.manual_seed(0)
     skin = torch.full((1, 3, 32, 32), 0.8)
     texture = skin + torch.randn(skin.shape) * 0.5 / 127.5
@@ -173,7 +176,9 @@ def test_bfloat16_hides_no_texture_from_the_losses(sr_data):
     def seen(precision):
         with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision is not None):
             flat, rough = perceptual(skin), perceptual(texture)
-            scores = [discriminator([image, *features])[0] for image, features in ((skin, flat), (texture, rough))]
+            scores = [
+                discriminator([image, *features])[0] for image, features in ((skin, flat), (texture, rough))
+            ]
         return [float(perceptual.distance(flat, rough)), float((scores[1] - scores[0]).square().mean())]
 
     assert seen(torch.bfloat16) == pytest.approx(seen(None), rel=0.1)
