@@ -15,7 +15,6 @@ from diffusion import (
     ProcessConfig,
     ResidualGenerator,
     cosine_alpha_bar,
-    linear_alpha_bar,
     measure_residual_std,
     resshift_scales,
     sigmoid_alpha_bar,
@@ -45,16 +44,6 @@ def test_no_beta_of_the_cosine_schedule_exceeds_the_limit(timesteps):
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     assert (1 - alpha_bar / previous).max() <= 0.999 + 1e-12
     assert len(alpha_bar) == timesteps
-
-
-def test_the_linear_schedule_has_the_betas_of_ddpm():
-    alpha_bar = linear_alpha_bar(1000)
-    betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    assert float(betas[0]) == pytest.approx(1e-4)
-    assert float(betas[-1]) == pytest.approx(0.02)
-    torch.testing.assert_close(betas.diff(), betas.diff()[:1].expand(999), atol=1e-12, rtol=0)
-    log_end = float(alpha_bar[-1].log())
-    assert float(linear_alpha_bar(100)[-1].log()) == pytest.approx(log_end, rel=0.1)
 
 
 def test_the_sigmoid_schedule_is_symmetric_about_its_middle():
