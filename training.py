@@ -336,7 +336,6 @@ class Validation(NamedTuple):
     score: float  # higher is better; chooses the best checkpoint
     scalars: dict[str, float]
     images: dict[str, Tensor]  # (3, H, W) in [0, 1]
-    curves: dict[str, tuple[list[float], list[float]]] = {}  # noqa: RUF012  # right edges, heights
 
 
 Validate = Callable[[nn.Module], Validation]
@@ -499,7 +498,6 @@ class TrainingLoop:
         result = validate(state.ema)
         log.add("scalar", "validation", state.step, result.scalars)
         log.add("image", "validation", state.step, result.images)
-        log.bars("validation", state.step, result.curves)
         log.flush()
         if result.score > state.best_score:
             state.best_score = result.score

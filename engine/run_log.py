@@ -40,13 +40,6 @@ class RunLogger:
         for name, value in values.items():
             self._write(f"add_{kind}", f"{group}/{name}", value, step)
 
-    def bars(self, group: str, step: int, values: Mapping[str, tuple[list[float], list[float]]]) -> None:
-        """Write histograms by name, as right edges and heights."""
-        for name, (edges, heights) in values.items():
-            total = sum(heights)
-            numbers = (0.0, edges[-1], total, total, total, edges, heights)
-            self._write("add_histogram_raw", f"{group}/{name}", *numbers, step)
-
     def flush(self) -> None:
         self._write("flush")
 

@@ -12,7 +12,6 @@ from evaluation.lpips import Lpips
 from evaluation.metrics import METRICS, Comparison
 from imaging.pixels import to_unit_range
 from models import LoadedModel
-from network import Condition, Network
 from restoration import RestoreConfig, Restorer
 from training import NonFiniteError, Validation
 from util import Crops, ImageDataset, Sample
@@ -20,7 +19,6 @@ from util import Crops, ImageDataset, Sample
 VALIDATION_SEED = 0
 VALIDATION_BATCH = 8
 GRID_IMAGES, GRID_GAP = 4, 4
-LOSS_BARS = 20
 PERFECT_PSNR = 100.0  # dB; what an image counts that is restored exactly
 FAITHFUL = RestoreConfig(mode="fidelity", seed=VALIDATION_SEED)
 
@@ -90,8 +88,7 @@ class Validator:
         }
         if not sharpened:
             scalars = self._measure_all(mean)
-            losses = {"loss_by_timestep": self._loss_by_timestep(model.network, first, tokens)}
-            return Validation(scalars["psnr"], scalars, images, losses)
+            return Validation(scalars["psnr"], scalars, images)
         scalars = self._measure_all(sample)
         self.mean_psnr = self.mean_psnr or self._measure_all(mean)["psnr"]  # which training leaves alone
         lost = max(0.0, self.mean_psnr - self.most_psnr_lost - scalars["psnr"])
@@ -118,22 +115,6 @@ class Validator:
         images = restored.cpu(), truth, low_res, self.comparison
         scores = {metric.name: metric.score(*images) for metric in self.metrics if metric.score is not None}
         return {name: score.clamp(max=PERFECT_PSNR) for name, score in scores.items()}
-
-    @torch.inference_mode()
-    def _loss_by_timestep(
-        self, model: Network, batch: Sample, tokens: Tensor | None
-    ) -> tuple[list[float], list[float]]:
-        """Divide the timesteps evenly: the right edge of each part, and the loss in its middle."""
-        context, mean = model.encode_context(Condition(batch.upscaled, batch.low_res, tokens))
-        clean = batch.residual / float(model.residual_std) - (0 if mean is None else mean)
-        total, bars = self.diffusion.timesteps, min(LOSS_BARS, self.diffusion.timesteps)
-        edges = [total * (bar + 1) / bars for bar in range(bars)]
-        heights = []
-        for bar in range(bars):
-            t = torch.full((len(clean),), total * (2 * bar + 1) // (2 * bars), device=clean.device)
-            generator = torch.Generator(clean.device).manual_seed(VALIDATION_SEED)
-            heights.append(float(self.diffusion.loss(model, clean, context, generator, t=t).mean()))
-        return edges, heights
 
 
 def restore(restorer: Restorer, batch: Sample, tokens: Tensor | None) -> Tensor:

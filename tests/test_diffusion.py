@@ -312,7 +312,7 @@ def test_a_run_leaves_named_checkpoints_with_the_whole_state(trained):
 def test_tensorboard_shows_what_a_person_looks_for(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(trained[4] / "logs"), {"histograms": 0}).Reload()
+    events = EventAccumulator(str(trained[4] / "logs")).Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_second"} <= scalars
     waited = [event.value for event in events.Scalars("train/share_waiting_for_data")]
@@ -326,7 +326,6 @@ def test_tensorboard_shows_what_a_person_looks_for(trained):
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses[-1] < losses[0]
     assert "configuration/text_summary" in events.Tags()["tensors"]
-    assert len(events.Histograms("validation/loss_by_timestep")) == 3
 
 
 @pytest.mark.slow

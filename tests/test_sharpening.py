@@ -23,7 +23,14 @@ from imaging.files import read_rgb, write_image
 from models import load_model
 from restoration import RestoreConfig, Restorer, restore
 from samplers import draw_noise, level_steps, noise_stream
-from sharpening import Discriminator, Seen, Sharpening, SharpeningConfig, discriminator_loss, generator_loss
+from sharpening import (
+    Discriminator,
+    Seen,
+    Sharpening,
+    SharpeningConfig,
+    discriminator_loss,
+    generator_loss,
+)
 from tests.networks import random_model
 from tests.runs import assert_equal
 from training import BatchPlan, TrainingConfig, new_state
@@ -165,10 +172,8 @@ def test_the_hinge_loss_is_its_closed_form():
 def test_bfloat16_hides_no_texture_from_the_losses(sr_data):
     """Skin has texture of half an 8-bit level; near 1, one step of bfloat16 is a whole one."""
     features = sr_data / "perceptual" / "vgg16_features.safetensors"
-    perceptual, discriminator = (
-        PerceptualFeatures(weights=features),
-        Discriminator(PerceptualFeatures.dims).eval(),
-    )
+    perceptual = PerceptualFeatures(weights=features)
+    discriminator = Discriminator(perceptual.dims).eval()
     torch.manual_seed(0)
     skin = torch.full((1, 3, 32, 32), 0.8)
     texture = skin + torch.randn(skin.shape) * 0.5 / 127.5

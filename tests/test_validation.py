@@ -81,9 +81,6 @@ def test_validation_needs_no_torchvision(dataset, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     found = Validator(DiffusionModel(), dataset)(tiny_unet())
     assert all(image.shape[0] == 3 for image in found.images.values())
-    edges, heights = found.curves["loss_by_timestep"]
-    assert edges[-1] == 1000
-    assert len(edges) == len(heights) == 20
 
 
 def absolute_error(restored, truth):
@@ -96,7 +93,6 @@ def test_a_sharpened_model_is_scored_by_its_lpips_and_what_it_loses_of_the_mean(
     sharpened = DiffusionModel(process=ProcessConfig(levels=(8.0, 1.2)))
     found = Validator(sharpened, dataset, lpips=absolute_error, most_psnr_lost=-3.0)(unet)
     assert found.score == pytest.approx(-found.scalars["lpips"] - (mean + 3 - found.scalars["psnr"]))
-    assert not found.curves  # the loss of a diffusion says nothing of it
 
 
 def test_weights_that_are_not_finite_are_said(dataset):
