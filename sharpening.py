@@ -53,7 +53,7 @@ class SharpeningConfig(Options):
 
     pixel_weight: float = option(0.1, "weight of the absolute error beside the perceptual distance", low=0)
     adversarial_share: float = option(
-        1.0, "size of the discriminator's gradient over that of the perceptual distance", low=0
+        1.0, "size of the discriminator's gradient over that of the perceptual distance", low=0, fixed=False
     )
     adversarial_pixel_weight: float = option(
         0.3,
