@@ -14,21 +14,20 @@ from diffusion import (
     DiffusionModel,
     ProcessConfig,
     ResidualGenerator,
-    cosine_alpha_bar,
     measure_residual_std,
     resshift_scales,
     sigmoid_alpha_bar,
 )
 from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from evaluation import metrics
-from evaluation.validation import Validator, comparison_grid
+from evaluation.validation import Validator
 from models import load_model
 from network import Condition, Network
 from samplers import SCHEDULERS, Step, draw_noise, noise_stream, sample
 from tests.networks import random_model, tiny_unet
 from training import TrainingConfig, new_state
 from unet import UNet, UNetConfig
-from util import Crops, ImageDataset, Sample
+from util import Crops, ImageDataset
 
 
 def fixed(*shape, seed=0):
@@ -36,14 +35,6 @@ def fixed(*shape, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------- schedule
-
-
-@pytest.mark.parametrize("timesteps", [1, 7, 4000])
-def test_no_beta_of_the_cosine_schedule_exceeds_the_limit(timesteps):
-    alpha_bar = cosine_alpha_bar(timesteps)
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    assert (1 - alpha_bar / previous).max() <= 0.999 + 1e-12
-    assert len(alpha_bar) == timesteps
 
 
 def test_the_sigmoid_schedule_is_symmetric_about_its_middle():
@@ -445,12 +436,6 @@ def test_a_wrong_input_or_an_untrained_network_is_refused(low_res, residual_std,
 def test_what_cannot_be_generated_is_refused(settings, how, message):
     with pytest.raises(ValueError, match=message):
         ResidualGenerator(**settings).generate_images(tiny_unet(), torch.zeros(1, 3, 8, 8), **how)
-
-
-def test_the_comparison_grid_has_four_columns():
-    low_res, image = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 8, 8)
-    grid = comparison_grid(Sample(low_res, image, image, image), image / 2 + 0.5)
-    assert grid.shape == (3, 2 * 12 + 4, 4 * 12 + 4)
 
 
 def test_a_checkpoint_without_optimiser_cannot_be_resumed(tmp_path):
