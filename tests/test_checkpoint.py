@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_what_is_no_whole_model_is_refused_in_one_plain_line(files, tmp_path, mo
 
 @pytest.mark.parametrize("name", ["gone.pth", "gone.safetensors", "."])
 def test_a_path_without_a_file_is_refused(tmp_path, name):
-    with pytest.raises(CheckpointError, match=str(tmp_path)):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         load_model(tmp_path / name)
 
 
