@@ -29,6 +29,7 @@ from diffusion import ResidualGenerator, network_of, with_mean
 from engine.options import Options, option
 from engine.processes import Processes
 from evaluation.lpips import PerceptualFeatures, WithoutAutocast
+from imaging.pixels import to_model_range, to_unit_range
 from network import Condition, Network
 from training import (
     Batches,
@@ -237,4 +238,5 @@ class Sharpening:
         denoise = partial(self.generator.estimate, network, contexts=contexts, base=base)
         restored = base + network.residual_std * self.generator.sample(self.steps, lambda: noise, denoise)
         # A file holds 8 bits, whose rounding is as large as the finest texture; the gradient ignores it.
-        return restored + (((restored + 1) * 127.5).round() / 127.5 - 1 - restored).detach()
+        rounded = to_model_range((to_unit_range(restored) * 255).round() / 255)
+        return restored + (rounded - restored).detach()
