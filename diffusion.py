@@ -183,6 +183,7 @@ class ObjectiveConfig(Options):
     token_dropout: float = option(
         0.1, "share of samples that are trained without their tokens (Ho & Salimans 2022)", low=0, high=1
     )
+    mean_only: bool = option(False, "training of the predicted mean alone, a first and quicker phase")
 
 
 class DiffusionModel:
@@ -267,9 +268,13 @@ class DiffusionModel:
             clean = residual / network.residual_std
             context, mean = network.encode_context(Condition(upscaled, low_res, tokens))
             if mean is None:
+                if self.objective.mean_only:
+                    raise ValueError("this network predicts no mean: give it a predictor, or no mean_only")
                 return self.loss(model, clean, context, generator)
-            left = clean - mean.detach().float()
             mean_error = (mean.float() - clean).abs().flatten(1).mean(1)
+            if self.objective.mean_only:
+                return mean_error
+            left = clean - mean.detach().float()
             return self.loss(model, left, context, generator) + mean_error
 
         return loss

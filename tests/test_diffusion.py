@@ -12,6 +12,7 @@ from diffusion import (
     MODES,
     SCHEDULES,
     DiffusionModel,
+    ObjectiveConfig,
     ProcessConfig,
     ResidualGenerator,
     measure_residual_std,
@@ -155,8 +156,10 @@ def test_the_loss_of_a_perfect_network_is_zero_and_of_a_silent_one_is_known(mode
     assert float(silent.mean()) == pytest.approx(0.5 if mode == "noise" else 1.0, abs=0.1)
 
 
-def test_with_a_mean_the_diffusion_models_what_it_leaves_and_the_mean_has_its_absolute_error():
+@pytest.mark.parametrize("mean_only", [False, True])
+def test_with_a_mean_the_diffusion_models_what_it_leaves_and_the_mean_has_its_absolute_error(mean_only):
     """The mean is off by 1/4 and the diffusion knows it: an error of 0 + 1/4, with a gradient of the mean."""
+    objective = ObjectiveConfig(mean_only=mean_only)
     mean = torch.zeros(4, 3, 16, 16, requires_grad=True)
     crops = Crops(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8))
     clean = crops.sample(Degradation(scale=2.0)).residual / 0.1
@@ -166,15 +169,23 @@ def test_with_a_mean_the_diffusion_models_what_it_leaves_and_the_mean_has_its_ab
             return None, mean + clean + 0.25
 
         def forward(self, noisy, t, context):
+            assert not mean_only, "a first phase leaves the diffusion alone"
             return torch.full_like(noisy, -0.25)
 
-    loss = DiffusionModel(mode="clean").restoration_loss(Degradation(scale=2.0))
+    loss = DiffusionModel(mode="clean", objective=objective).restoration_loss(Degradation(scale=2.0))
     oracle = Oracle(UNetConfig())
     oracle.residual_std.fill_(0.1)
     losses = loss(oracle, crops, torch.Generator().manual_seed(0))
     torch.testing.assert_close(losses, torch.full((4,), 0.25))
     losses.sum().backward()
     torch.testing.assert_close(mean.grad, torch.full_like(clean, 1 / clean[0].numel()))
+
+
+def test_there_is_no_mean_to_train_alone_without_a_predictor():
+    crops = Crops(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    loss = DiffusionModel(objective=ObjectiveConfig(mean_only=True)).restoration_loss(Degradation(scale=2.0))
+    with pytest.raises(ValueError, match="mean_only"):
+        loss(tiny_unet(), crops, torch.Generator())
 
 
 def test_timesteps_cover_the_range_evenly():
