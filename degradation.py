@@ -31,6 +31,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "photo": {"strength": 0.5},
     "heavy": {"strength": 1.0},
 }
+# Rows are luma, Cb and Cr of JPEG (ITU-T T.871), columns blue, green and red; with half the luma.
+GRAIN_TO_BLUE_GREEN_RED = np.array(
+    [[0.5, 0.5, 0.5], [1.772, -0.344136, 0], [0, -0.714136, 1.402]], np.float32
+)
 MARGIN = 8  # low-resolution pixels more than a crop, so that it has any place in JPEG's grid
 
 
@@ -77,6 +81,11 @@ class Degradation(Options):
     second_poisson_scale: Range = rare_option((0.05, 2.5), "factor of the second noise of 256 photons", low=0)
     gaussian_share: float = share(0.5, "noise that is Gaussian, not Poisson's")
     grey_share: float = share(0.4, "noise that is the same in all channels")
+    grain_share: float = share(0.0, "samples with coarse coloured grain, as of small sensors", rare=False)
+    grain_sigma: Range = rare_option(
+        (1.0, 16.0), "deviation of the grain's chroma; luma has half of it", low=0
+    )
+    grain_size: Range = rare_option((0.5, 1.5), "deviation of the blur that smears the grain", above=0)
     jpeg_quality: Range = option((30.0, 95.0), "quality of JPEG, both times", low=1, high=100)
     jpeg_share: float = share(1.0, "these JPEGs that are made; without them noise stays white", rare=False)
 
@@ -159,6 +168,9 @@ class Degradation(Options):
         factor = self._factor(self.second_resize, self.second_resize_shares, random)
         image = resized(image, factor * height, factor * width, random)
         image = self._noisy(image, self.second_noise_sigma, self.second_poisson_scale, random)
+        if self.grain_share and random.random() < self.grain_share:
+            sigma = self.amount * drawn(self.grain_sigma, random)
+            image = image + grain(image.shape, sigma, drawn(self.grain_size, random), random)
         sinc_first = random.random() < 0.5
         image = image if sinc_first else self._compressed(image, random)
         image = resized(image, height, width, random)
@@ -269,6 +281,18 @@ def poisson_noise(image: Image, scale: float, grey: bool, random: Random) -> Ima
         light = cv2.cvtColor(light, cv2.COLOR_BGR2GRAY)[..., None]
     noise = random.poisson(256 * light).astype(np.float32) / 256 - light
     return np.asarray(image + np.float32(scale) * noise)
+
+
+def grain(shape: tuple[int, ...], sigma: float, size: float, random: Random) -> Image:
+    """Make noise that demosaicking and noise reduction have smeared, in [-1, 1] of the image's range.
+
+    `sigma` is the deviation of Cb and Cr in 8-bit values; luma has half of it, and a grey image all of it.
+    `size` is the deviation in pixels of the Gaussian that smears them.
+    """
+    kernel = bell_kernel(2 * math.ceil(3 * size) + 1, (size, size), 0, 1, plateau=False)
+    deviation = np.float32(sigma / 255 / np.sqrt(np.square(kernel).sum()))
+    noise = filtered(deviation * random.standard_normal(shape, dtype=np.float32), kernel)
+    return noise if len(shape) == 2 else np.asarray(noise @ GRAIN_TO_BLUE_GREEN_RED)
 
 
 def to_bytes(image: Image) -> npt.NDArray[np.uint8]:

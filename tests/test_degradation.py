@@ -24,6 +24,7 @@ from degradation import (
     Degradation,
     bell_kernel,
     gaussian_noise,
+    grain,
     jpeg,
     poisson_noise,
     sinc_kernel,
@@ -100,6 +101,30 @@ def test_noise_has_the_deviation_that_is_asked(make, amount, light, deviation, g
     assert noise.mean() == pytest.approx(0, abs=deviation / 50)
     between = np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]
     assert between == pytest.approx(1 if grey else 0, abs=0.02)
+
+
+@pytest.mark.parametrize("size", [0.6, 2.0])
+def test_grain_is_coarse_and_has_half_as_much_luma_as_chroma(size):
+    noise = grain((512, 512, 3), 10.0, size, random())
+    luma_cr_cb = noise.astype(float) @ [
+        [0.114, 0.5, -0.0813],
+        [0.587, -0.3313, -0.4187],
+        [0.299, -0.1687, 0.5],
+    ]
+    assert luma_cr_cb.std((0, 1)) * 255 == pytest.approx([5, 10, 10], rel=0.1)
+    neighbours = np.corrcoef(noise[:, 1:, 0].ravel(), noise[:, :-1, 0].ravel())[0, 1]
+    assert neighbours == pytest.approx(math.exp(-1 / (4 * size**2)), abs=0.1)
+    grey = grain((512, 512), 10.0, size, random())
+    assert grey.std() * 255 == pytest.approx(10, rel=0.1)
+
+
+def test_the_share_of_grain_is_what_is_asked():
+    flat = torch.full((3, 64, 64), 128, dtype=torch.uint8)
+    nothing_else = {"clean_share": 0, "gaussian_share": 1, "jpeg_share": 0, "final_sinc_share": 0}
+    silent = {"noise_sigma": (0, 0), "second_noise_sigma": (0, 0)}
+    degrade = Degradation("photo", **nothing_else, **silent, grain_share=0.5, grain_sigma=(20, 20))
+    grainy = [bool(degrade(flat, random(n)).float().std() > 1) for n in range(100)]
+    assert np.mean(grainy) == pytest.approx(0.5, abs=0.15)
 
 
 @pytest.mark.parametrize("quality", [30, 75, 95])
