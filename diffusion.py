@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bicubic import exact_scale, upscale_image
@@ -524,6 +525,8 @@ class ResidualGenerator:
         if without:
             output = without[0] + self.guidance * (output - without[0])
         clean = self.diffusion.clean_estimate(output, noisy, t)
+        if self.diffusion.process.levels:
+            clean = without_grid(clean, model.cell)
         # residual_std stays on its device: reading it here would make a GPU wait at every step.
         return clean.clamp((-1 - base) / model.residual_std, (1 - base) / model.residual_std)
 
@@ -542,6 +545,27 @@ class ResidualGenerator:
             raise ValueError("the low-resolution image must be in [-1, 1]: to_model_range maps [0, 1] to it")
         scale = exact_scale(float(model.scale) or self.img_size / max(low_res.shape[-2:]))
         return upscale_image(low_res.to(self.device, torch.float32), float(scale)).clamp(-1, 1)
+
+
+def without_grid(image: Tensor, cell: int) -> Tensor:
+    """(B, C, H, W): the image less what repeats in all of the 5 x 5 cells around, each of cell x cell pixels.
+
+    Sub-pixel convolutions draw such a grid on smooth skin as soon as an adversary asks for texture (Odena et
+    al. 2016), and perceptual features take it for that. The mean of a cell is left alone.
+    """
+    height, width = image.shape[-2:]
+    rows, columns = (torch.arange(n + -n % cell, device=image.device) for n in (height, width))
+    rows = rows.where(rows < height, rows - cell).clamp(
+        min=0
+    )  # a cell that is cut off ends as the one before
+    columns = columns.where(columns < width, columns - cell).clamp(min=0)
+    places = F.pixel_unshuffle(
+        image[..., rows[:, None], columns], cell
+    )  # (B, C cell cell, H / cell, W / cell)
+    repeated = F.avg_pool2d(places, 5, stride=1, padding=2, count_include_pad=False)
+    repeated = repeated.unflatten(1, (image.shape[1], -1))  # (B, C, cell cell, H / cell, W / cell)
+    grid = (repeated - repeated.mean(2, keepdim=True)).flatten(1, 2)
+    return image - F.pixel_shuffle(grid, cell)[..., :height, :width]
 
 
 def with_mean(network: Network, upscaled: Tensor, mean: Tensor | None) -> Tensor:

@@ -33,6 +33,7 @@ class Network(nn.Module, ABC):
     Config: ClassVar[type[Options]]
     image_channels = 3
     window_multiple = 1  # pixels at whose multiples the windows of a large image begin, to equal the whole
+    cell = 1  # pixels of the grid that sub-pixel convolutions can draw where nothing changes; 1: none
     takes_tokens = False  # whether tokens of another encoder steer it
     mean_reach = 0  # pixels from a window's edge from where its mean is the whole image's; 0: no mean
     checkpoint_activations: bool | None = None  # whether it saves memory in training; None: it cannot

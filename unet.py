@@ -254,7 +254,8 @@ class UNet(Network):
         super().__init__(config)
         self.checkpoint_activations = False
         self.image_channels = config.in_channels
-        self.window_multiple = config.size_multiple * max(1, config.attention_window)
+        self.cell = config.size_multiple
+        self.window_multiple = self.cell * max(1, config.attention_window)
         if config.predictor_blocks:  # of two convolutions each, whose radius is a folded pixel
             self.mean_reach = config.patch_size * (2 * config.predictor_blocks + 2)
         dims = [config.base_dim * mult for mult in config.dim_mults]

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 import infer
 import train_diffusion
 from bicubic import upscale_image
-from diffusion import ProcessConfig, ResidualGenerator
+from diffusion import ProcessConfig, ResidualGenerator, without_grid
 from engine.options import OptionError
 from engine.processes import Processes
 from evaluation.lpips import PerceptualFeatures
@@ -122,6 +123,33 @@ def test_the_dial_adds_more_and_more_to_the_mean():
     assert added[0] == 0
     assert all(more > less for less, more in itertools.pairwise(added))
     np.testing.assert_array_equal(restored(mode="detail"), restored(detail=1.0))
+
+
+@given(st.sampled_from([2, 4, 8]), st.integers(17, 60), st.integers(17, 60), st.integers(0, 99))
+def test_a_grid_is_taken_out_wherever_it_is_and_nothing_else(cell, height, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pattern = torch.randn(1, 3, cell, cell, generator=generator)
+    grid = (pattern - pattern.mean((2, 3), keepdim=True)).repeat(1, 1, 64 // cell, 64 // cell)
+    grid = grid[..., :height, :width]
+    smooth = torch.linspace(0, 1, 3)[None, :, None, None].expand_as(grid)
+    torch.testing.assert_close(without_grid(smooth + grid, cell), smooth)
+    torch.testing.assert_close(without_grid(smooth, cell), smooth)
+    texture = torch.randn(1, 3, 8 * cell, 8 * cell, generator=generator)
+    assert (without_grid(texture, cell) - texture).std() < 0.35  # a mean of at least 9 cells, 25 inside
+
+
+def test_where_nothing_changes_sharpening_adds_no_grid():
+    """Of a network whose last bias draws a strong grid, nothing is left."""
+    model = model_of(replace(ONE, mode="clean"), attention_levels=())
+    with torch.no_grad():
+        model.network.out.weight.zero_()
+        model.network.out.bias.normal_(std=5.0)
+    flat = np.full((24, 24, 3), 128, np.uint8)
+    mean, sharp = (
+        restore(flat, model, RestoreConfig(mode=mode), device="cpu").pixels for mode in ("fidelity", "detail")
+    )
+    added = sharp.astype(float) - mean
+    assert np.ptp(added, axis=(0, 1)).max() <= 1
 
 
 def test_seeds_differ_and_tiles_do_not_show():
