@@ -66,24 +66,15 @@ def resize(
     return work.to(image.device, image.dtype)
 
 
-def upscale_image(
-    image: str | Path | ImageT,
-    scale_factor: float = 4.0,
-    *,
-    size: tuple[int, int] | None = None,
-    border: Border = "mirror",
-    rounding: Rounding = "none",
-) -> ImageT:
+def upscale_image(image: str | Path | ImageT, scale_factor: float = 4.0) -> ImageT:
     """Enlarge a file, read as RGB uint8, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (..., H, W).
 
-    An array stays an array of its dtype, and a tensor a tensor; alpha is resized like colour. The other
-    arguments are those of `resize`. ValueError as there, UnreadableImageError for a file, TypeError for
-    anything else.
+    An array stays an array of its dtype, and a tensor a tensor; alpha is resized like colour. ValueError as
+    `resize`, UnreadableImageError for a file, TypeError for anything else.
     """
-    scale = None if size is not None else scale_factor
     pixels = read_rgb(image) if isinstance(image, str | Path) else image
     if isinstance(pixels, Tensor):
-        return cast(ImageT, resize(pixels, scale=scale, size=size, border=border, rounding=rounding))
+        return cast(ImageT, resize(pixels, scale=scale_factor))
     if not isinstance(pixels, np.ndarray):
         raise TypeError(f"an image of type {type(image).__name__}: expected a path, an array or a tensor")
     if pixels.ndim not in {2, 3} or (pixels.ndim == 3 and pixels.shape[2] not in {1, 3, 4}):
@@ -91,27 +82,20 @@ def upscale_image(
     planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # (C, H, W)
     # The copy brings read-only memory, other byte orders and negative strides into what torch can take.
     dtype = np.float64 if pixels.dtype.kind == "f" else pixels.dtype.newbyteorder("=")
-    tensor = torch.from_numpy(planes.astype(dtype, order="C"))
-    tensor = resize(tensor, scale=scale, size=size, border=border, rounding=rounding)
+    tensor = resize(torch.from_numpy(planes.astype(dtype, order="C")), scale=scale_factor)
     resized = tensor.numpy().astype(pixels.dtype, copy=False)
     return cast(ImageT, resized[0] if pixels.ndim == 2 else np.stack(list(resized), axis=-1))
 
 
-def downscale_image(
-    image: str | Path | ImageT,
-    scale_factor: float = 4.0,
-    *,
-    size: tuple[int, int] | None = None,
-    border: Border = "mirror",
-    rounding: Rounding = "none",
-) -> ImageT:
+def downscale_image(image: str | Path | ImageT, scale_factor: float = 4.0) -> ImageT:
     """Shrink an image to ceil(size / scale_factor), as `upscale_image` enlarges it.
 
-    To compare with published low-resolution files, crop to a multiple of the factor first.
+    To compare with published low-resolution files, crop to a multiple of the factor first, and `resize` with
+    their border and rounding.
     """
     if not (math.isfinite(scale_factor) and scale_factor > 0):
         raise ValueError(f"scale_factor={scale_factor}: give a positive number, such as 4")
-    return upscale_image(image, 1 / scale_factor, size=size, border=border, rounding=rounding)
+    return upscale_image(image, 1 / scale_factor)
 
 
 def exact_scale(factor: float) -> Fraction:

@@ -1,4 +1,4 @@
-"""Tests of bicubic.py against published MATLAB outputs, its definition and PyTorch's own interpolation."""
+"""Tests of bicubic.py against published MATLAB outputs and its definition."""
 
 import math
 import tracemalloc
@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from bicubic import downscale_image, resize, upscale_image
 from imaging.files import read_rgb, write_image
@@ -76,8 +75,9 @@ def test_published_low_resolution_files_have_no_differing_pixel(folder, sr_data)
     for path in paths:
         high_res = read_rgb(path.parent.parent / path.name)
         height, width = (length // scale * scale for length in high_res.shape[:2])
-        low_res = downscale_image(high_res[:height, :width], scale, border=border, rounding=rounding)
-        np.testing.assert_array_equal(low_res, read_rgb(path))
+        planes = torch.from_numpy(high_res[:height, :width]).permute(2, 0, 1)
+        low_res = resize(planes, scale=1 / scale, border=border, rounding=rounding)
+        np.testing.assert_array_equal(low_res.permute(1, 2, 0).numpy(), read_rgb(path))
 
 
 @given(lengths, scales, borders, seeds)
@@ -88,18 +88,6 @@ def test_resize_equals_its_definition_in_both_directions(length, scale, border, 
     expected = definition(line.numpy(), scale, len(rows), border)
     np.testing.assert_allclose(rows.numpy(), expected, rtol=0, atol=1e-11)
     np.testing.assert_allclose(columns.numpy(), expected, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("size", [(16, 24), (21, 40), (33, 50), (200, 123)])
-def test_equals_torch_antialiased_bicubic_away_from_the_border(size):
-    image = random_image(1, 3, 64, 96)
-    ours = resize(image, size=size)
-    theirs = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
-    # torch leaves out what lies outside the image: it differs wherever the kernel reaches there
-    rows, columns = (int(np.ceil(2 * max(1, n / m) * m / n)) for n, m in zip((64, 96), size, strict=True))
-    inside = (..., slice(rows, -rows), slice(columns, -columns))
-    assert ours[inside].numel() > 0
-    torch.testing.assert_close(ours[inside], theirs[inside], rtol=0, atol=1e-11)
 
 
 @given(st.integers(2, 4), st.integers(0, 20), st.integers(1, 20), st.integers(0, 20), seeds)
@@ -226,18 +214,15 @@ def test_byte_orders_strides_read_only_memory_and_torch_s_uint16_are_taken():
 def test_a_path_gives_what_its_pixels_give(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     write_image(tmp_path / "image.png", pixels)
-    how = {"border": "replicate", "rounding": "uint8"}
     for path in (tmp_path / "image.png", str(tmp_path / "image.png")):
         assert np.array_equal(upscale_image(path, 3), upscale_image(pixels, 3))
-        assert np.array_equal(downscale_image(path, 2, **how), downscale_image(pixels, 2, **how))
+        assert np.array_equal(downscale_image(path, 2), downscale_image(pixels, 2))
 
 
-def test_tensors_come_back_as_tensors_and_size_replaces_the_factor():
+def test_tensors_come_back_as_tensors():
     image = random_image(2, 3, 8, 10, dtype=torch.float32)
     assert torch.equal(upscale_image(image), resize(image, scale=4))
     assert torch.equal(downscale_image(image), resize(image, scale=0.25))
-    assert torch.equal(upscale_image(image[0, 0], size=(9, 31)), resize(image[0, 0], size=(9, 31)))
-    assert downscale_image(image, size=(5, 4)).shape == (2, 3, 5, 4)
 
 
 # Errors

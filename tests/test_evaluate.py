@@ -17,7 +17,7 @@ from PIL import Image
 
 import evaluate as script
 import infer
-from bicubic import downscale_image, resize, upscale_image
+from bicubic import resize, upscale_image
 from diffusion import ProcessConfig
 from engine.checkpoint import save_checkpoint
 from evaluate import main
@@ -106,7 +106,8 @@ def bicubic_pair(path, scale):
     pixels = read_rgb(path)
     height, width = (length - length % scale for length in pixels.shape[:2])
     truth = pixels[:height, :width]
-    low_res = downscale_image(truth, scale, rounding="uint8")
+    planes = torch.from_numpy(truth).permute(2, 0, 1)
+    low_res = resize(planes, scale=1 / scale, rounding="uint8").permute(1, 2, 0).numpy()
     return as_unit(upscale_image(low_res, scale)), as_unit(truth), as_unit(low_res)
 
 
