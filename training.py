@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from engine.checkpoint import Checkpoint, CheckpointError, load_weights
 from engine.device import default_workers
 from engine.muon import Muon
-from engine.options import Options, narrowed, option, rare_option
+from engine.options import Options, narrowed, one_line, option, rare_option
 from engine.packages import IMPORT_ERRORS
 from engine.processes import LostProcessError, Processes, RunError
 from engine.progress import progress
@@ -226,8 +226,8 @@ def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this optimiser alone
     except IMPORT_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"optimizer is 'adamw8bit', but bitsandbytes fails ({reason}): use adamw") from error
+        message = f"optimizer is 'adamw8bit', but bitsandbytes fails ({one_line(error)}): use adamw"
+        raise ValueError(message) from error
     return cast(Callable[..., torch.optim.Optimizer], AdamW8bit)
 
 
@@ -410,10 +410,9 @@ class TrainingLoop:
         batches, skipped_in_a_row = self._batches(), 0
         while self.state.step < self.config.max_steps:
             parts = self.plan.micro_batches(self.state.step, self.processes.rank)
-            samples = len(self.plan.group(self.state.step))
+            self.samples += len(self.plan.group(self.state.step))
             report = self.step(itertools.islice(batches, len(parts)))
             self.losses.append(report.loss)
-            self.samples += samples
             skipped_in_a_row = 0 if report.finite else skipped_in_a_row + 1
             if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
                 names = ", ".join(self.dataset.name(index) for part in parts for _, index in part.pairs)
@@ -426,16 +425,16 @@ class TrainingLoop:
 
     def _batches(self) -> Batches:
         """Read the forward passes of this process, to the end of the run, ahead of time by workers."""
-        device, workers = self.processes.device, self.config.num_workers
+        config, processes, workers = self.config, self.processes, self.config.num_workers
         if workers is None:
-            workers = default_workers(device, self.processes.world_size)
-        watched = _Watched(self.dataset, workers)
+            workers = default_workers(processes.device, processes.world_size)
+        reader = _Reader(self.dataset, workers)
+        steps = range(self.state.step, config.max_steps)
         loader = DataLoader(
-            watched,
-            batch_sampler=(part.pairs for part in self._parts(self.state.step)),
+            reader,
+            batch_size=None,  # the reader makes batches
+            sampler=(part for step in steps for part in self.plan.micro_batches(step, processes.rank)),
             num_workers=workers,
-            collate_fn=watched.collate,
-            pin_memory=device.type == "cuda",
             worker_init_fn=leave_stopping_to_the_parent,
             timeout=SECONDS_BETWEEN_LOOKS if workers else 0,
         )
@@ -447,23 +446,19 @@ class TrainingLoop:
         # They ignore requests to stop, and one that is stuck would keep this process from ending.
         started = set(multiprocessing.active_children()) - others
         multiprocessing.util.Finalize(None, _kill, (started,), exitpriority=0)
-        for part in self._parts(self.state.step):
+        while True:
             since = time.perf_counter()
-            batch = self._next(loaded, watched)
+            read = self._next(loaded, reader)
             self.waited += time.perf_counter() - since
-            yield part, pickle.loads(batch) if isinstance(batch, bytes) else batch
+            yield pickle.loads(read)
 
-    def _parts(self, first_step: int) -> Iterator[MicroBatch]:
-        for step in range(first_step, self.config.max_steps):
-            yield from self.plan.micro_batches(step, self.processes.rank)
-
-    def _next(self, loaded: Iterator[Batch | bytes], watched: "_Watched") -> Batch | bytes:
+    def _next(self, loaded: Iterator[bytes], reader: "_Reader") -> bytes:
         started, patience = time.monotonic(), 60
         while True:
             try:
                 return next(loaded)
             except RuntimeError as error:
-                reading = watched.names() or "no image"
+                reading = reader.names() or "no image"
                 if "DataLoader worker" in str(error):
                     message = f"a process that reads images died while reading {reading} ({error})"
                     raise WorkerError(message) from error
@@ -512,26 +507,26 @@ def _kill(workers: Iterable[multiprocessing.Process]) -> None:
         worker.kill()
 
 
-class _Watched(Dataset[object]):
-    """A dataset in the processes that read it: notes which sample each is reading, and packs batches."""
+class _Reader(Dataset[bytes]):
+    """Reads micro-batches, also in processes of its own; notes which sample each of these is reading."""
 
     def __init__(self, samples: Samples, workers: int) -> None:
         self.samples = samples
         self.reading = multiprocessing.RawArray("q", [-1] * max(1, workers))
 
-    def __getitem__(self, key: tuple[int, int]) -> object:
-        worker = get_worker_info()
-        slot = 0 if worker is None else worker.id
-        self.reading[slot] = key[1]
-        sample = self.samples.crop(key)
-        self.reading[slot] = -1
-        return sample
+    def __getitem__(self, part: MicroBatch) -> bytes:
+        """Pickle a micro-batch and its samples.
 
-    def collate(self, samples: list[Any]) -> Batch | bytes:
-        batch = self.samples.collate(samples)
-        # Through a pipe: a tensor would take shared memory, of which a container has 64 MB, and a worker that
-        # finds no room there says so and lets the run wait for ever.
-        return batch if get_worker_info() is None else pickle.dumps(batch)
+        A tensor would take shared memory, of which a container has 64 MB, and a worker that finds no room
+        there says so and lets the run wait for ever.
+        """
+        worker, samples = get_worker_info(), []
+        slot = 0 if worker is None else worker.id
+        for pair in part.pairs:
+            self.reading[slot] = pair[1]
+            samples.append(self.samples.crop(pair))
+        self.reading[slot] = -1
+        return pickle.dumps((part, self.samples.collate(samples)))
 
     def names(self) -> str:
         return ", ".join(self.samples.name(index) for index in self.reading if index >= 0)
