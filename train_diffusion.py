@@ -341,46 +341,6 @@ def describe_resume(
         )
 
 
-def train(settings: Settings, checkpoint: Checkpoint | None, processes: Processes) -> int:
-    device, is_main = processes.device, processes.is_main
-    precision = autocast_dtype(device, settings.run.precision)
-    tune_for_training(device)
-    make_step, lpips = make_sharpening(settings, device, precision)  # before the images are measured
-    logging.disable(logging.NOTSET if is_main else logging.WARNING)  # of the images: all find the same
-    training, validation = make_datasets(settings, checkpoint and checkpoint.content.get("held_out"))
-    logging.disable(logging.NOTSET)
-    config = settings.training.resolved(len(training), processes.world_size)
-    config = replace(config, optimizer=optimizer_for(config, device))
-    diffusion = DiffusionModel(device=device, process=settings.process, objective=settings.objective)
-    model = make_model(settings, device)
-    most_lost = settings.sharpening.most_psnr_lost
-    validate = Validator(diffusion, validation, precision, processes, lpips, most_lost)
-    checkpoint_dir, log_dir = run_folders(settings, checkpoint) if is_main else (Path(), Path())
-    if is_main:  # the others write and say nothing
-        say(describe_model(model))
-        say(*describe_run(settings, config, training, len(validation), processes))
-        say(*(describe_resume(checkpoint, settings, config, len(training)) if checkpoint else ()))
-    if settings.run.compile:
-        model.compile(dynamic=False)
-    with locked(checkpoint_dir) if is_main else contextlib.nullcontext():
-        run, received = diffusion.train(
-            model,
-            training,
-            config,
-            checkpoint_dir=checkpoint_dir,
-            log_dir=log_dir,
-            validate=validate,
-            make_step=make_step,
-            resume=checkpoint,
-            processes=processes,
-            precision=precision,
-            record=record_of(settings, training, validation, processes),
-        )
-    if is_main:
-        say(*describe_end(run, received, processes.world_size))
-    return 0 if received is None else 128 + received
-
-
 def record_of(
     settings: Settings, training: ImageDataset, validation: ImageDataset, processes: Processes
 ) -> dict[str, object]:
@@ -422,7 +382,9 @@ def describe_end(run: RunFiles, received: int | None, world_size: int) -> Iterat
     yield f"resume: {start} train_diffusion.py --weights_path {shlex.quote(str(run.last))}"
 
 
-def run(argv: Sequence[str]) -> int:
+@contextlib.contextmanager
+def prepared(argv: Sequence[str]) -> Iterator[tuple[Settings, Checkpoint | None, Processes]]:
+    """Read the flags and start the processes: the settings for these, and the checkpoint to resume from."""
     given = parse_flags(argv)
     settings, checkpoint = read_settings(given)
     with started_processes(settings.run.device) as processes:
@@ -430,13 +392,55 @@ def run(argv: Sequence[str]) -> int:
             settings = keep_global_batch(settings, checkpoint, processes)
         elif flags := flags_for_few_images(given, settings, processes):
             settings, _ = read_settings({**parse_flags(flags), **given})
-        return train(settings, checkpoint, processes)
+        yield settings, checkpoint, processes
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train as the flags say; return 0, or 128 + n after signal n."""
+    with prepared(argv) as (settings, checkpoint, processes):
+        device, is_main = processes.device, processes.is_main
+        precision = autocast_dtype(device, settings.run.precision)
+        tune_for_training(device)
+        make_step, lpips = make_sharpening(settings, device, precision)  # before the images are measured
+        logging.disable(logging.NOTSET if is_main else logging.WARNING)  # of the images: all find the same
+        training, validation = make_datasets(settings, checkpoint and checkpoint.content.get("held_out"))
+        logging.disable(logging.NOTSET)
+        config = settings.training.resolved(len(training), processes.world_size)
+        config = replace(config, optimizer=optimizer_for(config, device))
+        diffusion = DiffusionModel(device=device, process=settings.process, objective=settings.objective)
+        model = make_model(settings, device)
+        most_lost = settings.sharpening.most_psnr_lost
+        validate = Validator(diffusion, validation, precision, processes, lpips, most_lost)
+        checkpoint_dir, log_dir = run_folders(settings, checkpoint) if is_main else (Path(), Path())
+        if is_main:  # the others write and say nothing
+            say(describe_model(model))
+            say(*describe_run(settings, config, training, len(validation), processes))
+            say(*(describe_resume(checkpoint, settings, config, len(training)) if checkpoint else ()))
+        if settings.run.compile:
+            model.compile(dynamic=False)
+        with locked(checkpoint_dir) if is_main else contextlib.nullcontext():
+            run, received = diffusion.train(
+                model,
+                training,
+                config,
+                checkpoint_dir=checkpoint_dir,
+                log_dir=log_dir,
+                validate=validate,
+                make_step=make_step,
+                resume=checkpoint,
+                processes=processes,
+                precision=precision,
+                record=record_of(settings, training, validation, processes),
+            )
+        if is_main:
+            say(*describe_end(run, received, processes.world_size))
+    return 0 if received is None else 128 + received
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_script(
         "train_diffusion.py",
-        lambda: run(sys.argv[1:] if argv is None else argv),
+        lambda: train(sys.argv[1:] if argv is None else argv),
         options=list(Settings.sections().values()),
         out_of_memory="lower --batch_size and raise --accumulation_steps as much, or add "
         "--checkpoint_activations; the checkpoints are as they were",
