@@ -73,7 +73,6 @@ def sampler_steps(
         ("steps", count, count in range(1, total + 1), f"give a whole number from 1 to {total}"),
         ("eta", eta, 0 <= eta <= 1, "give a number from 0 to 1"),
         ("eta", eta, not eta or name == "ddim", f"the scheduler {name} has none; use ddim or eta 0"),
-        ("detail", detail, 0 <= detail <= 1, "give a number from 0 to 1"),
         ("scheduler", name, not trailing or detail == 1 or count == 1, "starts from pure noise: use unipc"),
     ):
         if not holds:
@@ -99,10 +98,8 @@ def level_steps(
     Args:
         scales: signal_scale and noise_scale, (T,), of any process.
         levels: noise_scale / signal_scale of each evaluation; the nearest timestep is taken.
-        detail: 0 to 1, scales the last estimate, which is added to the mean; else OptionError.
+        detail: 0 to 1, scales the last estimate, which is added to the mean.
     """
-    if not 0 <= detail <= 1:
-        raise OptionError("detail", detail, "give a number from 0 to 1")
     signal, noise = scales
     timesteps = [int((noise / signal - level).abs().argmin()) for level in levels]
     steps = [

@@ -113,8 +113,6 @@ class MultiHeadAttentionBlock(nn.Module):
 
     def __init__(self, channels: int, num_heads: int = 4, *, norm: Norm = "group") -> None:
         super().__init__()
-        if num_heads < 1 or channels % num_heads:
-            raise ValueError(f"{channels} channels do not split into {num_heads} heads")
         self.norm = normalisation(norm, channels)
         self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True)
         zeroed(self.attention.out_proj)

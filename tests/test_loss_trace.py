@@ -1,8 +1,8 @@
 """The first 20 losses of a small float32 run, kept: a refactor must not move one bit of them.
 
 Other instruction sets round otherwise: from SSE4.1 to AVX-512 the losses agree to a relative 1.5e-7. There,
-and with other versions of torch, they are compared to 1e-5, which a coefficient that is wrong by 1 % exceeds
-tenfold.
+and with other versions of torch, they are compared to 1e-5: a schedule, mode or learning rate whose
+coefficient is wrong by 1 % exceeds that tenfold.
 After a change that is meant to move them, `python -m tests.test_loss_trace` keeps the new ones.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusion import MODES, SCHEDULES, DiffusionModel
+from diffusion import DiffusionModel
+from tests.runs import logged
 from training import TrainingConfig
 from unet import UNet
 from util import ImageDataset
@@ -43,58 +43,25 @@ def machine():
     }
 
 
-def trace(folder, learning_rate=1e-3):
+def trace(folder):
     """The losses of the first steps, as TensorBoard has them: float32."""
     dataset = ImageDataset(IMAGES, 32, 4)
     torch.manual_seed(0)
     steps = {"max_steps": STEPS, "warmup_steps": 5, "log_every": 1, "save_every": STEPS}
-    config = TrainingConfig(batch_size=2, learning_rate=learning_rate, **steps)
+    config = TrainingConfig(batch_size=2, learning_rate=1e-3, **steps)
     unet = UNet(base_dim=16, dim_mults=(1, 2), context_dim=16)
-    DiffusionModel().train(
-        unet,
-        dataset,
-        config,
-        checkpoint_dir=folder / "checkpoints",
-        log_dir=folder / "logs",
-    )
-    events = EventAccumulator(str(folder / "logs")).Reload().Scalars("train/loss")
-    return [event.value for event in events]
+    places = {"checkpoint_dir": folder / "checkpoints", "log_dir": folder / "logs"}
+    DiffusionModel().train(unet, dataset, config, **places)
+    return [loss for _, loss in logged(folder / "logs")]
 
 
 @pytest.mark.slow
 def test_the_first_losses_are_the_kept_ones(tmp_path):
     kept = json.loads(KEPT.read_text())
     losses = trace(tmp_path)
-    assert len(losses) == STEPS
     if machine() == kept["machine"]:
         assert losses == kept["losses"]
     assert losses == pytest.approx(kept["losses"], rel=TOLERANCE)
-
-
-def larger(table, name, place):
-    """An entry of a table of coefficients whose `place` is 1 % too large."""
-    return {
-        name: lambda *inputs: [c * (1.01 if i == place else 1) for i, c in enumerate(table[name](*inputs))]
-    }
-
-
-WRONG = {
-    "signal_scale": (SCHEDULES, larger(SCHEDULES.copy(), "cosine", 0)),
-    "noise_scale": (SCHEDULES, larger(SCHEDULES.copy(), "cosine", 1)),
-    "c_skip": (MODES, larger(MODES.copy(), "v_prediction", 0)),
-    "c_out": (MODES, larger(MODES.copy(), "v_prediction", 1)),
-    "learning_rate": ({}, {}),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("coefficient", WRONG)
-def test_a_coefficient_that_is_wrong_by_one_percent_is_caught(tmp_path, monkeypatch, coefficient):
-    table, wrong = WRONG[coefficient]
-    for name, entry in wrong.items():
-        monkeypatch.setitem(table, name, entry)
-    losses = trace(tmp_path, 1.01e-3 if coefficient == "learning_rate" else 1e-3)
-    assert losses != pytest.approx(json.loads(KEPT.read_text())["losses"], rel=10 * TOLERANCE)
 
 
 def main():

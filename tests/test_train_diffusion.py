@@ -81,8 +81,6 @@ def test_eight_bit_adamw_is_the_default_on_cuda_where_it_imports(monkeypatch, ca
     ("more", "message"),
     [
         (["--strength", "0.5"], "--strength"),
-        (["--degradation", "photo", "--blur_sigma", "3", "1"], "--blur_sigma"),
-        (["--degradation", "fog"], "--degradation is 'fog'"),
         (["--image_folder", "/nowhere"], "/nowhere"),
         (["--img_size", "31"], "31"),
         (["--img_size", "64"], "64"),
@@ -93,9 +91,6 @@ def test_eight_bit_adamw_is_the_default_on_cuda_where_it_imports(monkeypatch, ca
         (["--init_weights", "gone.pth"], "gone.pth"),
         (["--init_weights", "sharp"], "clean, photo"),
         (["--val_folder", "/nowhere"], "/nowhere"),
-        (["--learning_rate", "-1"], "--learning_rate"),
-        (["--unet_base_dim", "7"], "--unet_base_dim"),
-        (["--diffusion_mode", "magic"], "magic"),
         (["--cache_gb", "nan"], "--cache_gb"),
         (["--seed", "-1"], "--seed"),
         (["--checkpoint_dir", f"{__file__}/runs"], "--checkpoint_dir"),
@@ -156,16 +151,6 @@ def test_nothing_of_the_validation_folder_is_trained_on_and_all_is_validated_on(
     assert len(validation) == 70
     with pytest.raises(ValueError, match="--val_folder"):
         split(photos, "--val_folder", str(photos))
-
-
-def test_images_that_are_left_out_are_a_count_and_three_names(photos, caplog):
-    for number in range(5):
-        (photos / f"broken_{number}.png").write_bytes(b"no image")
-    split(photos)
-    warning = [record.message for record in caplog.records if "left out" in record.message]
-    assert len(warning) == 1
-    assert warning[0].startswith("5 of 11 images")
-    assert warning[0].count("broken_") == 3
 
 
 # ------------------------------------------------------------------------------------------------- a run
@@ -308,16 +293,16 @@ def test_a_run_goes_on_from_another_folder_says_what_changed_and_is_held_by_one_
 
 
 @pytest.mark.slow
-def test_bf16_and_fp32_learn_alike(photo_folder, tmp_path):
-    """24 steps from the same start on the same data: the curves differ by less than either wanders."""
+def test_every_precision_learns_alike(photo_folder, tmp_path):
+    """24 steps from the same start on the same data: the curves differ by less than one of them wanders."""
     curves = []
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp16"):
         more = ["--max_steps", "24", "--log_every", "3", "--validate_every", "24", "--batch_size", "5"]
         assert main(flags(photo_folder, tmp_path / precision, *more, "--precision", precision)) == 0
         curves.append(torch.tensor([value for _, value in logged(tmp_path / precision / "logs")]))
     wander = (curves[0] - curves[0].mean()).abs().mean()
-    assert (curves[0] - curves[1]).abs().mean() < 0.25 * wander
-    assert not torch.equal(curves[0], curves[1])
+    for curve in curves[1:]:
+        assert 0 < (curves[0] - curve).abs().mean() < 0.25 * wander
 
 
 @pytest.mark.slow
