@@ -26,11 +26,9 @@ from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import Method, describe_model, evaluate, model_method
 from evaluation.report import Facts, Report
 from imaging.atomic import check_outputs, write_atomically
-from models import load_model
-from network import name_of, network_class
+from network import network_class
 from restoration import PRESETS, RestoreConfig
-from restoration.weights import find_weights
-from unet import UNet
+from restoration.weights import add_weights_flags, load_models
 
 ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
 OUTPUTS: dict[str, tuple[str, Callable[[Report], str | bytes]]] = {
@@ -50,13 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no_lpips", dest="lpips", action="store_false", help="leave out LPIPS")
     add_flags(group, EvaluationConfig, skip=["scale", "lpips"])
     add = parser.add_argument_group("model").add_argument
-    weights = (
-        "photo or clean, the project's own, or a .pth or .safetensors file (default: those of infer.py if a "
-        "flag of restoring is given, else bicubic alone)"
-    )
-    add("--weights", "--weights_path", dest="weights_path", type=path, help=weights)
-    network = "class of a network of your own that the weights are of (default: unet:UNet)"
-    add("--network", default=name_of(UNet), metavar="MODULE:CLASS", help=network)
+    add_weights_flags(add, default="those of infer.py if a flag of restoring is given, else bicubic alone")
     add_computing_flags(add)
     group = parser.add_argument_group("restoring", "as infer.py does; each mode and each number has a row")
     add = group.add_argument
@@ -108,12 +100,11 @@ def open_model(args: argparse.Namespace, scale: float, device: torch.device) -> 
     if args.weights_path is None and how == [RestoreConfig(mode=mode, seed=args.seed) for mode in PRESETS]:
         return [], {}
     precision = autocast_dtype(device, args.precision)
-    paths = find_weights(args.weights_path, scale)
-    models = [load_model(path, network_class(args.network), device) for path in paths]
-    methods = [model_method(models, one, scale, device, precision) for one in how]
+    models = load_models(args.weights_path, scale, network_class(args.network))
+    methods = [model_method([*models.values()], one, scale, device, precision) for one in how]
     # without sampling steps, all samples are the same
     methods = [method for method in methods if method.steps or method.samples == min(args.num_images)]
-    described = [describe_model(*each, precision) for each in zip(paths, models, strict=True)]
+    described = [describe_model(*each, precision) for each in models.items()]
     common = {name: value for name, value in how[0].to_dict().items() if name not in ROWS}
     return methods, {"models": described, "restoring": common}
 

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,38 +32,28 @@ from imaging.atomic import check_outputs, is_disk_error
 from imaging.kinds import WRITABLE_SUFFIXES, list_images
 from imaging.pairs import find_original
 from models import LoadedModel, export_safetensors, load_model
-from network import name_of, network_class
+from network import network_class
 from restoration import RestoreConfig, Restorer, blend
 from restoration.files import FILE_ERRORS, Task, describe_failure, restore_file
 from restoration.scales import Chain, chain_to, check
-from restoration.weights import find_weights, released_model
-from unet import UNet
+from restoration.weights import add_weights_flags, load_models, released_model
 
 SCRIPT = "infer.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    _add_file_flags(parser.add_argument_group("files").add_argument)
+    _add_file_flags(parser.add_argument_group("files"))
     add_flags(parser.add_argument_group("restoring"), RestoreConfig)
     add_computing_flags(parser.add_argument_group("computing").add_argument)
     return parser
 
 
-def _add_file_flags(add: Callable[..., object]) -> None:
+def _add_file_flags(group: argparse._ArgumentGroup) -> None:
+    add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
     add("--input", nargs="+", default=[], metavar="INPUT", help="the same")
-    weights = "photo or clean, the project's own, or FILE, .pth or .safetensors (default: by the scale)"
-    add(
-        "--weights",
-        "--weights_path",
-        dest="weights_path",
-        type=path,
-        metavar="photo|clean|FILE",
-        help=weights,
-    )
-    network = "class of a network of your own that the weights are of (default: unet:UNet)"
-    add("--network", default=name_of(UNet), metavar="MODULE:CLASS", help=network)
+    add_weights_flags(add, default="by the scale")
     strength = "blend of two weights, from 0, as the clean ones restore, to 1, as those of --weights do"
     add("--strength", type=float, help=strength)
     add("--scale", type=float, help="enlargement, above 1 and at most 16 (default: the model's)")
@@ -70,8 +61,8 @@ def _add_file_flags(add: Callable[..., object]) -> None:
     add("--output", type=path, default="./restored", help=output)
     formats = sorted(suffix[1:] for suffix in WRITABLE_SUFFIXES)
     add("--format", choices=formats, help="format of the results in a folder (default: png)")
-    add("--overwrite", action="store_true", help="permission to replace results that exist")
-    add("--skip_existing", action="store_true", help="images whose result exists are left out")
+    add_either("--overwrite", action="store_true", help="permission to replace results that exist")
+    add_either("--skip_existing", action="store_true", help="images whose result exists are left out")
     strip = "results without colour profile, EXIF, XMP, resolution and texts, which else are the input's"
     add("--strip", action="store_true", help=strip)
     background = "colour to put transparent images on, white or #ff8800 (default: keep transparency)"
@@ -88,14 +79,11 @@ def _add_file_flags(add: Callable[..., object]) -> None:
 
 def colour(text: str) -> tuple[int, ...]:
     """Red, green and blue in [0, 255]; one that is transparent itself would leave a question open."""
-    wrong = argparse.ArgumentTypeError(f"{text!r} is no colour without transparency; give white or #ff8800")
-    try:
+    with suppress(ValueError):
         red_green_blue = ImageColor.getrgb(text)
-    except ValueError as error:
-        raise wrong from error
-    if len(red_green_blue) != 3:
-        raise wrong
-    return red_green_blue
+        if len(red_green_blue) == 3:
+            return red_green_blue
+    raise argparse.ArgumentTypeError(f"{text!r} is no colour without transparency; give white or #ff8800")
 
 
 def find_inputs(names: Sequence[str], output: Path) -> list[tuple[Path, Path]]:
@@ -159,6 +147,8 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
             original_of(relative, Path(args.compare), scale, len(inputs)) if given else None,
             None if args.uncertainty is None else map_of(base, Path(args.uncertainty), len(inputs)),
             None if args.tokens is None else Path(args.tokens),
+            args.strip,
+            args.background,
         )
     return list(tasks.values())
 
@@ -179,16 +169,15 @@ def map_of(base: Path, named: Path, inputs: int) -> Path:
     return named.with_suffix("") if named.suffix in (".png", ".npy") else named
 
 
-def restore_all(chain: Chain, tasks: Sequence[Task], args: argparse.Namespace, processes: Processes) -> int:
+def restore_all(chain: Chain, tasks: Sequence[Task], processes: Processes) -> int:
     """Restore this process's part; returns the status of all: 0, 1 where some failed, 2 where all did."""
     failures: list[str] = []
     done = 0
-    how = {"strip": args.strip, "background": args.background}
     for number in range(processes.rank, len(tasks), processes.world_size):
         task, name = tasks[number], f"[{number + 1}/{len(tasks)}] {tasks[number].source.name}"
         try:
             with progress(name, 100, hidden=not processes.is_main) as show:
-                remark = restore_file(task, chain, lambda part: show(round(100 * part), ""), **how)
+                remark = restore_file(task, chain, lambda part: show(round(100 * part), ""))
         except OptionError:
             raise  # it would be the same for every image
         except FILE_ERRORS as error:
@@ -211,11 +200,11 @@ def restore_all(chain: Chain, tasks: Sequence[Task], args: argparse.Namespace, p
 
 def open_models(args: argparse.Namespace) -> tuple[list[LoadedModel], str]:
     """Load the models for the scale, the first blended if asked to, export one if asked to, and name them."""
-    paths, network = find_weights(args.weights_path, args.scale), network_class(args.network)
-    models, names = [load_model(file, network) for file in paths], ", ".join(map(str, paths))
+    loaded = load_models(args.weights_path, args.scale, network_class(args.network))
+    models, names = [*loaded.values()], ", ".join(map(str, loaded))
     if args.strength is not None:
         clean = released_model(float(models[0].network.scale))
-        if paths[0].resolve() == clean.resolve():
+        if clean.resolve() in map(Path.resolve, loaded):
             raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
         models[0] = blend(load_model(clean), models[0], args.strength)
         names = f"{args.strength:g} of the way from {clean} to {names}"
@@ -225,7 +214,7 @@ def open_models(args: argparse.Namespace) -> tuple[list[LoadedModel], str]:
             raise ValueError(f"--export: --scale {args.scale:g} takes several models; give one of theirs")
         if target.suffix != ".safetensors":
             raise ValueError(f"--export {target}: the name must end in .safetensors")
-        check_outputs([target], inputs=paths, overwrite=args.overwrite)
+        check_outputs([target], inputs=loaded, overwrite=args.overwrite)
         export_safetensors(models[0], target)
         say(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {names}")
     return models, names
@@ -234,8 +223,6 @@ def open_models(args: argparse.Namespace) -> tuple[list[LoadedModel], str]:
 def prepare(args: argparse.Namespace, processes: Processes) -> tuple[Chain, list[Task]]:
     """Load, plan and check everything; no task where a model is to be exported and nothing else."""
     config, device = from_args(RestoreConfig, args), processes.device
-    if args.overwrite and args.skip_existing:
-        raise ValueError("--overwrite and --skip_existing: give one of the two")
     models, names = open_models(args)
     precision = autocast_dtype(device, args.precision)
     chain = chain_to(args.scale, [Restorer(one, config, device, precision) for one in models])
@@ -265,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         args = build_parser().parse_args(argv)
         with started_processes(args.device, timedelta(days=7)) as processes:
-            return restore_all(*prepare(args, processes), args, processes)
+            return restore_all(*prepare(args, processes), processes)
 
     stopped = "finished images are whole, --skip_existing does the others"
     return run_script(SCRIPT, work, [RestoreConfig], stopped=stopped)

@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 from engine.options import Options
 
+# How every script shows --network.
+NETWORK_FLAG: dict[str, Any] = {
+    "metavar": "MODULE:CLASS",
+    "help": "class of a network of your own, whose options are flags of the training (default: unet:UNet)",
+}
+
 
 class Condition(NamedTuple):
     """An image to restore, from which a network takes what its conditioning needs."""

@@ -36,7 +36,7 @@ from evaluation.validation import Validator
 from imaging.cache import CachedReader, default_cache_dir
 from imaging.kinds import list_images
 from models import LoadedModel
-from network import Network, name_of, network_class
+from network import NETWORK_FLAG, Network, name_of, network_class
 from restoration.weights import load_model
 from sharpening import Sharpening, SharpeningConfig
 from training import BatchPlan, ResolvedConfig, TrainingConfig, learning_rate_at, optimizer_for
@@ -107,8 +107,7 @@ def build_parser(show_rare: bool = False, network: type[Network] = UNet) -> Pars
     )
     parser.add_argument("--help-all", action="help", help="all flags, those that are rarely set, too")
     parser.add_argument("--weights_path", type=path, help="checkpoint to resume from; needs no other flag")
-    own = "class of a network of your own, whose options become flags (default: unet:UNet)"
-    parser.add_argument("--network", metavar="MODULE:CLASS", help=own)
+    parser.add_argument("--network", **NETWORK_FLAG)
     for section, kind in Settings.sections(network).items():
         add_flags(parser.add_argument_group(section), kind, given_only=True, show_rare=show_rare)
     return parser

@@ -9,7 +9,7 @@ from models import LoadedModel
 from restoration.pictures import Restorable
 from restoration.restorer import PRESETS, Progress, Restoration, RestoreConfig, Restorer, no_progress
 from restoration.scales import chain_to, restore_to
-from restoration.weights import blend, find_weights, load_model
+from restoration.weights import blend, load_model, load_models
 
 __all__ = ["PRESETS", "Restoration", "RestoreConfig", "Restorer", "blend", "load_model", "restore"]
 
@@ -35,8 +35,7 @@ def restore(
     ValueError: the image, the file (CheckpointError), the device or the configuration is wrong.
     """
     chosen = select_device(device)
-    names = [] if isinstance(model, LoadedModel) else find_weights(model, scale)
-    models: list[LoadedModel] = [model] if isinstance(model, LoadedModel) else [*map(load_model, names)]
+    models = [model] if isinstance(model, LoadedModel) else load_models(model, scale).values()
     dtype, how = autocast_dtype(chosen, precision), config or RestoreConfig()
     chain = chain_to(scale, [Restorer(one, how, chosen, dtype) for one in models])
     return restore_to(chain, image, progress=progress, tokens=tokens)

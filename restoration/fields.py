@@ -1,9 +1,7 @@
 """Tensors too large for memory, kept in files: zeros like any others, worked on in bands of rows."""
 
-import errno
 import math
 import mmap
-import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,8 +13,6 @@ from restoration.tiling import Window
 from samplers import NOISE_ROWS
 
 IN_MEMORY_BYTES = 32 * 2**20  # a larger tensor is kept in a file
-# What fallocate answers on file systems without it, such as ZFS, NFS before 4.2 and FUSE.
-UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 _mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
@@ -47,9 +43,11 @@ def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     size = 4 * math.prod(shape)
     if size <= IN_MEMORY_BYTES:
         return torch.zeros(shape, device=device)
-    with tempfile.TemporaryFile(prefix="field-") as file:
+    with tempfile.TemporaryFile(prefix="field-", buffering=0) as file:
+        block, written = bytes(2**20), 0
         try:
-            _reserve(file.fileno(), size)
+            while written < size:  # without the room, a write through the mapping would end in SIGBUS
+                written += file.write(block[: size - written])
         except OSError as error:
             reason = f"{tempfile.gettempdir()} has no room for {size / 1e6:.0f} MB ({error.strerror})"
             raise OSError(f"{reason}: set TMPDIR to a folder with more room") from error
@@ -63,17 +61,3 @@ def release_pages() -> None:
     for mapped in list(_mapped):
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _reserve(file: int, size: int) -> None:
-    # Without the room, the first write through the mapping would end the process with SIGBUS.
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        try:
-            os.posix_fallocate(file, 0, size)
-            return
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-    zeros = bytes(2**20)
-    for start in range(0, size, len(zeros)):
-        os.pwrite(file, zeros[: size - start], start)

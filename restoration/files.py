@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
 from bicubic import upscale_image
 from engine.device import is_out_of_memory
@@ -15,7 +16,7 @@ from imaging.metadata import Metadata
 from imaging.panels import comparison_picture
 from imaging.pixels import Pixels
 from imaging.tokens import read_tokens
-from restoration.restorer import Progress, Restoration
+from restoration.restorer import Progress
 from restoration.scales import Chain, restore_to
 
 FILE_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # what one picture may fail with
@@ -31,6 +32,8 @@ class Task:
     truth: Path | None = None  # the original, to be read
     uncertainty: Path | None = None  # for the standard deviation; .png and .npy are added
     tokens: Path | None = None  # the folder of those that describe it
+    strip: bool = False  # whether the metadata is left out
+    background: tuple[int, ...] | None = None  # to put it on: red, green and blue in [0, 255]
 
     @property
     def maps(self) -> list[Path]:
@@ -43,32 +46,26 @@ class Task:
         return [*([] if self.comparison is None else [self.comparison]), *self.maps, self.target]
 
 
-def restore_file(
-    task: Task,
-    chain: Chain,
-    progress: Progress,
-    *,
-    strip: bool = False,
-    background: tuple[int, ...] | None = None,
-) -> str:
+def restore_file(task: Task, chain: Chain, progress: Progress) -> str:
     """Restore one file, write what belongs to it, and return a remark for the user, or "".
 
-    ValueError, before the work: an unreadable file or a format that cannot hold the result. `background` is
-    red, green and blue in [0, 255].
+    ValueError, before the work: an unreadable file or a format that cannot hold the result.
     """
-    source = decode_image(task.source)
-    if strip:
+    source = on_background(decode_image(task.source), task.background)
+    if task.strip:
         source = replace(source, metadata=Metadata())
-    if background is not None and source.alpha is not None:
-        source = on_background(source, background)
-    height, width = chain.scale.high_size(*source.pixels.shape[:2])
-    has_alpha, dtype = source.alpha is not None, source.pixels.dtype
-    check_format(task.target, height, width, dtype, has_alpha=has_alpha)
-    truth = None if task.truth is None else read_original(task.truth, height, width, float(chain.scale))
+    scale, (height, width) = float(chain.scale), chain.scale.high_size(*source.pixels.shape[:2])
+    check_format(task.target, height, width, source.pixels.dtype, has_alpha=source.alpha is not None)
+    truth = None if task.truth is None else read_original(task.truth, height, width, scale)
     tokens = None if task.tokens is None else read_tokens(task.tokens, task.source)
     deviation = task.uncertainty is not None
-    restoration = restore_to(chain, source, deviation=deviation, progress=progress, tokens=tokens)
-    write_results(task, source, restoration, float(chain.scale), truth)
+    restored = restore_to(chain, source, deviation=deviation, progress=progress, tokens=tokens)
+    if task.comparison is not None:
+        bicubic = cast(Pixels, upscale_image(source.pixels, scale))
+        write_image(task.comparison, comparison_picture(source.pixels, bicubic, restored.pixels, truth))
+    if restored.deviation is not None:
+        write_maps(restored.deviation, *task.maps)
+    restored.save(task.target)
     return f"first of {source.frames} frames" if source.frames > 1 else ""
 
 
@@ -81,9 +78,10 @@ def read_original(path: Path, height: int, width: int, scale: float) -> Pixels:
     return original
 
 
-def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
-    """Put a picture on red, green and blue in [0, 255]; grey stays grey over a grey."""
-    assert image.alpha is not None
+def on_background(image: DecodedImage, colour: tuple[int, ...] | None) -> DecodedImage:
+    """Put what is transparent on red, green and blue in [0, 255], if any; grey stays grey over a grey."""
+    if image.alpha is None or colour is None:
+        return image
     largest = int(np.iinfo(image.pixels.dtype).max)
     height, width = image.alpha.shape
     grey = image.pixels.ndim == 2 and len(set(colour)) == 1
@@ -94,19 +92,11 @@ def on_background(image: DecodedImage, colour: tuple[int, ...]) -> DecodedImage:
     return replace(image, pixels=pixels[..., 0] if grey else pixels, alpha=None)
 
 
-def write_results(
-    task: Task, source: DecodedImage, restoration: Restoration, scale: float, truth: Pixels | None
-) -> None:
-    if task.comparison is not None:
-        bicubic = cast(Pixels, upscale_image(source.pixels, scale))
-        write_image(task.comparison, comparison_picture(source.pixels, bicubic, restoration.pixels, truth))
-    deviation = restoration.deviation
-    if deviation is not None:
-        picture, array = task.maps
-        write_atomically(array, lambda stream: np.save(stream, deviation))
-        white = max(float(deviation.max()), 1e-9)  # the largest
-        write_image(picture, np.round(deviation / white * 255).astype(np.uint8))
-    restoration.save(task.target)
+def write_maps(deviation: npt.NDArray[np.float32], picture: Path, array: Path) -> None:
+    """Write an uncertainty (H, W) as it is, and as a picture in which the largest value is white."""
+    write_atomically(array, lambda stream: np.save(stream, deviation))
+    white = max(float(deviation.max()), 1e-9)
+    write_image(picture, np.round(deviation / white * 255).astype(np.uint8))
 
 
 def describe_failure(error: BaseException, source: Path, target: Path) -> str:

@@ -300,9 +300,7 @@ class Restorer:
 
         A self-ensemble averages the mean over 8 flips and rotations, each turned back.
         """
-        views = list(itertools.product((False, True), range(4)))[: 8 if self.config.self_ensemble else 1]
-        if not self.network.mean_reach:
-            views = []
+        views = list(itertools.product(([], [-1]), range(4)))[: 8 if self.config.self_ensemble else 1]
         # The predictor sees all that it reaches, from where the whole image would be padded and folded alike.
         multiple = self.network.window_multiple
         halo = math.ceil(self.network.mean_reach / multiple) * multiple
@@ -312,15 +310,12 @@ class Restorer:
             seen = window.grown(halo, *size)
             image = self.scale.upscale(low_res, seen).clamp(-1, 1)
             mean = torch.zeros_like(image)
-            for mirrored, turns in views:
-                view = image.rot90(turns, (-2, -1))
-                view = view.flip(-1) if mirrored else view
-                _, predicted = self.generator.encode(self.network, Condition(view, tokens=tokens))
-                back = cast(Tensor, predicted).float()
-                back = back.flip(-1) if mirrored else back
-                mean += back.rot90(-turns, (-2, -1))
-            if views:
-                image = image + self.residual_std * (mean / len(views))
+            for flipped, turns in views if self.network.mean_reach else ():
+                condition = Condition(image.rot90(turns, (-2, -1)).flip(flipped), tokens=tokens)
+                with self.generator.autocast():
+                    _, predicted = self.network.encode_context(condition)
+                mean += cast(Tensor, predicted).float().flip(flipped).rot90(-turns, (-2, -1))
+            image = image + self.residual_std * (mean / len(views))
             window.cut(base).copy_(window.seen_from(seen.top, seen.left).cut(image))
             tick()
         return base

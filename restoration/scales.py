@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -90,12 +89,11 @@ def restore_to(
     check(chain, deviation=deviation, tokens=tokens is not None)
     size, count = (0, 0), len(chain.restorers)
     for number, restorer in enumerate(chain.restorers):
-        made = restorer.restore(
-            image,
-            deviation=deviation,
-            progress=partial(_report, progress, number, count),
-            tokens=tokens,
-        )
+
+        def report(part: float, done: int = number) -> None:
+            progress((done + part) / count)
+
+        made = restorer.restore(image, deviation=deviation, progress=report, tokens=tokens)
         if number == 0:  # a length is at most that of the result over the scale
             height, width = (int(length / restorer.scale.fraction) for length in made.pixels.shape[:2])
             size = chain.scale.high_size(height, width)
@@ -108,10 +106,6 @@ def restore_to(
         alpha=None if made.alpha is None else shrunk(made.alpha, chain.excess, size),
         deviation=None if made.deviation is None else shrunk(made.deviation, chain.excess, size).clip(0),
     )
-
-
-def _report(progress: Progress, done: int, count: int, part: float) -> None:
-    progress((done + part) / count)
 
 
 def shrunk(image: ArrayT, excess: Scale, size: tuple[int, int]) -> ArrayT:

@@ -1,13 +1,14 @@
 """Finds, loads and blends weights: the project's, by name, and any other, by path."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.checkpoint import CheckpointError, load_weights
-from engine.options import OptionError
+from engine.options import OptionError, path
 from models import LoadedModel
 from models import load_model as load_file
-from network import Network
+from network import NETWORK_FLAG, Network, name_of
 from restoration.scales import plan_chain
 from unet import UNet
 
@@ -46,12 +47,17 @@ def find_weights(name: str | Path | None = None, scale: float | None = None) -> 
         return [Path(name)]
     wanted, photo = 4.0 if scale is None else scale, released_scales("photo")
     kind = str(name or ("photo" if wanted <= max(photo, default=0) else "clean"))
-    factors = released_scales(kind) or [4.0]  # without any, released_model says so
-    chain = list(dict.fromkeys(plan_chain(wanted, factors)))
-    kinds = [kind] * len(chain)
-    if name is None and chain[0] in photo:
-        kinds[0] = "photo"
-    return [released_model(*each) for each in zip(chain, kinds, strict=True)]
+    # Without any weights, released_model says so.
+    first, *others = dict.fromkeys(plan_chain(wanted, released_scales(kind) or [4.0]))
+    cleaning = "photo" if name is None and first in photo else kind
+    return [released_model(first, cleaning), *(released_model(factor, kind) for factor in others)]
+
+
+def load_models(
+    name: str | Path | None, scale: float | None, network: type[Network] = UNet
+) -> dict[Path, LoadedModel]:
+    """Load the files that find_weights lists; CheckpointError."""
+    return {file: load_file(file, network) for file in find_weights(name, scale)}
 
 
 def load_model(
@@ -59,6 +65,20 @@ def load_model(
 ) -> LoadedModel:
     """Load "photo", "clean" or a file, as find_weights chooses it; CheckpointError."""
     return load_file(find_weights(name, scale)[0], network)
+
+
+def add_weights_flags(add: Callable[..., object], default: str) -> None:
+    """Add --weights, whose `default` is said in words, and --network to a group, by its `add_argument`."""
+    weights = f"photo or clean, the project's own, or a .pth or .safetensors file (default: {default})"
+    add(
+        "--weights",
+        "--weights_path",
+        dest="weights_path",
+        metavar="photo|clean|FILE",
+        type=path,
+        help=weights,
+    )
+    add("--network", default=name_of(UNet), **NETWORK_FLAG)
 
 
 def blend(clean: LoadedModel, photo: LoadedModel, strength: float) -> LoadedModel:

@@ -8,7 +8,6 @@ import copy
 import errno
 import io
 import math
-import os
 import re
 import subprocess
 import sys
@@ -112,16 +111,13 @@ def test_a_window_is_resized_as_in_the_whole_image(data, factor, height, width):
         bottom, right = data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width))
         return Window(top, bottom, left, right)
 
-    def cut(image, window):
-        return image[:, window.top : window.bottom, window.left : window.right]
-
     high = window(*whole.shape[-2:])
-    torch.testing.assert_close(scale.upscale(low_res, high), cut(whole, high))
+    torch.testing.assert_close(scale.upscale(low_res, high), high.cut(whole))
     shrunk = resize(whole, scale=1 / factor)
     low = window(height, width)
     seen = scale.high_window(low, *whole.shape[-2:])
-    made = scale.downscale(cut(whole, seen), seen, low)
-    torch.testing.assert_close(made, cut(shrunk, low), rtol=1e-5, atol=1e-5)
+    made = scale.downscale(seen.cut(whole), seen, low)
+    torch.testing.assert_close(made, low.cut(shrunk), rtol=1e-5, atol=1e-5)
 
 
 @given(numerator=st.integers(1, 64), denominator=st.integers(1, 16))
@@ -144,23 +140,6 @@ def test_large_zeros_are_a_tensor_like_any_other_in_a_file_that_leaves_nothing(l
     assert torch.equal(place, values)
     assert field.count_nonzero() == values.count_nonzero()
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
-def test_missing_room_is_said_and_a_file_system_without_fallocate_gets_its_zeros_written(number, monkeypatch):
-    def refuse(file, start, size):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("os.posix_fallocate", refuse)
-    monkeypatch.setattr("restoration.fields.IN_MEMORY_BYTES", 10**6)
-    if number == errno.ENOSPC:
-        with pytest.raises(OSError, match="12 MB") as caught:
-            zeros((1, 3, 1000, 1000), CPU)
-        assert caught.value.errno is None  # not the disk of the results
-    else:
-        field = zeros((1, 3, 1000, 1000), CPU)
-        field += 1
-        assert field.mean() == 1
 
 
 @pytest.mark.slow
@@ -213,16 +192,9 @@ def test_a_large_image_is_cut_by_itself_and_a_small_one_is_not(model):
     assert max(tile.window.shape for tile in restorer.tiles(1024, 1200, 64)) == (512, 512)
 
 
-OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 17.5 GB)"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
-    MemoryError("Unable to allocate 3.00 GiB"),
-    OSError(errno.ENOMEM, "Cannot allocate memory"),
-]
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:16])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), MemoryError(), OSError(errno.ENOMEM, "")], ids=repr
+)
 def test_windows_get_smaller_where_memory_runs_out_and_stay_so(error, model, caplog, monkeypatch):
     """With estimates that do not depend on their windows."""
     low_res, seen, limit = torch.rand(1, 3, 96, 80), [], 200
