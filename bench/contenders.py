@@ -8,7 +8,6 @@ spandrel, untrained: for time alone.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,7 @@ from train_diffusion import make_model, parse
 
 RECIPE = Path("recipes/x4.args")
 OURS = "this project"
-NAMES = (
-    OURS,
-    "denoising-diffusion-pytorch Unet",
-    "diffusers UNet2DModel",
-    "diffusers UNet2DConditionModel",
-)
-TOKENS, TOKEN_WIDTH = 16, 64
+NAMES = (OURS, "denoising-diffusion-pytorch Unet", "diffusers UNet2DModel")
 Call = Callable[[nn.Module, Tensor, Tensor], Tensor]  # a UNet, (B, 6, H, W) and (B,) to (B, 3, H, W)
 
 
@@ -53,33 +46,20 @@ class Peer(Network):
 def peers() -> list[Peer]:
     """Build the other libraries' networks, untrained, in the order of NAMES."""
     from denoising_diffusion_pytorch import Unet
-    from diffusers import UNet2DConditionModel, UNet2DModel
+    from diffusers import UNet2DModel
 
-    common: dict[str, Any] = {"in_channels": 6, "out_channels": 3, "norm_num_groups": 8}
-    plain = UNet2DModel(
+    unet = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3, flash_attn=True)
+    diffusers_unet = UNet2DModel(
+        in_channels=6,
+        out_channels=3,
+        norm_num_groups=8,
         block_out_channels=(32, 64, 128),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        **common,
     )
-    conditional = UNet2DConditionModel(
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TOKEN_WIDTH,
-        **common,
-    )
-
-    def call_conditional(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-        tokens = x.new_zeros(len(x), TOKENS, TOKEN_WIDTH)
-        output: Tensor = network(x, t, encoder_hidden_states=tokens).sample
-        return output
-
-    unet = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3, flash_attn=True)
     return [
         Peer(unet, lambda network, x, t: network(x, t)),
-        Peer(plain, lambda network, x, t: network(x, t).sample),
-        Peer(conditional, call_conditional),
+        Peer(diffusers_unet, lambda network, x, t: network(x, t).sample),
     ]
 
 

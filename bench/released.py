@@ -19,9 +19,8 @@ from evaluation.measure import evaluate, model_method
 from evaluation.metrics import BY_NAME
 from evaluation.report import table
 from imaging.atomic import check_outputs, write_text_atomically
-from models import load_model
 from restoration import PRESETS, RestoreConfig
-from restoration.weights import find_weights
+from restoration.weights import load_models
 
 RESULTS = Path("weights/RESULTS.md")
 ABOUT = (
@@ -65,7 +64,7 @@ def measure(case: Case, photos: Path, device: torch.device) -> list[str]:
     images = ImageSet(photos / "test" / case.images, config)
     methods = {}
     for kind, modes in case.rows.items():
-        models = [load_model(path, device=device) for path in find_weights(kind, case.scale)]
+        models = [*load_models(kind, case.scale).values()]
         for mode in modes:
             methods[f"{kind}, {mode}"] = model_method(models, (MODES | CONSISTENT)[mode], case.scale, device)
     report = evaluate(images, list(methods.values()), Processes(device), progress=True)

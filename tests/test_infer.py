@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,13 +184,10 @@ def test_compare_and_uncertainty_are_written(weights, picture, tmp_path):
     ("arguments", "status", "said"),
     [
         ("", 0, "/photo_x4.safetensors"),
-        ("--weights photo", 0, "/photo_x4.safetensors"),
         ("--weights clean", 0, "/x4.safetensors"),
         ("--weights clean --consistency", 0, "/x4.safetensors"),
         ("--consistency", 2, "clean"),
         ("--strength 0.25", 0, "0.25 of the way"),
-        ("--strength 1.5", 2, "1.5"),
-        ("--strength 0.5 --weights clean", 2, "--strength"),
         ("--strength 0.5 --weights weights/./x4.safetensors", 2, "--strength"),
     ],
 )
@@ -215,46 +213,32 @@ def test_the_project_s_weights_are_chosen_blended_and_named(
 
 
 WRONG = {
-    "photo.png --scale 17": "17",
     "photo.png --scale 0": "scale is 0",
     "photo.png --weights_path no.pth": "no.pth",
     "photo.png --weights_path broken.pth": "broken.pth",
-    "photo.png --weights_path=": "--weights_path",
     "": "no input",
     "=": "empty",
     "missing.png": "missing.png",
     "*.jpg": "*.jpg",
     "empty": "empty",
-    "photo.png --steps 1001": "--steps is 1001",
     "photo.png --steps 0": "--steps is 0",
-    "photo.png --mode balanced --scheduler ddim": "--scheduler is 'ddim'",
-    "photo.png --tile -1": "--tile is -1",
-    "photo.png --eta 0.5": "--eta is 0.5",
     "photo.png --eta nan": "--eta is nan",
-    "photo.png --num_images 0": "--num_images is 0",
-    "photo.png --seed -1": "--seed is -1",
     "photo.png --device cpu:x": "cpu:x",
     "photo.png --uncertainty m.png --steps 2": "--num_images is 1",
     "photo.png --uncertainty m.png --num_images 2 --scale 8": "x4 and x4",
     "photo.png --guidance 2": "--guidance is 2",
     "photo.png --compare empty": "empty",
-    "photo.png --compare=": "--compare",
     "photo.png other.png --compare other.png": "2 inputs",
     "photo.png other.png --output one.png": "one.png",
     "photo.png --output=": "--output",
     "photo.png --output a.gif": ".gif",
-    "photo.png --output a.pgn": ".pgn",
-    "photo.png --output broken.pth": "broken.pth",
     "photo.png --output a.png --format jpg": "--format jpg",
     "photo.png --output photo.png/below": "because of",
     "photo.png --output photo.png --overwrite": "photo.png: is an input",
-    "photo.png --background whitish": "whitish",
     "photo.png --background #ff88": "#ff88",
     "photo.png --overwrite --skip_existing": "--skip_existing",
     ". --output .": "is the input folder",
-    "one/a.png two/a.png --output out": "one/a.png and two/a.png",
     "one/a.png two/a.png --output out --overwrite": "one/a.png and two/a.png",
-    "photo.png photo_x4.png --output . --overwrite": "photo_x4.png: is an input",
     "photo.png one/a.png other.png --output done": "done/a_x4.png: exists already, and 1 more",
     "--export model.bin": "model.bin",
     "--export model.safetensors --scale 8": "exists",
@@ -266,7 +250,7 @@ def test_every_wrong_value_is_one_line_that_names_it(
     arguments, weights, picture, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    for name in "photo other photo_x4 one/a two/a done/a_x4 done/other_x4".split():
+    for name in "photo other one/a two/a done/a_x4 done/other_x4".split():
         write_image(f"{name}.png", picture)
     Path("empty").mkdir()
     Path("broken.pth").write_bytes(b"nothing of ours")
@@ -343,23 +327,6 @@ def test_results_go_where_they_were_asked_to(weights, picture, tmp_path, monkeyp
     assert Image.open(tmp_path / made.split()[0]).size == (112, 80)
 
 
-# -------------------------------------------------------------------------------------------- transparency
-
-
-def test_transparency_can_be_put_on_a_colour(weights, picture, tmp_path, capsys):
-    alpha = np.zeros((20, 28), np.uint8)
-    alpha[5:15, 8:20] = 255
-    write_image(tmp_path / "cut.png", np.zeros_like(picture), alpha)
-    flags = ("--weights_path", weights, tmp_path / "cut.png", "--output", tmp_path / "flat.jpg")
-    assert here(*flags) == 2
-    assert "cannot hold alpha" in capsys.readouterr().err
-    assert here(*flags, "--background", "#ff8000") == 0
-    with Image.open(tmp_path / "flat.jpg") as image:
-        assert image.mode == "RGB"
-        corner = np.asarray(image)[:8, :8].mean((0, 1))
-    assert np.abs(corner - (255, 128, 0)).max() < 60  # the network has random weights
-
-
 @pytest.mark.parametrize(
     ("pixels", "colour", "expected"),
     [
@@ -376,13 +343,16 @@ def test_a_background_is_seen_by_what_alpha_leaves(pixels, colour, expected):
     assert np.array_equal(flat.pixels, expected)
 
 
-def test_metadata_can_be_stripped(weights, picture, tmp_path):
-    write_image(tmp_path / "a.png", picture, metadata=Metadata(PROFILE, text={"Comment": "mine"}))
-    flags = ("--weights_path", weights, tmp_path / "a.png", "--output")
-    assert here(*flags, tmp_path / "kept.png") == 0
-    assert here(*flags, tmp_path / "bare.png", "--strip") == 0
-    assert decode_image(tmp_path / "kept.png").metadata.icc_profile == PROFILE
-    assert decode_image(tmp_path / "bare.png").metadata == Metadata()
+def test_metadata_can_be_stripped_and_what_is_transparent_put_on_a_colour(weights, picture, tmp_path):
+    alpha = np.zeros((20, 28), np.uint8)
+    alpha[5:15, 8:20] = 255
+    write_image(tmp_path / "a.png", picture, alpha, metadata=Metadata(PROFILE, text={"Comment": "mine"}))
+    flags = ("--strip", "--background", "#ff8000", "--output", tmp_path / "flat.png")
+    assert here("--weights_path", weights, tmp_path / "a.png", *flags) == 0
+    flat = decode_image(tmp_path / "flat.png")
+    assert flat.metadata == Metadata()
+    assert flat.alpha is None
+    assert np.abs(flat.pixels[:8, :8].mean((0, 1)) - (255, 128, 0)).max() < 60  # of random weights
 
 
 # ------------------------------------------------------------------------- what a batch does not stop for
@@ -436,23 +406,15 @@ def test_an_error_of_the_program_is_not_taken_for_one_of_a_file(weights, three, 
         here("--weights_path", weights, *three, "--output", tmp_path / "out")
 
 
-class Closed(io.StringIO):
-    """A stdout whose reader is gone, or whose disk is full."""
-
-    number = errno.EPIPE
-
-    def write(self, text):
-        raise OSError(self.number, os.strerror(self.number))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
 def test_a_stdout_that_takes_no_more_does_not_stop_the_work(number, weights, three, tmp_path, monkeypatch):
-    stream = Closed()
-    stream.number = number
+    def refuse(text):
+        raise OSError(number, os.strerror(number))
+
     kept = os.dup(1)
     try:
-        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=refuse))
         assert here("--weights_path", weights, *three, "--output", tmp_path / "out") == 0
     finally:
         os.dup2(kept, 1)
