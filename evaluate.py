@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from operator import methodcaller
 from pathlib import Path
 
 import torch
@@ -31,10 +32,10 @@ from restoration import PRESETS, RestoreConfig
 from restoration.weights import add_weights_flags, load_models
 
 ROWS = ("mode", "detail", "steps", "num_images")  # the options of RestoreConfig that make rows
-OUTPUTS: dict[str, tuple[str, Callable[[Report], str | bytes]]] = {
-    "json": ("the protocol and the rows", Report.to_json),
-    "csv": ("every image in every row", Report.to_csv),
-    "markdown": ("the table, which is printed anyway", Report.to_markdown),
+OUTPUTS: dict[str, tuple[str, Callable[[Report], bytes]]] = {
+    "json": ("the protocol and the rows", lambda report: report.to_json().encode()),
+    "csv": ("every image in every row", lambda report: report.to_csv().encode()),
+    "markdown": ("the table, which is printed anyway", lambda report: report.to_markdown().encode()),
     "plot": ("PSNR against LPIPS or, without it, HF energy, as .png", Report.to_png),
 }
 
@@ -109,12 +110,6 @@ def open_model(args: argparse.Namespace, scale: float, device: torch.device) -> 
     return methods, {"models": described, "restoring": common}
 
 
-def write_output(name: str, report: Report, file: Path) -> None:
-    content = OUTPUTS[name][1](report)
-    encoded = content if isinstance(content, bytes) else content.encode()
-    write_atomically(file, lambda stream: stream.write(encoded))
-
-
 def run(args: argparse.Namespace, processes: Processes) -> int:
     """Measure with all processes, then write and print; returns the exit status."""
     torch.backends.cudnn.deterministic = True  # the same seed gives the same table
@@ -129,7 +124,8 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     if processes.is_main:
         for name, file in outputs.items():
             try:
-                write_output(name, report, file)
+                content = OUTPUTS[name][1](report)
+                write_atomically(file, methodcaller("write", content))
             except IMPORT_ERRORS as error:
                 errors.append(f"{file} was not written: {error}")
         say(report.to_markdown().rstrip())

@@ -21,9 +21,7 @@ class LoadedModel(NamedTuple):
     step: int  # optimiser steps of the training
 
 
-def load_model(
-    path: str | Path, network: type[Network] = UNet, device: torch.device | str = "cpu"
-) -> LoadedModel:
+def load_model(path: str | Path, network: type[Network] = UNet) -> LoadedModel:
     """Load a checkpoint or an exported model of this class of network; CheckpointError."""
     file = read_model(path)
     name = file.sections.get("network_class", name_of(UNet))
@@ -37,7 +35,7 @@ def load_model(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
     load_weights(rebuilt, file.weights, path)
-    rebuilt.to(memory_format=torch.channels_last).to(torch.device(device)).eval().requires_grad_(False)
+    rebuilt.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     degradation = degradation or Degradation(scale=float(rebuilt.scale))
     return LoadedModel(rebuilt, process, degradation, file.step)
 

@@ -3,8 +3,8 @@
 Shapes: B batch, C channels, H x W high-resolution pixels, h x w low-resolution ones, N tokens of width E.
 """
 
-import importlib
 import os
+import pkgutil
 import sys
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, Self
@@ -74,11 +74,10 @@ class Network(nn.Module, ABC):
 
 def network_class(name: str) -> type[Network]:
     """Import "module:Class", also from the working folder; ValueError where there is no such network."""
-    module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"network {name!r}: {error}; give module:Class, as unet:UNet") from error
     if not (isinstance(found, type) and issubclass(found, Network)):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -108,12 +109,9 @@ def evaluate(
     comparison = _with_lpips(images.config, processes.device)
     methods = (bicubic_method(images.config), *methods)
     part = list(_measure_part(methods, images, comparison, progress, processes))
-    measured, failures = list[list[Facts]](), list[str]()
-    for _, result in sorted(itertools.chain(*processes.gather(part)), key=lambda numbered: numbered[0]):
-        if isinstance(result, str):
-            failures.append(result)
-        else:
-            measured.append(result)
+    numbered = sorted(itertools.chain(*processes.gather(part)), key=operator.itemgetter(0))
+    measured = [result for _, result in numbered if not isinstance(result, str)]
+    failures = [result for _, result in numbered if isinstance(result, str)]
     if not measured:
         raise ValueError(failures[0] if len(failures) == 1 else f"no image can be measured: {failures[0]}")
     protocol = _protocol(images, comparison, methods[-1].device) | {"images": len(measured)}

@@ -16,13 +16,13 @@ IN_MEMORY_BYTES = 32 * 2**20  # a larger tensor is kept in a file
 _mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
-def row_bands(height: int, width: int, rows: int = NOISE_ROWS) -> Iterator[Window]:
+def row_bands(height: int, width: int) -> Iterator[Window]:
     """Cut an image into bands of rows, from the top; the last may have fewer.
 
     Behind each, the memory is free again that files took.
     """
-    for top in range(0, height, rows):
-        yield Window(top, min(top + rows, height), 0, width)
+    for top in range(0, height, NOISE_ROWS):
+        yield Window(top, min(top + NOISE_ROWS, height), 0, width)
         release_pages()
 
 

@@ -146,15 +146,11 @@ class Restorer:
         if deviation and config.num_images < 2:
             raise OptionError("num_images", config.num_images, "an uncertainty map needs at least 2")
         if tokens and not self.network.takes_tokens:
-            raise ValueError(
-                "this model takes no tokens: leave them out, or train one with conditioning tokens"
-            )
+            raise ValueError("this model takes no tokens: leave them out, or train one that does")
         if tokens and not steps:
             raise OptionError("steps", 0, "the predicted mean takes no tokens: give 1 or more, or no tokens")
         if not tokens and config.guidance != 1:
-            raise OptionError(
-                "guidance", config.guidance, "it strengthens tokens: give some, or leave it out"
-            )
+            raise OptionError("guidance", config.guidance, "it strengthens tokens: give some or leave it out")
 
     def restore(
         self,
