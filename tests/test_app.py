@@ -5,11 +5,9 @@ import os
 import re
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -131,24 +129,13 @@ def test_the_page_gives_the_file_that_infer_writes(page, weights, deep_picture, 
     assert page.locator("#slider img").count() == 2
 
 
-def damaged(path, whole):
-    path.write_bytes(whole[: len(whole) // 2])
-
-
-def huge(path, whole):
-    """Its header says 60000 x 60000 pixels."""
-    header = b"IHDR" + struct.pack(">II", 60000, 60000) + whole[24:29]
-    path.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
-
-
 @pytest.mark.browser
 @pytest.mark.slow
-@pytest.mark.parametrize("spoil", [damaged, huge])
 def test_a_file_that_cannot_be_restored_gets_the_sentence_of_infer(
-    page, weights, deep_picture, tmp_path, capsys, spoil
+    page, weights, deep_picture, tmp_path, capsys
 ):
     bad = tmp_path / "bad.png"
-    spoil(bad, deep_picture.read_bytes())
+    bad.write_bytes(deep_picture.read_bytes()[:400])
     assert infer.main([str(bad), "--weights_path", str(weights), "--output", str(tmp_path / "infer")]) == 2
     sentence = re.search(r"error: (.*)", capsys.readouterr().err)[1].replace(f"{tmp_path}{os.sep}", "")
     assert "bad.png" in sentence

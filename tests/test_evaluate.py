@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,6 @@ from PIL import Image
 import evaluate as script
 import infer
 from bicubic import resize, upscale_image
-from diffusion import ProcessConfig
-from engine.checkpoint import save_checkpoint
 from evaluate import main
 from evaluation import measure, metrics
 from evaluation.images import EvaluationConfig, ImageSet
@@ -28,13 +27,12 @@ from evaluation.measure import Method, evaluate, model_method
 from evaluation.metrics import METRICS, Comparison
 from examples.dead_leaves import dead_leaves
 from imaging.files import read_rgb, write_image
-from imaging.pairs import find_original
+from imaging.pairs import find_low_resolution, find_original
 from imaging.pixels import pixels_to_unit
-from models import load_model
+from models import LoadedModel, export_safetensors, load_model
 from restoration import RestoreConfig
-from tests.networks import tiny_unet
+from tests.networks import BICUBIC, PROCESS, tiny_unet
 
-CPU = torch.device("cpu")
 LABEL = ["method", "scheduler", "steps", "samples"]
 NAMES = [metric.name for metric in METRICS]
 
@@ -49,23 +47,18 @@ def leaves(tmp_path_factory):
 
 
 def save_model(path, unet):
-    sections = {"network": unet.config.to_dict(), "process": ProcessConfig(1000).to_dict(), "step": 7}
-    save_checkpoint(path, sections | {"ema": unet.state_dict(), "model": unet.state_dict()})
+    export_safetensors(LoadedModel(unet, PROCESS, BICUBIC, 7), path)
     return path
 
 
 @pytest.fixture(scope="module")
 def random_weights(tmp_path_factory):
     """A network whose output depends on its input."""
-    return save_model(tmp_path_factory.mktemp("random") / "random.pth", tiny_unet())
-
-
-def config(**changes):
-    return EvaluationConfig(**({"scale": 2.0, "lpips": False} | changes))
+    return save_model(tmp_path_factory.mktemp("random") / "random.safetensors", tiny_unet())
 
 
 def image_set(folder, **changes):
-    return ImageSet(folder, config(**changes))
+    return ImageSet(folder, EvaluationConfig(**({"scale": 2.0, "lpips": False} | changes)))
 
 
 def measured(folder, model=None, how=(), **changes):
@@ -111,9 +104,15 @@ def bicubic_pair(path, scale):
     return as_unit(upscale_image(low_res, scale)), as_unit(truth), as_unit(low_res)
 
 
-def assert_is_bicubic_row(row, folder, scale, **options):
-    pairs = [bicubic_pair(path, scale) for path in sorted(folder.glob("*.png"))]
-    how = Comparison(**({"crop": scale} | options))
+# ---------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("options", [{}, {"channel": "rgb", "crop": 5}])
+def test_bicubic_row_is_what_the_metrics_say(leaves, options):
+    (row,) = measured(leaves, **options).rows
+    assert [row[name] for name in LABEL] == ["bicubic", None, None, 1]
+    pairs = [bicubic_pair(path, 2) for path in sorted(leaves.glob("*.png"))]
+    how = Comparison(**({"crop": 2} | options))
 
     def mean(metric):
         return torch.cat([metric(*pair) for pair in pairs]).mean().item()
@@ -125,16 +124,6 @@ def assert_is_bicubic_row(row, folder, scale, **options):
         "hf_energy": math.exp(mean(lambda x, y, low: metrics.high_frequency_energy(x, y).log())),
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-9)
-
-
-# ---------------------------------------------------------------- rows
-
-
-@pytest.mark.parametrize("options", [{}, {"channel": "rgb", "crop": 5}])
-def test_bicubic_row_is_what_the_metrics_say(leaves, options):
-    (row,) = measured(leaves, **options).rows
-    assert [row[name] for name in LABEL] == ["bicubic", None, None, 1]
-    assert_is_bicubic_row(row, leaves, 2, **options)
 
 
 @pytest.mark.slow
@@ -176,7 +165,7 @@ def test_what_is_measured_is_what_infer_writes(leaves, random_weights, tmp_path,
     ]
     found = json.loads(table.read_text())
     assert found["rows"][1]["psnr"] == pytest.approx(np.mean(expected), abs=1e-9)
-    models = {8: ["x4.safetensors", "x2.safetensors"]}.get(scale, ["random.pth"])
+    models = {8: ["x4.safetensors", "x2.safetensors"]}.get(scale, ["random.safetensors"])
     if scale == 8 and "clean" not in flags:
         models[0] = "photo_x4.safetensors"
     assert [model["file"] for model in found["protocol"]["models"]] == models
@@ -208,18 +197,16 @@ def test_an_image_that_is_exact_hides_no_other(leaves, tmp_path):
     assert both.rows[0]["psnr"] == alone["psnr"]
 
 
-def test_sixteen_bits_are_rounded_to_eight(leaves, tmp_path):
+def test_images_are_measured_in_8_bits_and_without_colours_that_nobody_sees(leaves, tmp_path):
     deep = read_rgb(leaves / "0.png").astype(np.uint16) * 257
+    alpha = np.zeros((64, 72), np.uint16)
+    alpha[16:48, 16:48] = 65535
+    white = np.where(alpha[..., None] > 0, np.uint16(65535), np.array([0, 65535, 0], np.uint16))
     write_image(tmp_path / "deep.png", deep + np.uint16(100) * (deep < 60000))  # less than half a step of 257
-    assert torch.equal(first(tmp_path).truth, first(leaves).truth)
-
-
-def test_colours_that_nobody_sees_are_not_measured(tmp_path):
-    alpha = np.zeros((64, 64), np.uint8)
-    alpha[16:48, 16:48] = 255
-    green = np.array([0, 255, 0], np.uint8)
-    write_image(tmp_path / "disc.png", np.where(alpha[..., None] > 0, np.uint8(255), green), alpha)
-    assert bool((first(tmp_path).truth == 255).all())
+    write_image(tmp_path / "disc.png", white, alpha)
+    found, disc = image_set(tmp_path)
+    assert torch.equal(found.truth, first(leaves).truth)
+    assert bool((disc.truth == 255).all())
 
 
 # ---------------------------------------------------------------- images
@@ -232,24 +219,13 @@ def test_a_fraction_as_scale(leaves):
 
 
 @pytest.mark.parametrize("ending", ["", "x2", "_x2", "-X2", "_LRx2"])
-def test_low_resolution_files_are_found_by_name(leaves, tmp_path, ending):
-    made = list(image_set(leaves))
-    for index, pair in enumerate(made):
-        write_image(tmp_path / f"{index}{ending}.png", pair.low_res.permute(1, 2, 0).numpy())
-    for ours, theirs in zip(image_set(leaves, low_res=str(tmp_path)), made, strict=True):
-        assert torch.equal(ours.low_res, theirs.low_res)
-    low_res = sorted(tmp_path.iterdir())[1]
-    assert find_original(low_res, sorted(leaves.glob("*.png")), 2) == leaves / "1.png"
-
-
-def test_the_same_name_goes_before_an_ending_and_two_endings_are_refused(leaves, tmp_path):
-    low_res = first(leaves).low_res.permute(1, 2, 0).numpy()
-    write_image(tmp_path / "0x2.png", np.zeros_like(low_res))
-    write_image(tmp_path / "0_x2.png", low_res)
-    with pytest.raises(ValueError, match=r"0_x2\.png and 0x2\.png"):
-        first(leaves, tmp_path)
-    write_image(tmp_path / "0.png", low_res)
-    assert np.array_equal(first(leaves, tmp_path).low_res.permute(1, 2, 0), low_res)
+def test_low_resolution_files_are_found_by_name(ending):
+    high, low = [Path("0.png"), Path("1.png")], [Path(f"low/0{ending}.png"), Path(f"low/1{ending}.png")]
+    assert [find_low_resolution(path, low, 2) for path in high] == low
+    assert [find_original(path, high, 2) for path in low] == high
+    assert find_low_resolution(high[0], [Path("0_x2.png"), Path("0.png")], 2) == Path("0.png")
+    with pytest.raises(ValueError, match=r"0x2\.png and 0_x2\.png"):
+        find_low_resolution(high[0], [Path("0x2.png"), Path("0_x2.png")], 2)
 
 
 def test_grey_low_resolution_of_a_colour_image_and_the_reverse(leaves, tmp_path):
@@ -283,13 +259,8 @@ def test_time_is_that_of_restoring(leaves):
         time.sleep(0.05)
         return resize(low_res, scale=2)
 
-    report = by(slow, leaves)
-    found = [score["seconds_per_megapixel"] for score in report.scores[2:]]
-    assert all(
-        0.05e6 / pixels <= value < 5e6 / pixels
-        for value, pixels in zip(found, (64 * 72, 66 * 64), strict=True)
-    )
-    assert report.rows[1]["seconds_per_megapixel"] == pytest.approx(np.mean(found))
+    times = [score["seconds_per_megapixel"] for score in by(slow, leaves).scores[2:]]
+    assert all(0.05e6 <= pixels * time < 5e6 for pixels, time in zip((64 * 72, 66 * 64), times, strict=True))
 
 
 # ---------------------------------------------------------------- reports
@@ -299,9 +270,7 @@ class FakeLpips:
     def __init__(self, device, weights):
         if weights == "missing":
             raise MetricUnavailableError("no network")
-
-    def describe(self):
-        return "fake"
+        self.describe = lambda: "fake"
 
     def __call__(self, restored, truth):
         return (restored - truth).abs().mean(dim=(1, 2, 3))
@@ -343,7 +312,6 @@ def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path, monkeypa
     assert [timeless(found["rows"][place]) for place in (0, 4)] == [timeless(row) for row in rows]
     protocol = found["protocol"]
     assert (protocol["data"], protocol["images"], protocol["scale"]) == (leaves.name, 2, 2)
-    assert set(protocol["metrics"]) == set(NAMES)
     assert protocol["models"][0]["steps_trained"] == 7
     lines = list(csv.DictReader((folder / "a.csv").open()))
     assert list(lines[0]) == ["image", *LABEL, *NAMES]
@@ -352,7 +320,6 @@ def test_the_script_as_a_user_runs_it(leaves, random_weights, tmp_path, monkeypa
     assert found["rows"][1]["psnr"] == pytest.approx(mean, abs=1e-12)
     table = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 7
-    assert len({line.count("|") for line in table}) == 1
     assert f"| bicubic |  |  | 1 | {rows[0]['psnr']:.2f} | {rows[0]['ssim']:.4f} |" in table[2]
     assert Image.open(folder / "a.png").format == "PNG"
     assert len(list(folder.iterdir())) == 4
@@ -378,12 +345,10 @@ def test_an_unreadable_image_is_named_counted_and_left_out(leaves, tmp_path, cap
     assert timeless(found["rows"][0]) == timeless(measured(leaves).rows[0])
 
 
-ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ALLOCATOR])
 @pytest.mark.parametrize("place", ["restoring", "measuring"])
-def test_an_image_that_runs_out_of_memory_is_left_out_of_every_row(leaves, monkeypatch, error, place):
+def test_an_image_that_runs_out_of_memory_is_left_out_of_every_row(leaves, monkeypatch, place):
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
     def restore(low_res):
         if place == "restoring" and low_res.shape[-1] == 32:
             raise error
@@ -397,9 +362,9 @@ def test_an_image_that_runs_out_of_memory_is_left_out_of_every_row(leaves, monke
     monkeypatch.setattr(metrics, "ssim", ssim)
     report = by(restore, leaves)
     assert [score["image"] for score in report.scores] == ["0.png", "0.png"]
-    assert len(report.failures) == 1
-    assert "1.png" in report.failures[0]
-    assert str(error) in report.failures[0]
+    (failure,) = report.failures
+    assert "1.png" in failure
+    assert str(error) in failure
 
 
 @pytest.mark.slow
@@ -432,8 +397,10 @@ def test_file_names_that_are_not_utf8_are_written(leaves, tmp_path, capsys):
     assert "caf\\xe9" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "skimage"])
-@pytest.mark.parametrize("error", [ImportError("no such library"), RuntimeError("another NumPy")])
+@pytest.mark.parametrize(
+    ("package", "error"),
+    [("matplotlib", RuntimeError("another NumPy")), ("skimage", ImportError("no such library"))],
+)
 def test_a_package_that_does_not_import_costs_a_sentence(
     leaves, tmp_path, monkeypatch, capsys, package, error
 ):
@@ -457,42 +424,33 @@ def test_a_package_that_does_not_import_costs_a_sentence(
 @pytest.mark.parametrize(
     ("flags", "value"),
     [
-        (["--data", "empty"], "empty: "),
-        (["--data", "small"], "small.png is 31x80"),
-        (["--data", "small", "--crop", "20"], "51 "),
-        (["--low_res", "wrong_size"], "0.png is 30x32"),
-        (["--scale", "17", "--weights_path", "MODEL"], "--scale is 17"),
-        (["--steps", "1", "1001", "--weights_path", "MODEL"], "1001"),
-        (["--weights_path", "small/small.png"], "small.png"),
-        (["--weights_path", "GREY"], "1 channels"),
-        (["--scale", "1"], "scale is 1"),
-        (["--detail", "0.5", "1.5", "--weights_path", "MODEL"], "1.5"),
-        (["--eta", "2", "--scheduler", "ddim", "--weights_path", "MODEL"], "2.0"),
-        (["--limit", "0"], "limit is 0"),
-        (["--plot", "out/plot.pdf"], "out/plot.pdf"),
+        ("--no_lpips --data empty", "empty: "),
+        ("--no_lpips --data small", "small.png is 31x80"),
+        ("--no_lpips --data small --crop 20", "51 "),
+        ("--no_lpips --low_res wrong_size", "0.png is 30x32"),
+        ("--no_lpips --scale 1", "scale is 1"),
+        ("--no_lpips --weights small/small.png", "small.png"),
+        ("--no_lpips --weights GREY.safetensors", "1 channels"),
+        ("--no_lpips --weights clean --steps 1 1001", "1001"),
+        ("--no_lpips --plot out/plot.pdf", "out/plot.pdf"),
         (
-            ["--low_res", "wrong_size", "--json", "wrong_size/0.png", "--overwrite"],
+            "--no_lpips --low_res wrong_size --json wrong_size/0.png --overwrite",
             "wrong_size/0.png: is an input",
         ),
-        (["--lpips_weights", "missing.pth", "--lpips"], "missing.pth"),
+        ("--lpips_weights missing.pth", "missing.pth"),
     ],
 )
-def test_wrong_input_is_refused_in_one_line(
-    flags, value, leaves, random_weights, tmp_path, monkeypatch, capsys
-):
+def test_wrong_input_is_refused_in_one_line(flags, value, leaves, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "small", "wrong_size"):
         (tmp_path / name).mkdir()
     write_image(tmp_path / "small" / "small.png", np.zeros((80, 31, 3), np.uint8))
     for name in ("0", "1"):
         write_image(tmp_path / "wrong_size" / f"{name}.png", np.zeros((32, 30, 3), np.uint8))
-    if "GREY" in flags:
-        save_model(tmp_path / "GREY", tiny_unet(in_channels=1, out_channels=1))
+    save_model(tmp_path / "GREY.safetensors", tiny_unet(in_channels=1, out_channels=1))
     before = sorted(tmp_path.rglob("*"))
-    flags = [str(random_weights) if flag == "MODEL" else flag for flag in flags]
-    without = [] if "--lpips" in flags else ["--no_lpips"]
-    common = ["--data", str(leaves), *"--scale 2 --csv out/table.csv --device cpu".split(), *without]
-    status = main([*common, *(flag for flag in flags if flag != "--lpips")])
+    common = ["--data", str(leaves), *"--scale 2 --csv out/table.csv --device cpu".split()]
+    status = main([*common, *flags.split()])
     printed = capsys.readouterr()
     assert status == 2
     assert value in printed.err

@@ -131,12 +131,9 @@ def test_scores_are_of_each_image_of_a_batch(metric):
     ("restored", "truth", "message"),
     [
         (torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 33), r"\(1, 3, 32, 32\).*\(1, 3, 32, 33\)"),
-        (torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32), r"\(1, 1, 32, 32\)"),
         (torch.zeros(1, 4, 32, 32), torch.zeros(1, 4, 32, 32), "4"),
-        (torch.zeros(3, 32, 32), torch.zeros(3, 32, 32), r"\(3, 32, 32\)"),
         (torch.zeros(0, 3, 32, 32), torch.zeros(0, 3, 32, 32), r"\(0, 3, 32, 32\)"),
         (torch.zeros(1, 3, 32, 32).byte(), torch.zeros(1, 3, 32, 32).byte(), "uint8"),
-        (torch.full((1, 3, 32, 32), -1.0), torch.zeros(1, 3, 32, 32), "-1"),
         (torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), 255.0), "255"),
         (torch.full((1, 3, 32, 32), torch.nan), torch.zeros(1, 3, 32, 32), "nan"),
     ],
@@ -165,16 +162,12 @@ def test_low_resolution_psnr_shrinks_with_the_border_the_input_was_made_with():
     low_res = resize(pixels, size=(8, 8), border="replicate", rounding="uint8") / 255
     assert low_resolution_psnr(pixels / 255, low_res, "replicate").item() == math.inf
     assert low_resolution_psnr(pixels / 255, low_res).item() < 60
+    with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\).*\(1, 3, 32, 32\)"):
+        low_resolution_psnr(low_res, truth)
     flat, lower = torch.full((2, 3, 24, 20), 100 / 255), torch.full((2, 3, 8, 5), 103 / 255)
     assert low_resolution_psnr(flat, lower).tolist() == pytest.approx(
         [20 * math.log10(255 / 3)] * 2, abs=1e-9
     )
-
-
-def test_low_resolution_psnr_refuses_sizes():
-    for restored, low_res in [((1, 3, 8, 8), (1, 3, 16, 8)), ((1, 3, 8, 8), (2, 3, 4, 4))]:
-        with pytest.raises(ValueError, match=rf"{re.escape(str(restored))}.*{re.escape(str(low_res))}"):
-            low_resolution_psnr(torch.zeros(restored), torch.zeros(low_res))
 
 
 # ---------------------------------------------------------------- spectrum
@@ -218,7 +211,6 @@ def test_energy_of_flat_images():
 
 def test_geometric_mean():
     assert geometric_mean(torch.tensor([2.0, 0.5])).item() == pytest.approx(1.0, abs=1e-12)
-    assert geometric_mean(torch.tensor([1.0, 10.0, 100.0])).item() == pytest.approx(10.0)
     assert geometric_mean(torch.tensor([1.0, 0.0])).item() == 0.0
 
 
@@ -277,23 +269,15 @@ def test_lpips_reads_pth_with_the_whole_network_and_the_variable(
 @pytest.mark.slow
 def test_lpips_of_wrong_weights_is_refused_and_not_replaced_by_a_download(untrained_features, tmp_path):
     features = load_file(untrained_features)
+    save_file(features | {"features.3.bias": torch.zeros(5)}, tmp_path / "other.safetensors")
     del features["features.3.bias"]
     save_file(features, tmp_path / "incomplete.safetensors")
-    features["features.3.bias"] = torch.zeros(5)
-    save_file(features, tmp_path / "other.safetensors")
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "text.safetensors").write_text("no weights")
     torch.save([1], tmp_path / "list.pth")
-    wrong = {
-        "missing.pth": "missing.pth",
-        "incomplete.safetensors": "features.3.bias",
-        "other.safetensors": "3.bias",
-        "text.pth": "text.pth",
-        "text.safetensors": "text.safetensors",
-        "list.pth": "list.pth",
-    }
-    for name, message in wrong.items():
-        with pytest.raises(ValueError, match=re.escape(message)):
+    named = {"incomplete.safetensors": "features.3.bias", "other.safetensors": "3.bias"}
+    for name in ("missing.pth", "text.pth", "text.safetensors", "list.pth", *named):
+        with pytest.raises(ValueError, match=re.escape(named.get(name, name))):
             Lpips(weights=tmp_path / name)
 
 
@@ -326,13 +310,6 @@ def test_the_perceptual_distance_is_lpips_of_vgg16_and_has_a_gradient(tmp_path):
         PerceptualFeatures("cpu", tmp_path / "missing.safetensors")
 
 
-def raising(error):
-    def fail(*_args, **_kwargs):
-        raise error
-
-    return fail
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
@@ -344,10 +321,11 @@ def raising(error):
     ],
 )
 def test_lpips_that_cannot_be_had_says_why_and_what_to_do(monkeypatch, nothing_fetched, error):
-    broken = lpips_package if "torchvision" in str(error) else torch.hub
-    monkeypatch.setattr(
-        broken, "_LPIPS" if broken is lpips_package else "download_url_to_file", raising(error)
-    )
+    def fail(*_args, **_kwargs):
+        raise error
+
+    broken = (lpips_package, "_LPIPS") if "torchvision" in str(error) else (torch.hub, "download_url_to_file")
+    monkeypatch.setattr(*broken, fail)
     with pytest.raises(MetricUnavailableError, match=re.escape(str(error)) + ".*SR_LPIPS_WEIGHTS"):
         Lpips()
     assert socket.getdefaulttimeout() is None

@@ -6,23 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import infer
 from bicubic import downscale_image, upscale_image
 from engine.checkpoint import CheckpointError
 from evaluation import metrics
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import evaluate, model_method
 from examples.dead_leaves import dead_leaves
-from imaging.files import decode_image, write_image
 from imaging.pixels import pixels_to_unit
 from models import load_model
 from restoration import RestoreConfig, restore
-from restoration.weights import KINDS, find_weights, released_model
 from restoration.weights import RELEASED as RELEASED_FOLDER
+from restoration.weights import find_weights, released_model
 from unet import UNet
 
 RELEASED = [(4, "clean"), (2, "clean"), (4, "photo")]
-SRCNN = {4: 30.48, 2: 36.66}  # its published PSNR in dB on Set5
 
 
 @pytest.mark.parametrize("path", sorted(RELEASED_FOLDER.glob("*.safetensors")), ids=lambda path: path.stem)
@@ -75,92 +72,45 @@ def test_an_image_nobody_trained_on_gets_better(scale, weights):
     assert ours > bicubic + 0.5
 
 
-def rows_of(folder, scale, modes, limit=None, weights="clean", **settings):
-    """Bicubic's row and those of a released model, by its kind or its file's name."""
-    config = EvaluationConfig(scale, limit=limit, **({"lpips": False} | settings))
-    path = released_model(scale, weights) if weights in KINDS else RELEASED_FOLDER / weights
-    models = [load_model(path)]
-    methods = [model_method(models, RestoreConfig(mode=mode), scale) for mode in modes]
-    return evaluate(ImageSet(folder, config), methods).rows
-
-
-@pytest.fixture
-def lpips(sr_data):
-    """With AlexNet's own features."""
-    return {"lpips": True, "lpips_weights": str(sr_data / "perceptual" / "alexnet_features.safetensors")}
-
-
 @pytest.mark.slow
-def test_set5_x4_reads_as_it_did_when_the_weights_were_released(sr_data, lpips):
-    """A perfect sample has twice the squared error of the posterior mean, 3.01 dB less."""
-    bicubic, mean, sample = rows_of(sr_data / "test" / "Set5", 4, ["fidelity", "detail"], **lpips)
-    assert bicubic["psnr"] == pytest.approx(28.43, abs=0.005)
-    assert mean["psnr"] == pytest.approx(31.63, abs=0.005)
-    assert sample["psnr"] == pytest.approx(29.66, abs=0.02)
-    assert bicubic["lpips"] == pytest.approx(0.341, abs=0.0005)
-    assert mean["lpips"] == pytest.approx(0.180, abs=0.0005)
-    assert sample["lpips"] == pytest.approx(0.0984, abs=0.001)
-    assert min(mean["lr_psnr"], sample["lr_psnr"]) >= 45
-    assert mean["hf_energy"] < sample["hf_energy"] < 1
-    assert mean["psnr"] - 3.01 < sample["psnr"] < mean["psnr"]
-    assert mean["psnr"] > SRCNN[4]
-
-
-@pytest.mark.slow
-def test_the_diffusion_weights_still_sample_in_six_steps(sr_data, lpips):
-    weights = "x4_diffusion.safetensors"
-    _, sample = rows_of(sr_data / "test" / "Set5", 4, ["detail"], weights=weights, **lpips)
-    assert sample["psnr"] == pytest.approx(30.26, abs=0.005)
-    assert sample["lpips"] == pytest.approx(0.099, abs=0.0005)
-
-
-@pytest.mark.slow
-def test_degraded_set5_reads_as_it_did_when_the_weights_were_released(sr_data, lpips):
-    settings = {"weights": "photo", "degradation": "photo", **lpips}
-    bicubic, mean, sample = rows_of(sr_data / "test" / "Set5", 4, ["fidelity", "detail"], **settings)
-    assert bicubic["psnr"] == pytest.approx(25.55, abs=0.01)
-    assert mean["psnr"] == pytest.approx(26.67, abs=0.01)
-    assert mean["lpips"] == pytest.approx(0.349, abs=0.001)
-    assert sample["lpips"] == pytest.approx(0.2565, abs=0.002)
-
-
-@pytest.mark.slow
-def test_set5_x2_reads_as_it_did_when_the_weights_were_released(sr_data):
-    mean = rows_of(sr_data / "test" / "Set5", 2, ["fidelity"])[1]
-    assert mean["psnr"] == pytest.approx(37.45, abs=0.01)
-    assert mean["psnr"] > SRCNN[2]
-    assert mean["lr_psnr"] >= 45
-
-
-@pytest.mark.slow
-def test_photos_of_another_set_read_as_measured(sr_data):
-    """The first four of BSD100."""
-    bicubic, mean = rows_of(sr_data / "test" / "BSD100", 4, ["fidelity"], limit=4)
-    assert bicubic["psnr"] == pytest.approx(26.14, abs=0.005)
-    assert mean["psnr"] == pytest.approx(27.28, abs=0.005)
-
-
-@pytest.mark.slow
-def test_infer_needs_nothing_but_a_photo(tmp_path):
-    write_image(tmp_path / "photo.png", dead_leaves((24, 32), np.random.default_rng(0)))
-    flags = [
-        str(tmp_path / "photo.png"),
-        "--output",
-        str(tmp_path / "out"),
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    assert infer.main(flags) == 0
-    assert decode_image(tmp_path / "out/photo_x4.png").pixels.shape == (96, 128, 3)
-    assert infer.main([*flags, "--scale", "2"]) == 0
-    assert decode_image(tmp_path / "out/photo_x2.png").pixels.shape == (48, 64, 3)
-    assert infer.main([*flags, "--scale", "3"]) == 0
-    assert decode_image(tmp_path / "out/photo_x3.png").pixels.shape == (72, 96, 3)
-    model = str(released_model(2))
-    assert infer.main([*flags, "--weights_path", model, "--scale", "4", "--overwrite"]) == 0
-    assert decode_image(tmp_path / "out/photo_x4.png").pixels.shape == (96, 128, 3)
+@pytest.mark.parametrize(
+    ("images", "weights", "settings", "expected"),
+    [
+        (
+            "Set5",
+            "x4",
+            {},
+            {"bicubic": (28.43, 0.341), "fidelity": (31.63, 0.180), "detail": (29.66, 0.0984)},
+        ),
+        ("Set5", "x4_diffusion", {}, {"detail": (30.26, 0.099)}),  # in six steps
+        (
+            "Set5",
+            "photo_x4",
+            {"degradation": "photo"},
+            {"bicubic": (25.55,), "fidelity": (26.67, 0.349), "detail": (25.72, 0.2565)},
+        ),
+        ("Set5", "x2", {}, {"fidelity": (37.45,)}),
+        ("BSD100", "x4", {"limit": 4}, {"bicubic": (26.14,), "fidelity": (27.28,)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_photos_read_as_they_did_when_the_weights_were_released(sr_data, images, weights, settings, expected):
+    features = str(sr_data / "perceptual" / "alexnet_features.safetensors")
+    model = load_model(RELEASED_FOLDER / f"{weights}.safetensors")
+    config = EvaluationConfig(float(model.network.scale), lpips_weights=features, **settings)
+    modes = [mode for mode in expected if mode != "bicubic"]
+    methods = [model_method([model], RestoreConfig(mode=mode), config.scale) for mode in modes]
+    report = evaluate(ImageSet(sr_data / "test" / images, config), methods)
+    rows = {row["method"]: row for row in report.rows}
+    for name, (psnr, *lpips) in expected.items():
+        loose = name == "detail"
+        assert rows[name]["psnr"] == pytest.approx(psnr, abs=0.02 if loose else 0.01)
+        assert [rows[name]["lpips"]][: len(lpips)] == pytest.approx(lpips, abs=0.002 if loose else 0.001)
+    if not settings:
+        assert min(rows[mode]["lr_psnr"] for mode in modes) >= 45
+        energies = [rows[name]["hf_energy"] for name in expected]
+        assert sorted(energies) == energies
+        assert energies[-1] < 1
 
 
 def test_the_results_in_the_readme_are_those_of_the_weights():

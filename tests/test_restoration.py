@@ -1,4 +1,4 @@
-"""Restoring in one piece and in windows, faithfully, with every kind of pixels.
+"""Restoring in one piece and in windows, faithfully, with every kind of pixels, at any scale.
 
 Networks here have random weights everywhere, also where training starts at zero, so that windows, attention
 and conditioning all have an effect on the result.
@@ -26,13 +26,15 @@ from degradation import Degradation
 from diffusion import ResidualGenerator
 from engine.options import OptionError
 from examples.dead_leaves import dead_leaves
-from imaging.files import decode_image, write_image
+from imaging.files import DecodedImage, decode_image, write_image
 from imaging.metadata import Metadata
 from imaging.pixels import pixels_to_unit, to_model_range
+from infer import main
 from models import LoadedModel
 from network import Condition
 from restoration import PRESETS, RestoreConfig, Restorer, blend, restore
 from restoration.fields import release_pages, zeros
+from restoration.scales import chain_to, check, plan_chain, restore_to
 from restoration.tiling import Scale, Window, plan_windows
 from samplers import SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, random_model
@@ -525,3 +527,96 @@ def test_models_that_differ_are_not_blended_nor_beyond_their_ends(other):
         blend(random_model(), random_model(**other), 0.5)
     with pytest.raises(OptionError, match=r"-0\.1"):
         blend(random_model(), random_model(), -0.1)
+
+
+# ------------------------------------------------------------------------------------------- any enlargement
+
+
+def restorer(scale=2.0, **options):
+    return Restorer(random_model(scale), RestoreConfig(**({"steps": 1} | options)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("scale", "factors", "expected"),
+    [
+        (3, [2, 4], (4,)),
+        (4, [2, 4], (4,)),
+        (6, [2, 4], (4, 2)),
+        (5, [3], (3, 3)),
+    ],
+)
+def test_the_fewest_models_that_exceed_the_scale_least(scale, factors, expected):
+    assert plan_chain(scale, factors) == expected
+
+
+@given(scale=st.floats(1.01, 16), factors=st.sets(st.sampled_from([1.5, 2, 3, 4, 8]), min_size=1))
+def test_a_chain_reaches_the_scale_and_no_shorter_one_of_its_models_does(scale, factors):
+    chain = plan_chain(scale, sorted(factors))
+    assert math.prod(chain) > scale - 1e-6
+    assert all(math.prod(chain) / factor < scale for factor in set(chain))
+
+
+def test_the_scale_of_the_model_is_the_model_itself_and_one_beside_it_is_not():
+    doubling = restorer(2.4)  # kept in single precision
+    for scale in (2.4, None):
+        assert chain_to(scale, [doubling]).restorers == (doubling,)
+        assert chain_to(scale, [doubling]).excess.fraction == 1
+    near = chain_to(2.4001, [doubling])
+    assert float(near.scale) == pytest.approx(2.4001, abs=3e-6)
+    assert len(near.restorers) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "passes"), [(1.5, 1), (3.0, 2), (3.7, 2), (4.0, 2)])
+def test_a_result_is_the_repeated_models_shrunk_as_a_whole(scale, passes):
+    """70 rows become more than one band."""
+    doubling, low_res = restorer(), np.random.default_rng(0).integers(256, size=(70, 9, 3), dtype=np.uint8)
+    result, expected = restore_to(chain_to(scale, [doubling]), low_res).pixels, low_res
+    for _ in range(passes):
+        expected = doubling.restore(expected).pixels
+    whole = torch.from_numpy(expected).permute(2, 0, 1)
+    shrunk = resize(whole, scale=scale / 2**passes)[:, : result.shape[0], : result.shape[1]]
+    assert result.shape == (math.ceil(round(scale * 70, 9)), math.ceil(round(scale * 9, 9)), 3)
+    assert np.array_equal(result, shrunk.permute(1, 2, 0))
+
+
+def test_pictures_keep_depth_alpha_and_grey_and_the_deviation_is_shrunk_too():
+    seen = []
+    pixels = (dead_leaves((10, 12), np.random.default_rng(0)).astype(np.uint16) * 257)[..., 0]
+    alpha = np.linspace(0, 65535, 120).reshape(10, 12).astype(np.uint16)
+    chain = chain_to(1.5, [restorer(steps=2, num_images=2)])
+    result = restore_to(chain, DecodedImage(pixels, alpha), deviation=True, progress=seen.append)
+    assert result.pixels.shape == result.alpha.shape == result.deviation.shape == (15, 18)
+    assert result.pixels.dtype == result.alpha.dtype == np.uint16
+    assert abs(result.pixels.mean() / pixels.mean() - 1) < 0.3
+    assert result.deviation.min() >= 0
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 17.0, float("nan")])
+def test_a_scale_out_of_range_is_refused(scale):
+    with pytest.raises(OptionError, match=f"{scale}"):
+        plan_chain(scale, [2.0])
+
+
+def test_what_several_passes_cannot_do_is_refused_without_a_picture():
+    with pytest.raises(OptionError, match="consistency"):
+        chain_to(3.0, [restorer(consistency=True)])
+    with pytest.raises(OptionError, match=r"3\.0.*x2 and x2"):
+        check(chain_to(3.0, [restorer(steps=2, num_images=2)]), deviation=True)
+
+
+@pytest.mark.slow
+def test_the_script_enlarges_by_the_released_models(tmp_path):
+    """x8 is x4, then x2."""
+    photo = dead_leaves((9, 7), np.random.default_rng(1))
+    write_image(tmp_path / "a.png", photo)
+    flags = [str(tmp_path / "a.png"), "--output", str(tmp_path), "--device", "cpu", "--precision", "fp32"]
+    for scale, size in {"2": (18, 14), "2.5": (23, 18), "4.0001": (37, 29), "8": (72, 56)}.items():
+        assert main([*flags, "--scale", scale]) == 0
+        assert decode_image(tmp_path / f"a_x{scale}.png").pixels.shape == (*size, 3)
+    here = {"device": "cpu", "precision": "fp32"}
+    twice = restore(restore(photo, scale=4, **here).pixels, "clean", scale=2, **here).pixels
+    np.testing.assert_array_equal(decode_image(tmp_path / "a_x8.png").pixels, twice)
+    assert main([*flags, "--scale", "8", "--export", str(tmp_path / "x.safetensors")]) == 2
