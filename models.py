@@ -30,13 +30,12 @@ def load_model(path: str | Path, network: type[Network] = UNet) -> LoadedModel:
     try:
         rebuilt = network.from_config(network.Config.from_dict(file.sections["network"]))
         process = ProcessConfig.from_dict(file.sections["process"])
-        recorded = file.sections.get("degradation")  # not in format 1, which knew bicubic alone
-        degradation = None if recorded is None else Degradation.from_dict(recorded)
+        bicubic = {"scale": float(file.weights["scale"])}  # all that format 1 knew
+        degradation = Degradation.from_dict(file.sections.get("degradation", bicubic))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
     load_weights(rebuilt, file.weights, path)
     rebuilt.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    degradation = degradation or Degradation(scale=float(rebuilt.scale))
     return LoadedModel(rebuilt, process, degradation, file.step)
 
 

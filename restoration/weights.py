@@ -24,14 +24,14 @@ def released_scales(kind: str = "clean") -> list[float]:
 
 def released_model(scale: float = 4, kind: str = "clean") -> Path:
     """Return the file of the project's own weights; CheckpointError if there is none for the enlargement."""
-    path = RELEASED / f"{KINDS[kind]}{scale:g}.safetensors"
-    if not path.is_file():
+    file = RELEASED / f"{KINDS[kind]}{scale:g}.safetensors"
+    if not file.is_file():
         there = ", ".join(f"x{known:g}" for known in released_scales(kind)) or "none"
         raise CheckpointError(
             f"no {kind} weights for x{scale:g} come with the project (there are: {there}); train your own "
             "with train_diffusion.py and give their --weights_path"
         )
-    return path
+    return file
 
 
 def find_weights(name: str | Path | None = None, scale: float | None = None) -> list[Path]:
