@@ -90,18 +90,6 @@ def test_resize_equals_its_definition_in_both_directions(length, scale, border, 
     np.testing.assert_allclose(columns.numpy(), expected, rtol=0, atol=1e-11)
 
 
-@given(st.integers(2, 4), st.integers(0, 20), st.integers(1, 20), st.integers(0, 20), seeds)
-def test_a_window_s_upscale_is_the_crop_of_the_whole_s(factor, before, inside, after, seed):
-    """Two pixels around a window are all that its upscaled pixels depend on."""
-    whole = random_image(3, before + inside + after + 4, seed=seed)
-    first = before + 2
-    window = whole[:, first - 2 : first + inside + 2]
-    expected = upscale_image(whole, factor)[:, factor * first : factor * (first + inside)]
-    torch.testing.assert_close(
-        upscale_image(window, factor)[:, 2 * factor : -2 * factor], expected, rtol=0, atol=1e-10
-    )
-
-
 # Sizes, rounding, dtypes
 
 

@@ -224,14 +224,6 @@ def test_noise_is_white_in_colour_unless_jpeg_halves_the_chroma(share, between):
 # ---------------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize(
-    "degradation",
-    [Degradation(scale=3.0), Degradation("heavy", 2.0, strength=0.3), Degradation(jpeg_quality=(50, 60))],
-)
-def test_a_degradation_is_the_one_that_was_recorded(degradation):
-    assert Degradation.from_dict(degradation.to_dict()) == degradation
-
-
 def test_records_of_former_versions_are_read():
     bicubic = {"kind": "bicubic", "scale": 2.0, "border": "mirror"}
     assert Degradation.from_dict(bicubic) == Degradation(scale=2.0)

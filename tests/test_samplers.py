@@ -126,27 +126,6 @@ def test_a_true_clean_image_keeps_the_scales_of_each_timestep(pair, name):
         assert state.tolist() == pytest.approx([0, 1], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_factor_of_the_noisy_image_changes_nothing(name):
-    """A process that is another one times a positive number for each timestep is sampled as that one."""
-    factor = torch.rand(T, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
-    noise = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    matrices = torch.randn(T, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / 8
-
-    def run(factor):
-        scales = tuple(factor * scale for scale in COSINE)
-        return list(
-            sample(
-                sampler_steps(name, scales, 6),
-                initial_scale(scales) * noise,
-                lambda noisy, timestep: matrices[timestep] @ noisy / factor[timestep],
-                lambda step, noisy, cleans: step.advance(noisy, cleans, noise),
-            )
-        )
-
-    torch.testing.assert_close(run(factor)[-1], run(torch.ones_like(factor))[-1])
-
-
 # ------------------------------------------------------------------------------------------------- diffusers
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}

@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-import infer
 import train_diffusion
 from bicubic import upscale_image
 from diffusion import ProcessConfig, ResidualGenerator, without_grid
 from engine.options import OptionError
 from engine.processes import Processes
 from evaluation.lpips import PerceptualFeatures
-from imaging.files import read_rgb, write_image
 from models import load_model
 from restoration import RestoreConfig, Restorer, restore
 from samplers import draw_noise, level_steps, noise_stream
@@ -350,18 +348,6 @@ def test_fidelity_is_the_same_bytes_before_and_after(sharpened):
         for path in (diffusion, whole / "diffusion_model_clean_last.pth")
     )
     np.testing.assert_array_equal(before, after)
-
-
-@pytest.mark.slow
-def test_a_sharpened_file_refuses_steps_and_is_exported(sharpened, tmp_path, capsys):
-    _, whole, _ = sharpened
-    write_image(tmp_path / "in.png", picture())
-    model = ["--weights_path", str(whole / "diffusion_model_clean_last.pth")]
-    output = ["--output", str(tmp_path / "out.png")]
-    assert infer.main([str(tmp_path / "in.png"), *output, *model, "--steps", "6"]) == 2
-    assert "6" in capsys.readouterr().err
-    assert infer.main([str(tmp_path / "in.png"), *output, *model, "--mode", "detail"]) == 0
-    assert read_rgb(tmp_path / "out.png").shape == (96, 80, 3)
 
 
 def test_levels_need_weights_to_start_from(photo_folder, capsys):

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from degradation import Degradation
-from diffusion import DiffusionModel, ProcessConfig
+from diffusion import DiffusionModel
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.processes import Processes
 from engine.run import RunFiles, locked
@@ -184,11 +184,8 @@ def test_a_run_says_what_it_does_and_writes_what_the_mission_says(finished):
     assert printed.isascii() or not str(folder).isascii()
 
 
-def test_a_checkpoint_rebuilds_its_network_and_says_how_it_was_trained(finished):
-    loaded, content = load_model(newest(finished[0])), load_checkpoint(newest(finished[0]))
-    assert loaded.network.config.base_dim == 8
-    assert loaded.process == ProcessConfig(1000, "v_prediction", "cosine")
-    assert float(loaded.network.scale) == 2
+def test_a_checkpoint_says_how_it_was_trained(finished):
+    content = load_checkpoint(newest(finished[0]))
     assert content["training"]["optimizer"] == "adamw"  # what auto was
     assert (content["images"], content["world_size"], len(content["held_out"])) == (5, 1, 1)
 

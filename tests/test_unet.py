@@ -181,21 +181,6 @@ def test_forgetting_activations_changes_memory_and_no_gradient():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.slow
-def test_a_batch_is_overfitted():
-    torch.manual_seed(0)
-    noisy, t, condition = inputs(8, 8)
-    unet = UNet(base_dim=8, dim_mults=(1, 2), context_dim=16)
-    optimizer = torch.optim.AdamW(unet.parameters(), 1e-2)
-    target = torch.randn(noisy.shape)
-    for _ in range(80):
-        loss = (output(unet, noisy, t, condition) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05
-
-
 # ------------------------------------------------------------------------------------------------- attention
 
 
@@ -204,12 +189,9 @@ def test_a_new_transformer_block_only_feeds_forward():
     torch.testing.assert_close(block(x, torch.randn(2, 3, 6)), x + block.feed_forward(block.norm3(x)))
 
 
-def test_context_is_used_where_there_is_cross_attention_and_else_refused():
-    x, context = torch.randn(2, 7, 12), torch.randn(2, 3, 6)
-    block = randomised_block(context_dim=6)
-    assert not torch.allclose(block(x), block(x, context))
+def test_a_context_is_refused_where_there_is_no_cross_attention():
     with pytest.raises(ValueError, match="context_dim"):
-        randomised_block()(x, context)
+        randomised_block()(torch.randn(2, 7, 12), torch.randn(2, 3, 6))
 
 
 def test_self_attention_is_the_formula_of_the_paper():
@@ -222,12 +204,6 @@ def test_self_attention_is_the_formula_of_the_paper():
         weights = (query[..., part] @ key[..., part].transpose(1, 2) / 2).softmax(-1)
         heads.append(weights @ value[..., part])
     torch.testing.assert_close(attention(x, x), attention.out(torch.cat(heads, dim=-1)))
-
-
-def test_tokens_in_another_order_give_the_same_result_in_that_order():
-    block, x, context = randomised_block(context_dim=6), torch.randn(1, 7, 12), torch.randn(1, 3, 6)
-    order = torch.randperm(7)
-    torch.testing.assert_close(block(x, context)[:, order], block(x[:, order], context))
 
 
 @pytest.mark.parametrize(
@@ -249,8 +225,7 @@ def test_windows_are_attended_to_separately_and_shifted_ones_straddle_the_seams(
 
 @pytest.mark.parametrize("window", [0, 8])
 def test_one_window_over_everything_is_the_plain_block(window):
-    block, x = randomised_block(context_dim=6), torch.randn(2, 12, 5, 6)
-    context = torch.randn(2, 3, 6)
+    block, x, context = randomised_block(context_dim=6), torch.randn(2, 12, 5, 6), torch.randn(2, 3, 6)
     expected = block(x.flatten(2).transpose(1, 2), context).transpose(1, 2).reshape(x.shape)
     torch.testing.assert_close(WindowTransformer(block, window, shifted=True)(x, context), expected)
 
