@@ -227,16 +227,13 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, optimizer,
     whole, _ = run_training(tmp_path / "whole", settings, fresh_state())
     part, folder = fresh_state(), tmp_path / "part"
 
-    class PulledPlugError(Exception):
-        pass
-
     def pull_the_plug(ema):
         if part.step == 8:
-            raise PulledPlugError
+            raise MemoryError
         return Validation(0.0, {}, {})
 
     often = replace(settings, validate_every=2, save_every=5)
-    with pytest.raises(PulledPlugError):
+    with pytest.raises(MemoryError):
         run_training(folder, often, part, validate=pull_the_plug)
     resumed = fresh_state()
     restore_state(resumed, read_for_resume(run_in(folder).last))
@@ -247,12 +244,8 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, optimizer,
     ours, theirs = whole.content(), resumed.content()
     assert_equal({**ours, "best_score": 0}, {**theirs, "best_score": 0})
     assert logged(tmp_path / "whole" / "logs") == logged(folder / "logs")
-    kinds = {
-        value.dtype
-        for value in whole.optimizer.state[whole.model[1].weight].values()
-        if torch.is_tensor(value)
-    }
-    assert (torch.uint8 in kinds) == (optimizer == "adamw8bit")
+    values = whole.optimizer.state[whole.model[1].weight].values()
+    assert (torch.uint8 in [getattr(value, "dtype", None) for value in values]) == (optimizer == "adamw8bit")
 
 
 def test_the_state_of_another_optimiser_is_refused(tmp_path):

@@ -166,8 +166,7 @@ def test_every_weight_learns(predictor_blocks):
 
 def test_forgetting_activations_changes_memory_and_no_gradient():
     noisy, t, condition = inputs(16, 16)
-    kept, gradients = [], []
-    unet = tiny_unet(predictor_blocks=2)
+    kept, gradients, unet = [], [], tiny_unet(predictor_blocks=2)
     for forget in (False, True):
         seen = []
         unet.zero_grad()
