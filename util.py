@@ -164,17 +164,12 @@ class Crops(NamedTuple):
     def sample(self, degradation: Degradation, upscale_function: UpscaleFunction = upscale_image) -> Sample:
         """Make what the loss compares, in full precision also where a training autocasts.
 
-        ValueError unless the sides are whole multiples of the scale.
+        The sides must be whole multiples of the scale.
         """
         with torch.autocast(self.high_res.device.type, enabled=False):
             low_res = degradation(self.high_res) if self.low_res is None else self.low_res
             low_res, original = (to_model_range(from_uint8(image)) for image in (low_res, self.high_res))
             upscaled = upscale_function(low_res, degradation.scale).clamp(-1, 1)
-        if upscaled.shape != original.shape:
-            raise ValueError(
-                f"the upscale function gave {tuple(upscaled.shape)} for an original of "
-                f"{tuple(original.shape)}: the sides must be multiples of the scale {degradation.scale:g}"
-            )
         return Sample(low_res, upscaled, original, original - upscaled)
 
 
