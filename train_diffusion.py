@@ -383,7 +383,7 @@ def describe_end(run: RunFiles, received: int | None, world_size: int) -> Iterat
 
 @contextlib.contextmanager
 def prepared(argv: Sequence[str]) -> Iterator[tuple[Settings, Checkpoint | None, Processes]]:
-    """Read the flags and start the processes: the settings for these, and the checkpoint to resume from."""
+    """Read the flags and start the processes; give the settings, what to resume from, and the processes."""
     given = parse_flags(argv)
     settings, checkpoint = read_settings(given)
     with started_processes(settings.run.device) as processes:
