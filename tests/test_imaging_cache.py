@@ -1,53 +1,40 @@
 """Tests of imaging/cache.py: the same pixels, read once by all runs, within the limit."""
 
-import errno
 import os
-import shutil
 
 import numpy as np
 import pytest
 
 from imaging import cache
 from imaging.cache import CachedReader, default_cache_dir
-from imaging.files import UnreadableImageError, read_rgb, write_image
-
-BYTES = 48 * 56 * 3  # of each image of photo_folder
+from imaging.files import read_rgb, write_image
 
 
 @pytest.fixture
-def reads():
-    """The names of the files that were read."""
-    return []
+def reads(monkeypatch):
+    """The names of the files that were decoded."""
+    names = []
+    monkeypatch.setattr(cache, "read_rgb", lambda path: (names.append(path.name), read_rgb(path))[1])
+    return names
 
 
 @pytest.fixture
-def opened(tmp_path, reads):
-    """A function that opens the cache as a run does."""
-
-    def read(path):
-        reads.append(path.name)
-        return read_rgb(path)
-
-    return lambda limit=10**6: CachedReader(tmp_path / "cache", limit, read)
+def paths(photo_folder):
+    return sorted(photo_folder.iterdir())
 
 
-@pytest.fixture
-def paths(photo_folder, tmp_path):
-    return sorted(shutil.copytree(photo_folder, tmp_path / "photos").iterdir())
-
-
-def test_a_file_is_decoded_once_for_all_runs(opened, paths, reads):
-    for reader in (opened(), opened()):
+def test_a_file_is_decoded_once_for_all_runs(paths, reads, tmp_path):
+    for reader in (CachedReader(tmp_path, 10**6), CachedReader(tmp_path, 10**6)):
         assert np.array_equal(reader(paths[0]), read_rgb(paths[0]))
     assert isinstance(reader(paths[0]), np.memmap)
     assert reads == ["0.png"]
 
 
 @pytest.mark.parametrize("change", ["content", "removed", "cut short"])
-def test_what_does_not_fit_the_file_any_more_is_decoded_again(opened, tmp_path, reads, change):
+def test_what_does_not_fit_the_file_any_more_is_decoded_again(tmp_path, reads, change):
     path = tmp_path / os.fsdecode(b"caf\xe9.png")  # a name need not be UTF-8
     write_image(path, np.zeros((8, 8, 3), np.uint8))
-    reader = opened()
+    reader = CachedReader(tmp_path / "cache", 10**6)
     reader(path)
     (array,) = (tmp_path / "cache" / "images").iterdir()
     if change == "content":
@@ -61,59 +48,21 @@ def test_what_does_not_fit_the_file_any_more_is_decoded_again(opened, tmp_path, 
     assert len(reads) == 2
 
 
-def test_the_limit_holds_and_what_no_run_uses_makes_room(opened, paths, reads, tmp_path):
-    limit = 2 * (BYTES + 200)  # 128 bytes of header each
-    reader = opened(limit)
-    for path in paths[:3] * 2:
-        reader(path)
-    assert reads == ["0.png", "1.png", "2.png", "2.png"]
-    images = tmp_path / "cache" / "images"
-    (images / ".half.tmp").write_bytes(b"of a run that was killed")
-    for old in images.iterdir():
-        os.utime(old, (1, 1))
-    reads.clear()
-    later = opened(limit)
-    for path in [paths[0], *paths[2:4]] * 2:
-        later(path)
-    assert reads == ["2.png", "3.png", "3.png"]
-    assert len(list(images.iterdir())) == 2
-
-
-def test_a_missing_or_broken_file_is_an_error(opened, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    for name, error in {"gone.png": OSError, "broken.png": UnreadableImageError}.items():
-        with pytest.raises(error, match=name):
-            opened()(tmp_path / name)
-
-
-def test_a_negative_limit_is_refused_and_none_makes_no_folder(opened, paths, tmp_path):
-    with pytest.raises(ValueError, match="-1"):
-        opened(-1)
-    for reader in (opened(0), CachedReader(None, 10**6)):
-        reader(paths[0])
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_full_disk_keeps_every_image_and_warns_once(opened, paths, reads, monkeypatch, caplog):
-    def fail(path, write):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    reader = opened()
-    reader(paths[0])
-    monkeypatch.setattr(cache, "write_atomically", fail)
-    for path in paths * 2:
-        assert np.array_equal(reader(path), read_rgb(path))
-    assert len(reads) == 1 + 2 * (len(paths) - 1)  # what was kept before still is
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert caplog.text.count("No space left") == 1
-
-
-def test_a_folder_that_cannot_be_written_is_a_warning(paths, tmp_path, caplog):
+@pytest.mark.parametrize("reason", ["full", "Not a directory"])
+def test_what_cannot_be_kept_is_decoded_each_time_and_said_once(paths, reads, tmp_path, caplog, reason):
     (tmp_path / "file").touch()
-    reader = CachedReader(tmp_path / "file" / "cache", 10**6)
-    for path in paths:
+    limit = 2 * (48 * 56 * 3 + 128)  # two of the images, each with its header
+    reader = CachedReader(tmp_path / ("cache" if reason == "full" else "file"), limit)
+    for path in paths[:4] * 2:
         assert np.array_equal(reader(path), read_rgb(path))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert reads == [path.name for path in (paths[:4] + paths[2:4] if reason == "full" else paths[:4] * 2)]
+    assert [reason in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_without_a_folder_or_room_nothing_is_made(paths, tmp_path):
+    for reader in (CachedReader(tmp_path, 0), CachedReader(None, 10**6)):
+        reader(paths[0])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_cache_is_in_the_user_s_cache_or_nowhere(monkeypatch, tmp_path, caplog):
