@@ -4,10 +4,9 @@ import errno
 import io
 import os
 import re
-import stat
+import shutil
 import uuid
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,20 +14,19 @@ Write = Callable[[BinaryIO], object]
 
 _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
-_DESCRIPTOR = re.compile(r"/dev/(?:stdout|stderr|fd/(\d+))|/proc/self/fd/(\d+)")
+_DESCRIPTOR = re.compile(r"/dev/(?:stdout|stderr|fd/\d+)|/proc/self/fd/\d+")
 
 
 def write_atomically(path: Path, write: Write) -> None:
     """Replace a file by what `write` puts into a stream; folders are made, and an error changes nothing.
 
-    A link stays and its target is replaced; a file keeps its permissions and owner, a new one follows the
-    umask. A device, a pipe or an open descriptor such as /dev/stdout is written to.
+    A link stays and its target is replaced; a file keeps its permissions, a new one follows the umask. A
+    device, a pipe or an open descriptor such as /dev/stdout is written to.
     """
-    target = Path(os.path.realpath(path))
-    status = _status(path)
-    if (status is not None and not stat.S_ISREG(status.st_mode)) or _DESCRIPTOR.fullmatch(str(path)):
+    if _is_stream(path):
         _write_to(path, write)
         return
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is one step only within a file system. Named here rather than by
     # tempfile, which would make the file readable to its owner alone.
@@ -38,9 +36,9 @@ def write_atomically(path: Path, write: Write) -> None:
             write(stream)
             stream.flush()
             _sync(stream)
-        if status is not None:
-            _keep_permissions(temporary, status)
-        _replace(temporary, target)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
     except RuntimeError as error:  # so says torch.save that the disk is full
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     finally:
@@ -63,22 +61,21 @@ def check_outputs(
     Refused are an input under any name, a folder, two outputs in one file, a file that exists (unless
     `overwrite`) or may not be written, and a folder that cannot be made or written to.
     """
-    untouchable = {_identity(status) for status in map(_status, inputs) if status is not None}
+    untouchable = {_identity(path) for path in inputs if path.exists()}
     taken: dict[str, Path] = {}
     existing: list[Path] = []
     for path in outputs:
-        status = _status(path)
-        if status is not None and _identity(status) in untouchable:
-            raise ValueError(f"{path}: is an input; give the output another name")
         if path.is_dir():
             raise ValueError(f"{path}: is a folder; give the name of a file")
-        if _DESCRIPTOR.fullmatch(str(path)) or (status is not None and not stat.S_ISREG(status.st_mode)):
+        if path.exists() and _identity(path) in untouchable:
+            raise ValueError(f"{path}: is an input; give the output another name")
+        if _is_stream(path):
             continue
         target = os.path.realpath(path)
         if target in taken:
             raise ValueError(f"{taken[target]}, {path}: two outputs in one file; give each a name of its own")
         taken[target] = path
-        if status is not None:
+        if path.exists():
             existing.append(path)
         _check_room(path, Path(target))
     if existing and not overwrite:
@@ -99,29 +96,25 @@ def _check_room(path: Path, target: Path) -> None:
         raise ValueError(f"{path}: cannot be written, because of {there}; give another place")
 
 
-def _status(path: Path) -> os.stat_result | None:
-    """Return the status of what a path leads to, or None where nothing is."""
-    try:
-        return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
+def _identity(path: Path) -> tuple[int, int]:
     """Return what all names of a file share: links, hard links, and letters of another case."""
+    status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def _is_stream(path: Path) -> bool:
+    """Tell whether something is there that is no plain file, or a descriptor that is open."""
+    return (path.exists() and not path.is_file()) or _DESCRIPTOR.fullmatch(str(path)) is not None
 
 
 def _write_to(path: Path, write: Write) -> None:
     content = io.BytesIO()  # encoders seek, which a pipe cannot
     write(content)
-    descriptor = _DESCRIPTOR.fullmatch(str(path))
-    if descriptor is None:
-        path.write_bytes(content.getvalue())
-        return
-    # The open descriptor itself: a second one of the same file would write over what the first one writes.
-    number = int(descriptor[1] or descriptor[2] or (1 if path.name == "stdout" else 2))
-    with open(number, "wb", closefd=False) as stream:
+    place: Path | int = path
+    if _DESCRIPTOR.fullmatch(str(path)):
+        # Itself: a second descriptor of the same file would write over what the first one writes.
+        place = {"stdout": 1, "stderr": 2}.get(path.name) or int(path.name)
+    with open(place, "wb", closefd=place is path) as stream:
         stream.write(content.getvalue())
 
 
@@ -131,19 +124,3 @@ def _sync(stream: BinaryIO) -> None:
     except OSError as error:
         if error.errno not in _NO_FSYNC:  # which some network file systems have, and it costs no result
             raise
-
-
-def _keep_permissions(temporary: Path, status: os.stat_result) -> None:
-    if hasattr(os, "chown"):
-        with suppress(PermissionError):  # only root may give a file away
-            os.chown(temporary, status.st_uid, status.st_gid)
-    temporary.chmod(stat.S_IMODE(status.st_mode))
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    try:
-        os.replace(temporary, target)
-    except OSError as error:
-        if error.errno != errno.EBUSY or not target.is_file():
-            raise
-        target.write_bytes(temporary.read_bytes())  # a file that is mounted into a container stays

@@ -29,6 +29,10 @@ def test_a_new_file_is_written_with_its_folders_and_follows_the_umask(tmp_path, 
     assert [entry.name for entry in path.parent.iterdir()] == ["file.bin"]
 
 
+def refuse(number, *_):
+    raise OSError(number, os.strerror(number))
+
+
 def fail(stream):
     stream.write(b"half")
     raise KeyError("no more")
@@ -39,49 +43,41 @@ def fill_the_disk(stream):
     torch.save({"weight": torch.zeros(10_000)}, stream)  # which raises RuntimeError
 
 
-def refuse(number, *_):
-    raise OSError(number, os.strerror(number))
-
-
-@pytest.mark.parametrize(("write", "error"), [(fail, KeyError), (fill_the_disk, OSError)])
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, write, error):
+@pytest.mark.parametrize(
+    ("write", "fsync", "error"),
+    [
+        (fail, None, KeyError),
+        (fill_the_disk, None, OSError),
+        *((lambda stream: None, one, OSError) for one in (errno.EDQUOT, errno.EROFS, errno.EIO)),
+    ],
+)
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, write, fsync, error):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
-    with pytest.raises(error):
+    if fsync:
+        monkeypatch.setattr(os, "fsync", lambda _: refuse(fsync))
+    with pytest.raises(error) as raised:
         write_atomically(path, write)
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
+    assert is_disk_error(raised.value) == (error is OSError)
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("file.bin", "old")]
 
 
-def test_the_old_content_is_there_until_the_new_is_on_the_disk(tmp_path, monkeypatch):
-    path, seen, fsync = tmp_path / "file.bin", [], os.fsync
-    path.write_bytes(b"old")
-    monkeypatch.setattr(os, "fsync", lambda number: (seen.append(path.read_bytes()), fsync(number)))
-    write_atomically(path, lambda stream: stream.write(b"new"))
-    assert seen == [b"old"]
-    assert path.read_bytes() == b"new"
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_a_disk_that_lost_the_bytes_keeps_the_old_file(tmp_path, monkeypatch, number):
-    (tmp_path / "file").write_text("old")
-    monkeypatch.setattr(os, "fsync", lambda _: refuse(number))
-    with pytest.raises(OSError, match=os.strerror(number)) as raised:
-        write_text_atomically(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "old"
-    assert is_disk_error(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("call", "number"), [("fsync", errno.EINVAL), ("fsync", errno.ENOTSUP), ("replace", errno.EBUSY)]
-)
-def test_a_file_system_without_fsync_and_a_mounted_file_are_written_all_the_same(
-    tmp_path, monkeypatch, call, number
+@pytest.mark.parametrize("number", [None, errno.EINVAL, errno.ENOTSUP])
+def test_the_old_content_is_there_until_the_new_is_on_the_disk_or_the_disk_cannot_say(
+    tmp_path, monkeypatch, number
 ):
-    (tmp_path / "file").write_text("old")
-    monkeypatch.setattr(os, call, lambda *_: refuse(number))
-    write_text_atomically(tmp_path / "file", "new")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "new")]
+    path, seen = tmp_path / "file", []
+    path.write_text("old")
+
+    def fsync(_):
+        seen.append(path.read_text())
+        if number:
+            refuse(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text_atomically(path, "new")
+    assert seen == ["old"]
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("file", "new")]
 
 
 def test_a_link_stays_and_its_target_is_replaced_with_its_permissions(tmp_path):
@@ -135,9 +131,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("names", "value"),
     [
-        (["input.png"], "input.png: is an input"),
-        (["linked.png"], "linked.png: is an input"),
-        (["hard.png"], "hard.png: is an input"),
+        *(([name], f"{name}: is an input") for name in ("input.png", "linked.png", "hard.png")),
         (["folder"], "folder: is a folder"),
         (["new", "folder/../new"], "two outputs"),
         (["input.png/new"], "because of .*input.png"),
