@@ -1,6 +1,5 @@
 """Reads and writes image files by libvips; Pillow decodes BMP, GIF and WebP."""
 
-import io
 import itertools
 import logging
 import re
@@ -42,16 +41,16 @@ _SAVING: dict[str, dict[str, Any]] = {
 }
 _SUBFILE_TYPE, _PHOTOMETRIC, _EXTRA_SAMPLES, _DNG_VERSION = 254, 262, 338, 50706  # of a TIFF
 _LAB, _ALPHA = (8, 9, 10), (1, 2)  # values of two of these
-_PNG_START, _PNG_PIXELS = b"\x89PNG\r\n\x1a\n", {b"IDAT", b"fdAT", b"IEND"}
-_PNG_WITHOUT_PIXELS = bytes.fromhex("00000000 49444154 35af061e  00000000 49454e44 ae426082")  # IDAT, IEND
 # What says sRGB in a PNG: gamma 1 / 2.2, and the primaries and white of ITU-R BT.709, all x 100000.
 _SRGB = {
     b"gAMA": struct.pack(">I", 45455),
     b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
 }
-# By the numbers of ITU-T H.273: BT.709 or unspecified primaries, and transfers like that of sRGB.
+# Primaries and transfer by the numbers of ITU-T H.273, in a PNG or an AVIF. Like sRGB are BT.709 or
+# unspecified primaries, with transfers like its own.
+_CICP = re.compile(rb"(?:cICP|colrnclx\0)(.)\0?(.)", re.DOTALL)
 _CICP_LIKE_SRGB = set(itertools.product((1, 2), (1, 2, 6, 13, 14, 15)))
-_HDR_TRANSFERS = {b"\x10", b"\x12"}
+_HDR_TRANSFERS = {16, 18}
 
 
 class UnreadableImageError(ValueError):
@@ -80,7 +79,7 @@ class _Header:
     kind: str
     image: pyvips.Image  # its size and fields; the pixels may be missing
     tiff: Image.Exif | None  # the directory of a TIFF
-    chunks: dict[bytes, bytes]  # the contents of a PNG's that hold no pixels, by kind
+    start: bytes  # of a PNG up to its pixels, or of an AVIF
 
     def number(self, field: str) -> int:
         """Return a field of libvips, or 1 where there is none."""
@@ -99,7 +98,13 @@ class _Header:
 
     @property
     def frames(self) -> int:
-        return int.from_bytes(self.chunks.get(b"acTL", b"")[:4], "big") or self.number("n-pages")
+        return int.from_bytes(self.start.partition(b"acTL")[2][:4], "big") or self.number("n-pages")
+
+    @property
+    def cicp(self) -> tuple[int, int]:
+        """Return primaries and transfer, 2 for what is not stated."""
+        stated = _CICP.search(self.start)
+        return (stated[1][0], stated[2][0]) if stated else (2, 2)
 
     def alpha_band(self, extras: int) -> int | None:
         """Return which of the bands beyond the colours is alpha."""
@@ -110,12 +115,12 @@ class _Header:
 
     def other_colour_space(self) -> list[str]:
         """List what the file says of a colour space other than sRGB, without a profile."""
-        if len(cicp := tuple(self.chunks.get(b"cICP", b"")[:2])) == 2:
-            said = "the colour space with primaries {} and transfer {}".format(*cicp)
-            return [] if cicp in _CICP_LIKE_SRGB else [said]
-        if {b"sRGB", b"iCCP"} & self.chunks.keys():
+        if self.cicp not in _CICP_LIKE_SRGB:
+            return ["the colour space with primaries {} and transfer {}".format(*self.cicp)]
+        if any(kind in self.start for kind in (b"cICP", b"sRGB", b"iCCP")):
             return []
-        others = [kind for kind, value in _SRGB.items() if self.chunks.get(kind, value) != value]
+        stated = {kind: self.start.partition(kind)[2][: len(value)] for kind, value in _SRGB.items()}
+        others = [kind for kind, value in stated.items() if value not in (b"", _SRGB[kind])]
         return [f"the colour space that {kind.decode()} states" for kind in others]
 
 
@@ -188,29 +193,21 @@ def _opened(path: Path) -> Iterator[tuple[_Header, BinaryIO]]:
 
 def _read_header(path: Path, file: BinaryIO, kind: str) -> _Header:
     tiff = _read_tiff(file) if kind == "TIFF" else None
-    chunks: dict[bytes, bytes] = {}
+    start = file.read(2**16).partition(b"IDAT")[0] if kind in ("PNG", "AVIF") else b""
     if kind == "BMP":
         picture = _open_with_pillow(kind, file)
         dpi = picture.info.get("dpi", (25.4, 25.4))  # libvips, too, takes 1 pixel per mm for unknown
         image = pyvips.Image.black(*picture.size).copy(xres=dpi[0] / 25.4, yres=dpi[1] / 25.4)
-    elif kind == "PNG":
-        whole = _png_chunks(file)  # what describes the picture may follow its pixels
-        chunks = {chunk[4:8]: chunk[8:-4] for chunk in whole}
-        image = pyvips.Image.new_from_buffer(b"".join([_PNG_START, *whole, _PNG_WITHOUT_PIXELS]), "")
     else:
         image = _open_with_libvips(path)
-    if kind == "AVIF":
-        file.seek(0)
-        stated = re.search(rb"colrnclx\0(.)\0(.)", file.read(2**16), re.DOTALL)
-        chunks = {b"cICP": stated[1] + stated[2]} if stated else {}  # a PNG's name for the same numbers
-    header = _Header(kind, image, tiff, chunks)
+    header = _Header(kind, image, tiff, start)
     height, width = header.size
     if height * width > MAX_PIXELS:
         size = f"{width} x {height} = {height * width} pixels"
         raise UnreadableImageError(f"{size}, more than {MAX_PIXELS}; cut it into pieces")
     if image.format not in _DTYPES:
         raise UnreadableImageError(f"holds samples of type {image.format}; save it with 8 or 16 bits")
-    if chunks.get(b"cICP", b"")[1:2] in _HDR_TRANSFERS:
+    if header.cicp[1] in _HDR_TRANSFERS:
         raise UnreadableImageError("is HDR (PQ or HLG); save it with the ordinary range (sRGB)")
     return header
 
@@ -240,21 +237,6 @@ def _open_with_libvips(path: Path) -> pyvips.Image:
 def _open_with_pillow(kind: str, file: BinaryIO) -> ImageFile:
     file.seek(0)
     return Image.OPEN[kind][0](file, "")  # Image.open has a limit of 89 megapixels for the whole process
-
-
-def _png_chunks(file: BinaryIO) -> list[bytes]:
-    """Read the whole chunks that hold no pixels."""
-    chunks = []
-    file.seek(len(_PNG_START))
-    while len(header := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", header)
-        if kind in _PNG_PIXELS:
-            file.seek(length + 4, io.SEEK_CUR)
-        elif len(rest := file.read(length + 4)) == length + 4:
-            chunks.append(header + rest)
-        if kind == b"IEND":
-            break
-    return chunks
 
 
 def _decode(header: _Header, path: Path, file: BinaryIO) -> tuple[Pixels, bool, list[str]]:
