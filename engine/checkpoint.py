@@ -17,7 +17,6 @@ import json
 import pickle
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -65,19 +64,17 @@ def _write(path: Path, write: Write) -> None:
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Every byte is verified; CheckpointError: missing, altered, foreign, or of another version."""
+    """Read a checkpoint or an exported model, told apart by content, and verify every byte.
+
+    CheckpointError: missing, altered, foreign, or of another version.
+    """
     path = Path(path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no file"
         raise CheckpointError(f"{path} is {what}: give the path of a checkpoint or of an exported model")
-    if damage := _damage(path):
-        raise CheckpointError(f"{path} {damage}; {_offer_instead(path)}")
-    try:
-        with path.open("rb") as file:  # torch would trust the suffix of a name
-            content = torch.load(file, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        # The message is left out: it advises to run what is in the file.
-        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: {type(error).__name__} when read") from error
+    with path.open("rb") as file:
+        exported = file.read(9)[8:] == b"{"  # the first byte of a safetensors header, after its length
+    content = _read_safetensors(path) if exported else _read_pth(path, device)
     found = content.get("format") if isinstance(content, dict) else None
     if found not in READABLE:
         raise CheckpointError(
@@ -88,16 +85,21 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint to go on from; CheckpointError where training cannot."""
-    content = _read(Path(path), device)
+    content = load_checkpoint(path, device)
     if content["format"] != FORMAT or "optimizer" not in content:
         raise CheckpointError(f"{path} holds no training to go on with: start from it, as init_weights")
     return Checkpoint(Path(path), content)
 
 
-def _read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint or an exported model, told apart by content."""
-    known = path.is_file() and _is_safetensors(path)
-    return _read_safetensors(path) if known else load_checkpoint(path, device)
+def _read_pth(path: Path, device: torch.device | str) -> object:
+    if damage := _damage(path):
+        raise CheckpointError(f"{path} {damage}; {_offer_instead(path)}")
+    try:
+        with path.open("rb") as file:  # torch would trust the suffix of a name
+            return torch.load(file, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        # The message is left out: it advises to run what is in the file.
+        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: {type(error).__name__} when read") from error
 
 
 def _damage(path: Path) -> str | None:
@@ -132,9 +134,9 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
 
 
 def read_model(path: str | Path) -> ModelFile:
-    """Read and verify a checkpoint or an exported model, told apart by content; CheckpointError."""
-    content = _read(Path(path))
-    if content["format"] == 1 and "unet" in content:
+    """Read the model of a checkpoint or of an exported model; CheckpointError as load_checkpoint."""
+    content = load_checkpoint(path)
+    if "unet" in content:  # in format 1
         content["network"] = content.pop("unet")
     try:
         if not all(isinstance(content[name], dict) for name in ("network", "process")):
@@ -168,15 +170,7 @@ def _digest(weights: StateDict) -> str:
     return digest.hexdigest()
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Tell a .safetensors file by its content or, where that is damaged or missing, by its name."""
-    with suppress(OSError), path.open("rb") as file:
-        if file.read(9)[8:] == b"{":
-            return True
-    return path.suffix.lower() == ".safetensors" and not zipfile.is_zipfile(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path) -> dict[str, object]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -187,8 +181,6 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         sections = {name: json.loads(header[name]) for name in names}
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}, or is damaged: {error}") from error
-    if sections.get("format") not in READABLE:
-        raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: its header has no format up to {FORMAT}")
     if "sha256" in header and header["sha256"] != _digest(weights):
         raise CheckpointError(f"{path} is damaged: its weights have another checksum than when written")
     return {**sections, "ema": {name: weight.float() for name, weight in weights.items()}}

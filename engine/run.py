@@ -11,10 +11,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from engine.checkpoint import save_checkpoint
+from imaging.atomic import UNSUPPORTED
 
 logger = logging.getLogger(__name__)
-# What file systems without locks say, such as NFS or Lustre.
-WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class RunFiles:
@@ -75,7 +74,7 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder} is in use by another run: wait for its end, or start a new run"
         ) from error
     except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in WITHOUT_LOCKS:
+        if getattr(error, "errno", errno.ENOLCK) not in UNSUPPORTED:  # such as NFS or Lustre say
             raise
         logger.warning("%s cannot be locked (%s): a second run there would not be noticed", folder, error)
     try:

@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 Write = Callable[[BinaryIO], object]
 
-_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+# What network file systems say that have no fsync or no locks.
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _DESCRIPTOR = re.compile(r"/dev/(?:stdout|stderr|fd/\d+)|/proc/self/fd/\d+")
 
@@ -122,5 +123,5 @@ def _sync(stream: BinaryIO) -> None:
     try:
         os.fsync(stream.fileno())
     except OSError as error:
-        if error.errno not in _NO_FSYNC:  # which some network file systems have, and it costs no result
+        if error.errno not in UNSUPPORTED:  # which costs no result
             raise
