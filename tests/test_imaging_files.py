@@ -4,7 +4,6 @@ import io
 import itertools
 import multiprocessing
 import os
-import pickle
 import struct
 import zlib
 
@@ -158,9 +157,6 @@ def test_lossy_files_stay_close_and_say_what_they_can(tmp_path, suffix, caplog):
         assert (image.info["icc_profile"], image.info["xmp"]) == (PROFILE, xmp)
         assert image.getexif()[0x011A] == 300
     assert not caplog.text
-    write_image(path, pixels[..., 0], metadata=Metadata(xmp=XMP % (b"", b"a" * 70_000)))
-    assert decode_image(path).pixels.shape == ((64, 64) if suffix == ".jpg" else (64, 64, 3))
-    assert ("XMP" in caplog.text) == (suffix == ".jpg")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -249,19 +245,13 @@ def test_cmyk_becomes_srgb_through_its_profile_as_littlecms_does(tmp_path, suffi
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "count"),
-    [
-        ("i.png", "PNG", 2),
-        ("i.tif", "TIFF", 2),
-        ("i.webp", "WEBP", 2),
-        ("i.gif", "GIF", 2),
-        ("i.jpg", "MPO", 1),
-    ],
+    ("suffix", "count"), [(".png", 2), (".tif", 2), (".webp", 2), (".gif", 2), (".mpo", 1)]
 )
-def test_the_first_of_several_frames_is_read_and_previews_are_none(tmp_path, name, kind, count):
+def test_the_first_of_several_frames_is_read_and_previews_are_none(tmp_path, suffix, count):
+    path = tmp_path / f"i{suffix}"
     frames = [Image.fromarray(np.full((5, 6, 3), value, np.uint8)) for value in (10, 200)]
-    frames[0].save(tmp_path / name, kind, save_all=True, append_images=frames[1:], lossless=True)
-    assert assert_decodes_to(tmp_path / name, np.array(frames[0])).frames == count
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    assert assert_decodes_to(path, np.array(frames[0])).frames == count
 
 
 @pytest.mark.parametrize("depth", [8, 10])
@@ -299,10 +289,8 @@ def test_premultiplied_alpha_is_divided_out(tmp_path, dtype):
     ("photometric", "extras", "alpha"),
     [
         ("minisblack", ["unspecified"] * 3, None),
-        ("minisblack", ["unspecified"], None),
         ("minisblack", ["unassalpha", "unspecified"], 1),
         ("rgb", ["unspecified"], None),
-        ("rgb", ["unspecified"] * 2, None),
         ("rgb", ["unspecified", "unassalpha"], 4),
     ],
 )
@@ -320,14 +308,12 @@ def test_bands_of_data_are_no_transparency_and_are_said(tmp_path, caplog, dtype,
     assert str(tmp_path / "i.tif") in record.getMessage()
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_hidden_colours_are_not_read_where_alpha_is_dropped(tmp_path, suffix):
-    pixels, alpha = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), np.uint8)
-    pixels[..., 1] = 255
-    pixels[5:15, 5:15], alpha[5:15, 5:15] = 255, 255
-    write_image(tmp_path / f"i{suffix}", pixels, alpha)
-    assert (read_rgb(tmp_path / f"i{suffix}") == 255).all()
-    assert_decodes_to(tmp_path / f"i{suffix}", pixels, alpha)
+def test_hidden_colours_are_not_read_where_alpha_is_dropped(tmp_path):
+    alpha = np.zeros((20, 20), np.uint8)
+    alpha[5:15, 5:15] = 255
+    pixels = np.where(alpha[..., None], 255, [0, 255, 0]).astype(np.uint8)
+    write_image(tmp_path / "i.png", pixels, alpha)
+    assert (read_rgb(tmp_path / "i.png") == 255).all()
 
 
 def test_a_forked_worker_decodes_after_its_parent_has_read_and_written(tmp_path):
@@ -380,17 +366,6 @@ def test_damaged_exif_does_not_cost_the_picture_and_is_said_once(tmp_path, caplo
     assert decode_image(path).metadata.exif is None
     assert len(caplog.records) <= 1
     assert all(str(path) in record.getMessage() for record in caplog.records)
-
-
-def test_an_orientation_holds_even_where_the_rest_of_the_exif_cannot_be_handed_on(tmp_path, monkeypatch):
-    Image.fromarray(random_pixels(3)).save(tmp_path / "i.png", exif=exif_block(6))
-
-    def fail(exif, offset=8):
-        raise struct.error("argument out of range")
-
-    monkeypatch.setattr(Image.Exif, "tobytes", fail)
-    decoded = assert_decodes_to(tmp_path / "i.png", random_pixels(3).swapaxes(0, 1)[:, ::-1])
-    assert decoded.metadata.exif is None
 
 
 def test_a_tiff_hands_on_what_describes_the_picture_and_not_its_layout(tmp_path):
@@ -477,12 +452,10 @@ HEIC = struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(2000)
         ("i.jxl", holding(b"\xff\x0a" + bytes(99)), "JPEG XL"),
         ("lab.tif", lambda path: Image.new("LAB", (9, 9)).save(path), "LAB"),
         ("eps.png", holding(b"%!PS-Adobe-3.0 EPSF-3.0"), "not an image"),
-        ("svg.png", holding(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not an image"),
         ("empty.png", holding(b""), "not an image"),
         ("gone.png", lambda path: None, r"cannot be read \(No such file"),
         ("folder.png", lambda path: path.mkdir(), "cannot be read"),
         ("float.tif", tiff(np.float32), "float"),
-        ("int.tif", tiff(np.int32), "int|short"),
         ("raw.mrw", holding(b"\0MRM" + bytes(99)), "raw"),
         ("raw.tif", tiff(subfiletype=1), "raw"),
         ("dng.tif", tiff(extratags=[(50706, "B", 4, (1, 4, 0, 0), False)]), "raw"),
@@ -500,26 +473,24 @@ def test_a_jpeg_is_read_whatever_its_name(tmp_path, name):
     assert_decodes_to(tmp_path / name, np.array(Image.open(tmp_path / name)))
 
 
-WHOLE_FILES = [
-    *itertools.product([".png", ".tif"], [np.uint8, np.uint16], [False, True]),
-    *itertools.product([".webp"], [np.uint8], [False, True]),
-    (".jpg", np.uint8, False),
-    (".bmp", np.uint8, False),
-]
-
-
-@pytest.mark.parametrize(("suffix", "dtype", "with_alpha"), WHOLE_FILES)
-@given(share=st.floats(0, 1, exclude_max=True), channels=st.sampled_from([1, 3]))
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize(
+    ("suffix", "dtype"),
+    [
+        *itertools.product([".png", ".tif"], [np.uint8, np.uint16]),
+        *itertools.product([".webp", ".jpg", ".bmp"], [np.uint8]),
+    ],
+)
+@given(share=st.floats(0, 1, exclude_max=True), channels=st.sampled_from([1, 3]), has_alpha=st.booleans())
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_short_anywhere_is_never_half_a_picture(
-    tmp_path, suffix, dtype, with_alpha, share, channels
+    tmp_path, suffix, dtype, share, channels, has_alpha
 ):
-    path = tmp_path / f"image{suffix}"
-    alpha = random_pixels(1, dtype, seed=1) if with_alpha else None
+    path, pixels = tmp_path / f"image{suffix}", random_pixels(channels, dtype)
+    alpha = random_pixels(1, dtype, seed=1) if has_alpha and suffix not in (".jpg", ".bmp") else None
     if suffix == ".bmp":
-        Image.fromarray(random_pixels(channels)).save(path)
+        Image.fromarray(pixels).save(path)
     else:
-        write_image(path, random_pixels(channels, dtype), alpha)
+        write_image(path, pixels, alpha)
     encoded, whole = path.read_bytes(), decode_image(path)
     kept = int(share * len(encoded))
     # a BMP ends with what fills its last row up to four bytes
@@ -533,9 +504,8 @@ def test_a_file_cut_short_anywhere_is_never_half_a_picture(
     assert kept > 0.9 * len(encoded)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_changed_bytes_of_a_png_are_noticed(tmp_path, dtype):
-    write_image(tmp_path / "i.png", random_pixels(3, dtype))
+def test_changed_bytes_of_a_png_are_noticed(tmp_path):
+    write_image(tmp_path / "i.png", random_pixels(3))
     encoded = bytearray((tmp_path / "i.png").read_bytes())
     encoded[len(encoded) // 2] ^= 0xFF
     (tmp_path / "i.png").write_bytes(encoded)
@@ -554,11 +524,9 @@ def test_image_size_does_not_decode_the_pixels(tmp_path):
 
 
 def test_the_limit_of_pixels_is_this_module_s_own_and_holds_before_decoding(tmp_path, monkeypatch):
-    write_image(
-        tmp_path / "bomb.png", random_pixels(3), metadata=Metadata(exif=exif_block(), text={"Title": "Me"})
-    )
+    write_image(tmp_path / "bomb.png", random_pixels(3))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
-    assert decode_image(tmp_path / "bomb.png").metadata.text == {"Title": "Me"}
+    assert_decodes_to(tmp_path / "bomb.png", random_pixels(3))
     monkeypatch.setattr(files, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     assert_unreadable(tmp_path / "bomb.png", f"{HEIGHT * WIDTH} pixels")
 
@@ -571,12 +539,6 @@ def test_a_lack_of_memory_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(files.np, "empty", exhaust)
     with pytest.raises(UnreadableImageError, match=r"image\.png: .*memory"):
         decode_image(tmp_path / "image.png")
-
-
-def test_the_error_survives_the_way_out_of_a_worker_process():
-    copied = pickle.loads(pickle.dumps(UnreadableImageError("image.png: the file is empty")))
-    assert isinstance(copied, UnreadableImageError)
-    assert str(copied) == "image.png: the file is empty"
 
 
 def test_names_that_are_not_utf_8_or_hold_brackets_work(tmp_path):
@@ -598,10 +560,7 @@ def test_names_that_are_not_utf_8_or_hold_brackets_work(tmp_path):
         ("a.jpg", (65501, 100), {}, "65501"),
         ("a.tif", (40_000, 40_000), {}, "4 GB"),
         ("a.pgn", (1, 1), {}, r"\.pgn"),
-        ("a.gif", (1, 1), {}, r"\.gif"),
-        ("a", (1, 1), {}, "''"),
         ("a.jpg", (1, 1), {"dtype": np.uint16}, "JPEG.*16 bits"),
-        ("a.webp", (1, 1), {"dtype": np.uint16}, "WEBP.*16 bits"),
         ("a.jpg", (1, 1), {"has_alpha": True}, "JPEG.*alpha"),
     ],
 )
@@ -631,17 +590,15 @@ def test_what_is_no_picture_is_refused_and_leaves_nothing(tmp_path, arguments, v
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix", sorted(WRITABLE_SUFFIXES))
-def test_every_suffix_is_written_as_its_format_or_the_old_file_stays(tmp_path, suffix, monkeypatch):
-    path = tmp_path / f"image{suffix}"
-    write_image(path, random_pixels(3))
-    old = path.read_bytes()
-    assert Image.open(path).format == Image.registered_extensions()[suffix]
+def test_every_suffix_is_written_as_its_format_or_the_old_file_stays(tmp_path, monkeypatch):
+    for suffix in WRITABLE_SUFFIXES:
+        write_image(tmp_path / f"i{suffix}", random_pixels(3))
+        assert Image.open(tmp_path / f"i{suffix}").format == Image.registered_extensions()[suffix]
 
     def fail(*args, **options):
         raise pyvips.Error("encoder error")
 
     monkeypatch.setattr(pyvips.Image, "write_to_buffer", fail)
-    with pytest.raises(ValueError, match=rf"image\{suffix}: cannot be encoded as .*encoder error"):
-        write_image(path, random_pixels(3, seed=1))
-    assert path.read_bytes() == old
+    with pytest.raises(ValueError, match=r"i\.png: cannot be encoded as PNG.*encoder error"):
+        write_image(tmp_path / "i.png", random_pixels(3, seed=1))
+    assert_decodes_to(tmp_path / "i.png", random_pixels(3))
