@@ -25,20 +25,8 @@ from imaging.pixels import as_rgb8
 
 HEIGHT, WIDTH = 9, 14
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+GREY_PROFILE = PROFILE[:16] + b"GRAY" + PROFILE[20:]
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description%b>%b</rdf:Description></x:xmpmeta>'
-
-
-def grey_profile():
-    """An ICC profile of grey, with a white point and a gamma of 2.2."""
-    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
-    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, int(2.2 * 256), 0)
-    tags = struct.pack(">I", 2) + struct.pack(">4sII4sII", b"wtpt", 156, 20, b"kTRC", 176, 16)
-    header = struct.pack(">I4sI4s4s4s", 192, b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ").ljust(36, b"\0")
-    header += b"acsp" + bytes(28) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
-    return header.ljust(128, b"\0") + tags + white + curve
-
-
-GREY_PROFILE = grey_profile()
 
 
 def random_pixels(channels=3, dtype=np.uint8, seed=0):

@@ -8,36 +8,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import distance_transform_edt
 
-from bicubic import upscale_image
 from imaging.panels import comparison_picture
 from imaging.pixels import pixels_to_unit, spread_colours, to_model_range, to_unit_range, unit_to_pixels
 
-SIZE = 24
-
-
-def over_white(pixels, alpha):
-    """(H, W, 3) of 8 bits in front of white."""
-    opacity = alpha[..., None] / 255
-    return pixels * opacity + 255 * (1 - opacity)
-
-
-@pytest.fixture
-def white_disc():
-    """A white disc with a soft edge on transparent black: (pixels, alpha)."""
-    rows, columns = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
-    alpha = np.clip((8 - np.hypot(rows, columns)) * 255 + 127, 0, 255).astype(np.uint8)
-    return np.where(alpha[..., None] > 0, 255, 0).astype(np.uint8) * np.ones(3, np.uint8), alpha
-
-
-def test_a_white_disc_on_transparent_black_gets_no_dark_edge_from_bicubic(white_disc):
-    pixels, alpha = white_disc
-    large_alpha = upscale_image(alpha, 4)
-    assert over_white(upscale_image(pixels, 4), large_alpha).min() < 220  # what happens without
-    assert over_white(upscale_image(spread_colours(pixels, alpha), 4), large_alpha).min() >= 254
-
 
 @given(
-    pixels=arrays(np.uint16, (9, 7, 3)),
+    pixels=arrays(np.uint16, (9, 7, 3)) | arrays(np.uint8, (9, 7)),
     alpha=arrays(np.uint16, (9, 7), elements=st.sampled_from([0, 1, 65535])),
 )
 def test_colours_that_are_seen_stay_and_hidden_ones_become_those_of_the_nearest(pixels, alpha):
@@ -52,14 +28,9 @@ def test_colours_that_are_seen_stay_and_hidden_ones_become_those_of_the_nearest(
             # OpenCV's distance with a mask of 5 x 5 is within 3 % of the Euclidean one
             near = far <= distances[row, column] * 1.03 + 1e-9
             candidates = pixels[rows[near], columns[near]]
-            assert (candidates == spread[row, column]).all(axis=-1).any()
+            assert (candidates == spread[row, column]).reshape(len(candidates), -1).all(axis=1).any()
     else:
         assert np.array_equal(spread, pixels)
-
-
-def test_grey_pixels_are_spread_too(white_disc):
-    _, alpha = white_disc
-    assert spread_colours(np.where(alpha > 0, 200, 0).astype(np.uint8), alpha).min() == 200
 
 
 def test_a_comparison_shows_the_input_enlarged_by_the_nearest_pixel_and_the_others_beside_it():
@@ -77,9 +48,7 @@ def test_a_comparison_shows_the_input_enlarged_by_the_nearest_pixel_and_the_othe
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_pixel_value_survives_the_model_range(dtype, channels):
     count = np.iinfo(dtype).max + 1
-    pixels = (
-        np.random.default_rng(0).permutation(np.repeat(np.arange(count, dtype=np.uint32), 3)).astype(dtype)
-    )
+    pixels = np.random.default_rng(0).permutation(np.repeat(np.arange(count), 3)).astype(dtype)
     pixels = pixels.reshape((256, -1, 3) if channels == 3 else (256, -1))
     unit = pixels_to_unit(pixels)
     assert unit.shape == (channels, *pixels.shape[:2])
