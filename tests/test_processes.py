@@ -117,54 +117,26 @@ def contents(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_restore_the_bytes_of_one_and_then_the_rest(photo_folder, weights, tmp_path, capsys):
-    common = [str(photo_folder), "--weights_path", weights, "--device", "cpu", "--steps", "2", "--output"]
-    one, two = ([*common, str(tmp_path / name)] for name in ("one", "two"))
-
-    def run_both(folder, *more):
-        """What one process printed, and what two did."""
-        assert infer.main([*one, *more]) == 0
-        statuses, printed = run_two(infer.main, tmp_path / folder, [*two, *more])
-        assert statuses == [0, 0], printed
-        return "".join(capsys.readouterr()), "".join(printed)
-
-    def results(printed):
-        return sorted(Path(line).name for line in printed.splitlines() if line.endswith(".png"))
-
-    images = [f"{number}_x2.png" for number in range(6)]
-    assert [results(printed) for printed in run_both("first")] == [images, images]
-    expected = contents(tmp_path / "one")
-    assert sorted(expected) == images
-    assert contents(tmp_path / "two") == expected
-    lost = [images[0], images[3]]  # what a killed worker did not come to
-    for name in ("one", "two"):
-        for image in lost:
-            (tmp_path / name / image).unlink()
-    for printed in run_both("again", "--skip_existing"):
-        assert printed.count("4 of 6 images have a result") == 1
-        assert results(printed) == lost
-    assert contents(tmp_path / "two") == contents(tmp_path / "one") == expected
-
-
-@pytest.mark.slow
-def test_a_killed_worker_loses_only_its_current_file_and_another_run_does_the_rest(
+def test_a_killed_worker_loses_only_its_current_file_and_two_others_do_the_rest_to_the_byte(
     photo_folder, weights, tmp_path
 ):
     common = [str(photo_folder), "--weights_path", weights, "--device", "cpu", "--steps", "12", "--output"]
-    killed, results = [*common, str(tmp_path / "killed")], tmp_path / "killed"
-    two = start_two(infer.main, tmp_path / "run", killed)
+    assert infer.main([*common, str(tmp_path / "one")]) == 0
+    expected, results = contents(tmp_path / "one"), tmp_path / "results"
+    two = start_two(infer.main, tmp_path / "killed", [*common, str(results)])
     wait_for(lambda: {"0_x2.png", "1_x2.png"} <= contents(results).keys(), two[1], 200)  # one of each
     two[1].kill()
-    before = contents(results)
     two[0].join(90)
     assert two[0].exitcode == 1
-    after = contents(results)
-    assert len(after) < 6
-    assert infer.main([*common, str(tmp_path / "whole")]) == 0
-    images = contents(tmp_path / "whole")
-    assert before.items() <= after.items() <= images.items()
-    assert infer.main([*killed, "--skip_existing"]) == 0
-    assert contents(results) == images
+    found = contents(results)
+    assert len(found) < 6
+    statuses, printed = run_two(infer.main, tmp_path / "again", [*common, str(results), "--skip_existing"])
+    assert statuses == [0, 0], printed
+    said = "".join(printed)
+    assert said.count(f"{len(found)} of 6 images have a result") == 1
+    named = sorted(Path(line).name for line in said.splitlines() if line.endswith(".png"))
+    assert named == sorted(expected.keys() - found.keys())
+    assert contents(results) == {**expected, **found} == expected
 
 
 @pytest.mark.slow
