@@ -93,7 +93,10 @@ def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 def _read_pth(path: Path, device: torch.device | str) -> object:
     if damage := _damage(path):
-        raise CheckpointError(f"{path} {damage}; {_offer_instead(path)}")
+        others = sorted(path.parent.glob("*_step*.pth"), reverse=True)
+        intact = next((other for other in others if not other.samefile(path) and not _damage(other)), None)
+        offer = f"{intact} is intact" if intact else "there is no intact one by step beside it"
+        raise CheckpointError(f"{path} {damage}; {offer}")
     try:
         with path.open("rb") as file:  # torch would trust the suffix of a name
             return torch.load(file, map_location=device, weights_only=True)
@@ -109,12 +112,6 @@ def _damage(path: Path) -> str | None:
     except (zipfile.BadZipFile, OSError) as error:
         return f"{NOT_A_CHECKPOINT}, or is truncated ({error})"
     return None if damaged is None else f"is damaged (the checksum of {damaged} is wrong)"
-
-
-def _offer_instead(path: Path) -> str:
-    others = sorted(path.parent.glob("*_step*.pth"), reverse=True)
-    intact = next((other for other in others if not other.samefile(path) and _damage(other) is None), None)
-    return f"{intact} is intact" if intact else "there is no intact one by step beside it"
 
 
 def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> None:
