@@ -9,7 +9,14 @@ from hypothesis.extra.numpy import arrays
 from scipy.ndimage import distance_transform_edt
 
 from imaging.panels import comparison_picture
-from imaging.pixels import pixels_to_unit, spread_colours, to_model_range, to_unit_range, unit_to_pixels
+from imaging.pixels import (
+    as_rgb8,
+    pixels_to_unit,
+    spread_colours,
+    to_model_range,
+    to_unit_range,
+    unit_to_pixels,
+)
 
 
 @given(
@@ -56,6 +63,11 @@ def test_every_pixel_value_survives_the_model_range(dtype, channels):
     assert (unit.min(), unit.max()) == (0, 1)
     assert (to_model_range(unit).min(), to_model_range(unit).max()) == (-1, 1)
     assert np.array_equal(unit_to_pixels(to_unit_range(to_model_range(unit)), dtype), pixels)
+
+
+def test_16_bits_are_rounded_to_8_exactly():
+    every_value = np.arange(65536, dtype=np.uint16)[None]
+    assert np.array_equal(as_rgb8(every_value)[..., 1], np.rint(every_value / 257))
 
 
 def test_unit_to_pixels_clamps_and_rounds_half_up():
