@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import pyvips
 import tifffile
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageCms, ImageOps
@@ -211,10 +211,6 @@ def test_cmyk_becomes_srgb_through_its_profile_as_littlecms_does(tmp_path, suffi
     decoded = decode_image(path)
     assert np.abs(decoded.pixels.astype(int) - np.array(expected)).max() <= 2
     assert decoded.metadata.icc_profile is None
-    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(path, icc_profile=PROFILE)  # not its own
-    red, *others = decode_image(path).pixels[0, 0]
-    assert red > 200
-    assert max(others) < 80
 
 
 @pytest.mark.parametrize(
@@ -449,7 +445,7 @@ def test_a_jpeg_is_read_whatever_its_name(tmp_path, name):
     ("suffix", "dtype"),
     [
         *itertools.product([".png", ".tif"], [np.uint8, np.uint16]),
-        *itertools.product([".webp", ".jpg", ".bmp"], [np.uint8]),
+        *itertools.product([".webp", ".jpg"], [np.uint8]),
     ],
 )
 @given(share=st.floats(0, 1, exclude_max=True), channels=st.sampled_from([1, 3]), has_alpha=st.booleans())
@@ -458,15 +454,9 @@ def test_a_file_cut_short_anywhere_is_never_half_a_picture(
     tmp_path, suffix, dtype, share, channels, has_alpha
 ):
     path, pixels = tmp_path / f"image{suffix}", random_pixels(channels, dtype)
-    alpha = random_pixels(1, dtype, seed=1) if has_alpha and suffix not in (".jpg", ".bmp") else None
-    if suffix == ".bmp":
-        Image.fromarray(pixels).save(path)
-    else:
-        write_image(path, pixels, alpha)
+    write_image(path, pixels, random_pixels(1, dtype, seed=1) if has_alpha and suffix != ".jpg" else None)
     encoded, whole = path.read_bytes(), decode_image(path)
     kept = int(share * len(encoded))
-    # a BMP ends with what fills its last row up to four bytes
-    assume(suffix != ".bmp" or len(encoded) - kept >= 4)
     path.write_bytes(encoded[:kept])
     try:
         pixels = decode_image(path).pixels
