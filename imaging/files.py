@@ -316,9 +316,10 @@ def write_image(
     height, width, _ = samples.shape
     name = check_format(path, height, width, pixels.dtype, has_alpha=alpha is not None)
     image = pyvips.Image.new_from_array(samples, interpretation="auto")
-    image = metadata.attach(image, name, 1 if pixels.ndim == 2 else 3)
-    # asked to keep EXIF where there is none, libvips makes one up
-    keep = "icc|xmp|other|exif" if image.get_typeof("exif-data") else "icc|xmp|other"
+    image = metadata.attach(image, 1 if pixels.ndim == 2 else 3)
+    # libvips makes up an EXIF where there is none: JPEG and WebP have no other place for the resolution
+    has_exif = metadata.exif or (metadata.dpi and name != "PNG")
+    keep = "icc|xmp|other|exif" if has_exif else "icc|xmp|other"
     try:
         encoded: bytes = image.write_to_buffer(f".{name.lower()}", keep=keep, **_SAVING[name])
         written, _ = read_metadata(pyvips.Image.new_from_buffer(encoded, ""))

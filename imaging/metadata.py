@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import pyvips
 from PIL import Image
 
-_ORIENTATION, _EXIF_DIRECTORY, _COLOUR_SPACE = 0x0112, 0x8769, 0xA001
+# Each file states its own orientation and size; those of the Exif directory are set by libvips.
+_STATED_TAGS = {0x0112, 0x0100, 0x0101}
 # TIFF keeps the layout of the samples and the description of the picture in one directory. This is the
 # description: text, camera, date, author, rights, and the Exif and GPS directories.
-_DESCRIPTIVE_TAGS = {270, 271, 272, 305, 306, 315, 33432, _EXIF_DIRECTORY, 0x8825}
+_DESCRIPTIVE_TAGS = {270, 271, 272, 305, 306, 315, 33432, 0x8769, 0x8825}
 _UNKNOWN_DPI = (72.0, 72.0)  # as libvips reads a file that states none; its savers always state one
 _BLOBS = {"icc_profile": "icc-profile-data", "exif": "exif-data", "xmp": "xmp-data"}
 DAMAGE_ERRORS = (  # what Pillow raises on damaged EXIF
@@ -36,33 +37,21 @@ class Metadata:
     """Describes an upright picture of any size."""
 
     icc_profile: bytes | None = None
-    exif: bytes | None = None  # without an orientation
+    exif: bytes | None = None  # without orientation and size
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None  # horizontal, vertical
     text: Mapping[str, str] = field(default_factory=dict)  # of a PNG, by keyword
 
-    def attach(self, image: pyvips.Image, name: str, colours: int) -> pyvips.Image:
-        """Describe an image that is to be saved in the format `name`, such as "JPEG".
-
-        What is not true of it, or would be spoilt there, is left out. `colours` is 1 for grey and 3 for RGB.
-        """
+    def attach(self, image: pyvips.Image, colours: int) -> pyvips.Image:
+        """Describe an image that is to be saved by what is true of it; `colours` is 1 for grey, 3 for RGB."""
         horizontal, vertical = self.dpi or _UNKNOWN_DPI
         image = image.copy(xres=horizontal / 25.4, yres=vertical / 25.4)  # pixels per mm
         profile = self.icc_profile if _describes(self.icc_profile or b"", colours) else None
-        exif = Image.Exif()
-        exif.load(self.exif or b"")
-        sizes = {0x0100: image.width, 0x0101: image.height}
-        exif.update({tag: size for tag, size in sizes.items() if tag in exif})
-        directory = exif.get_ifd(_EXIF_DIRECTORY)
-        directory.update({0xA002: image.width, 0xA003: image.height})
-        # libvips would make one up: 1 is sRGB, 0xFFFF says "by the profile"
-        directory.setdefault(_COLOUR_SPACE, 0xFFFF if profile else 1)
-        # JPEG and WebP have no other place for the resolution; into TIFF libvips writes none
-        wanted = {"PNG": self.exif, "TIFF": None}.get(name, self.exif or self.dpi)
         xmp = _UNTRUE.sub(b"", self.xmp or b"")
-        for vips_name, value in zip(_BLOBS.values(), (profile, wanted and exif.tobytes(), xmp), strict=True):
+        exif = _descriptive_exif(self.exif or b"")
+        for name, value in zip(_BLOBS.values(), (profile, exif, xmp), strict=True):
             if value:
-                image.set_type(pyvips.GValue.blob_type, vips_name, value)
+                image.set_type(pyvips.GValue.blob_type, name, value)
         for number, (key, text) in enumerate(self.text.items()):
             if re.fullmatch(r"[!-~]{1,79}", key) and text.isascii():  # libvips spoils others
                 image.set_type(pyvips.GValue.gstr_type, f"png-comment-{number}-{key}", text)
@@ -101,12 +90,12 @@ def read_metadata(image: pyvips.Image, tiff: Image.Exif | None = None) -> tuple[
     return metadata, damaged
 
 
-def _descriptive_exif(block: bytes, tiff: Image.Exif | None) -> bytes | None:
+def _descriptive_exif(block: bytes, tiff: Image.Exif | None = None) -> bytes | None:
     exif = tiff
     if exif is None:
         exif = Image.Exif()
         exif.load(block)
-    for tag in set(exif) & {_ORIENTATION} if tiff is None else set(exif) - _DESCRIPTIVE_TAGS:
+    for tag in set(exif) & _STATED_TAGS if tiff is None else set(exif) - _DESCRIPTIVE_TAGS:
         del exif[tag]
     return exif.tobytes() if len(exif) else None
 
