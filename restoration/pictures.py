@@ -31,21 +31,20 @@ class Picture:
     """A picture as the network takes it, and what its result has to be."""
 
     low_res: Tensor  # (3, h, w) in [-1, 1]; grey is repeated
-    alpha: Pixels | None  # (h, w)
-    shape: tuple[int, ...]  # (h, w), (h, w, 1) or (h, w, 3), of the pixels without alpha
+    source: DecodedImage  # (h, w), (h, w, 1) or (h, w, 3)
     dtype: npt.DTypeLike  # of the result
-    metadata: Metadata
 
     def to_pixels(self, restored: Tensor) -> Pixels:
         """Round (1, 3, H, W) in [0, 1] to what the input had; grey is the mean of the channels."""
-        colour = self.shape[2:] == (3,)
+        channels = self.source.pixels.shape[2:]
+        colour = channels == (3,)
         height, width = restored.shape[-2:]
         pixels = np.empty((height, width, 3) if colour else (height, width), self.dtype)
         for band in row_bands(height, width):
             values = band.cut(restored)[0]  # (3, rows, W)
             values = values if colour else values.mean(dim=0, keepdim=True)
             pixels[band.top : band.bottom] = unit_to_pixels(values, self.dtype)
-        return pixels[..., None] if self.shape[2:] == (1,) else pixels
+        return pixels[..., None] if channels == (1,) else pixels
 
 
 def to_picture(image: Restorable) -> Picture:
@@ -54,7 +53,7 @@ def to_picture(image: Restorable) -> Picture:
     floats = isinstance(image, Tensor) and image.is_floating_point()
     dtype = np.uint8 if floats else decoded.pixels.dtype
     low_res = to_model_range(pixels_to_unit(decoded.visible)).expand(3, -1, -1)
-    return Picture(low_res, decoded.alpha, decoded.pixels.shape, dtype, decoded.metadata)
+    return Picture(low_res, decoded, dtype)
 
 
 def to_deviation(variance: Tensor) -> npt.NDArray[np.float32]:

@@ -176,8 +176,8 @@ class Restorer:
         self._make_consistent(mean, picture.low_res[None])
         return Restoration(
             picture.to_pixels(mean),
-            None if picture.alpha is None else self._restore_alpha(picture.alpha),
-            picture.metadata,
+            None if picture.source.alpha is None else self._restore_alpha(picture.source.alpha),
+            picture.source.metadata,
             deviation=None if variance is None else to_deviation(variance),
         )
 
