@@ -249,6 +249,14 @@ def test_a_step_trains_refiner_and_discriminator_and_leaves_the_mean_alone(proce
     assert any(not torch.equal(fresh[name], value) for name, value in rival.model.state_dict().items())
 
 
+def test_the_discriminator_learns_to_tell_restored_from_original(photo_folder):
+    _, reports = sharpened_state(
+        model_of(ONE), photo_folder, 20, adversarial_share=0.0, discriminator_learning_rate=1e-2
+    )
+    told = [report.scalars["discriminator_loss"] for report in reports]
+    assert np.mean(told[-5:]) < 0.8 * np.mean(told[:2])  # an untrained one stays near 2
+
+
 def test_a_step_that_is_not_finite_changes_nothing(photo_folder):
     class Broken(RandomFeatures):
         def distance(self, features, others):
