@@ -31,12 +31,12 @@ from engine.progress import progress
 from imaging.atomic import check_outputs, is_disk_error
 from imaging.kinds import WRITABLE_SUFFIXES, list_images
 from imaging.pairs import find_original
-from models import LoadedModel, export_safetensors, load_model
+from models import LoadedModel, export_safetensors
 from network import network_class
-from restoration import RestoreConfig, Restorer, blend
+from restoration import RestoreConfig, Restorer
 from restoration.files import FILE_ERRORS, Task, describe_failure, restore_file
 from restoration.scales import Chain, chain_to, check
-from restoration.weights import add_weights_flags, load_models, released_model
+from restoration.weights import add_weights_flags, load_models
 
 SCRIPT = "infer.py"
 
@@ -54,8 +54,6 @@ def _add_file_flags(group: argparse._ArgumentGroup) -> None:
     add("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
     add("--input", nargs="+", default=[], metavar="INPUT", help="the same")
     add_weights_flags(add, default="by the scale")
-    strength = "blend of two weights, from 0, as the clean ones restore, to 1, as those of --weights do"
-    add("--strength", type=float, help=strength)
     add("--scale", type=float, help="enlargement, above 1 and at most 16 (default: the model's)")
     output = "folder, or for one image the name of the result (default: ./restored)"
     add("--output", type=path, default="./restored", help=output)
@@ -199,15 +197,9 @@ def restore_all(chain: Chain, tasks: Sequence[Task], processes: Processes) -> in
 
 
 def open_models(args: argparse.Namespace) -> tuple[list[LoadedModel], str]:
-    """Load the models for the scale, the first blended if asked to, export one if asked to, and name them."""
+    """Load the models for the scale, export one if asked to, and name them."""
     loaded = load_models(args.weights_path, args.scale, network_class(args.network))
     models, names = [*loaded.values()], ", ".join(map(str, loaded))
-    if args.strength is not None:
-        clean = released_model(float(models[0].network.scale))
-        if clean.resolve() in map(Path.resolve, loaded):
-            raise ValueError(f"--strength blends {clean} with other weights: give --weights photo or a file")
-        models[0] = blend(load_model(clean), models[0], args.strength)
-        names = f"{args.strength:g} of the way from {clean} to {names}"
     if args.export is not None:
         target = Path(args.export)
         if len(models) > 1:

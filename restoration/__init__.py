@@ -9,9 +9,9 @@ from models import LoadedModel
 from restoration.pictures import Restorable
 from restoration.restorer import PRESETS, Progress, Restoration, RestoreConfig, Restorer, no_progress
 from restoration.scales import chain_to, restore_to
-from restoration.weights import blend, load_model, load_models
+from restoration.weights import load_model, load_models
 
-__all__ = ["PRESETS", "Restoration", "RestoreConfig", "Restorer", "blend", "load_model", "restore"]
+__all__ = ["PRESETS", "Restoration", "RestoreConfig", "Restorer", "load_model", "restore"]
 
 
 def restore(

@@ -1,11 +1,10 @@
-"""Finds, loads and blends weights: the project's, by name, and any other, by path."""
+"""Finds and loads weights: the project's, by name, and any other, by path."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.checkpoint import CheckpointError, load_weights
-from engine.options import OptionError, path
+from engine.checkpoint import CheckpointError
+from engine.options import path
 from models import LoadedModel
 from models import load_model as load_file
 from network import NETWORK_FLAG, Network, name_of
@@ -79,24 +78,3 @@ def add_weights_flags(add: Callable[..., object], default: str) -> None:
         help=weights,
     )
     add("--network", default=name_of(UNet), **NETWORK_FLAG)
-
-
-def blend(clean: LoadedModel, photo: LoadedModel, strength: float) -> LoadedModel:
-    """Blend weights, clean + strength (photo - clean) (Wang et al. 2019).
-
-    ValueError for a strength outside [0, 1], or where their networks, processes or enlargements differ.
-    """
-    if not 0 <= strength <= 1:
-        raise OptionError("strength", strength, "give a number from 0, clean, to 1, photo")
-    described = [
-        (model.network.config, model.process, model.network.scale.tolist()) for model in (clean, photo)
-    ]
-    if described[0] != described[1]:
-        raise ValueError(f"models that differ cannot be blended: {described[0]} and {described[1]}")
-    if strength == 0:
-        return clean
-    first, last = (model.network.state_dict() for model in (clean, photo))
-    weights = {name: first[name].lerp(last[name], strength) for name in first}
-    blended = copy.deepcopy(photo.network)
-    load_weights(blended, weights, "the blend")
-    return photo._replace(network=blended)

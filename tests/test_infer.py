@@ -172,11 +172,9 @@ def test_compare_and_uncertainty_are_written(weights, picture, tmp_path):
         ("--weights clean", 0, "/x4.safetensors"),
         ("--weights clean --consistency", 0, "/x4.safetensors"),
         ("--consistency", 2, "clean"),
-        ("--strength 0.25", 0, "0.25 of the way"),
-        ("--strength 0.5 --weights weights/./x4.safetensors", 2, "--strength"),
     ],
 )
-def test_the_project_s_weights_are_chosen_blended_and_named(
+def test_the_project_s_weights_are_chosen_and_named(
     picture, tmp_path, monkeypatch, capsys, arguments, status, said
 ):
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,7 @@ from imaging.pixels import pixels_to_unit, to_model_range
 from infer import main
 from models import LoadedModel
 from network import Condition
-from restoration import PRESETS, RestoreConfig, Restorer, blend, restore
+from restoration import PRESETS, RestoreConfig, Restorer, restore
 from restoration.fields import release_pages, zeros
 from restoration.scales import chain_to, check, plan_chain, restore_to
 from restoration.tiling import Scale, Window, plan_windows
@@ -497,36 +497,6 @@ def test_hidden_colours_do_not_show_at_the_edge_of_what_is_seen(dtype):
     opacity = result.alpha[..., None] / largest
     over_white = opacity * result.pixels + (1 - opacity) * largest
     assert over_white.min() / largest > 0.98
-
-
-# ------------------------------------------------------------------------------------------------- blending
-
-
-@pytest.mark.slow
-def test_a_blend_is_clean_at_0_photo_at_1_and_between_in_between():
-    clean = random_model()
-    photo = random_model(gain=2.0)._replace(degradation=Degradation("photo"))
-    for strength in (0, 0.5, 1):
-        blended = blend(clean, photo, strength)
-        assert blended.degradation == (photo if strength else clean).degradation
-        states = (model.network.state_dict().values() for model in (blended, clean, photo))
-        for value, first, last in zip(*states, strict=True):
-            torch.testing.assert_close(value, first + strength * (last - first))
-    assert not torch.equal(
-        clean.network.out.weight, photo.network.out.weight
-    )  # which the blends did not change
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"scale": 2.0}, {"dim_mults": (1, 2)}, {"process": replace(PROCESS, mode="clean")}],
-    ids=["scale", "network", "process"],
-)
-def test_models_that_differ_are_not_blended_nor_beyond_their_ends(other):
-    with pytest.raises(ValueError, match="differ"):
-        blend(random_model(), random_model(**other), 0.5)
-    with pytest.raises(OptionError, match=r"-0\.1"):
-        blend(random_model(), random_model(), -0.1)
 
 
 # ------------------------------------------------------------------------------------------- any enlargement
