@@ -346,7 +346,7 @@ def chosen(folder, *more):
 def test_few_images_get_the_recipe_unless_a_length_is_given(photo_folder, tmp_path, capsys):
     taken = chosen(photo_folder, "--img_size", "48")
     assert taken[-2:] == ["--max_steps", "6000"]
-    assert "--predictor_blocks 12" in (said := capsys.readouterr().out)
+    assert "--predictor_blocks 6" in (said := capsys.readouterr().out)
     assert said.startswith("6 images would be 40 steps")
     settings, _ = parse([*taken, "--img_size", "48"])
     assert (settings.training.optimizer, settings.data.img_size) == ("muon", 48)
