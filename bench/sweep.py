@@ -28,7 +28,7 @@ IMAGES = 12  # of the held-out photos
 STEPS = 300
 CHANGES = (
     "",
-    "--predictor_blocks 6",
+    "--predictor_blocks 12",
     "--predictor_blocks 20",
     "--predictor_dim 96",
     "--blocks_per_level 2",
