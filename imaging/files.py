@@ -41,14 +41,15 @@ _SAVING: dict[str, dict[str, Any]] = {
 }
 _SUBFILE_TYPE, _PHOTOMETRIC, _EXTRA_SAMPLES, _DNG_VERSION = 254, 262, 338, 50706  # of a TIFF
 _LAB, _ALPHA = (8, 9, 10), (1, 2)  # values of two of these
+# Chunks of a PNG are found with their lengths, since a text may name them, too.
 # What says sRGB in a PNG: gamma 1 / 2.2, and the primaries and white of ITU-R BT.709, all x 100000.
 _SRGB = {
-    b"gAMA": struct.pack(">I", 45455),
-    b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+    b"\0\0\0\x04gAMA": struct.pack(">I", 45455),
+    b"\0\0\0\x20cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
 }
 # Primaries and transfer by the numbers of ITU-T H.273, in a PNG or an AVIF. Like sRGB are BT.709 or
 # unspecified primaries, with transfers like its own.
-_CICP = re.compile(rb"(?:cICP|colrnclx\0)(.)\0?(.)", re.DOTALL)
+_CICP = re.compile(rb"(?:\0\0\0\x04cICP|colrnclx\0)(.)\0?(.)", re.DOTALL)
 _CICP_LIKE_SRGB = set(itertools.product((1, 2), (1, 2, 6, 13, 14, 15)))
 _HDR_TRANSFERS = {16, 18}
 
@@ -98,7 +99,7 @@ class _Header:
 
     @property
     def frames(self) -> int:
-        return int.from_bytes(self.start.partition(b"acTL")[2][:4], "big") or self.number("n-pages")
+        return int.from_bytes(self.start.partition(b"\0\0\0\x08acTL")[2][:4], "big") or self.number("n-pages")
 
     @property
     def cicp(self) -> tuple[int, int]:
@@ -117,11 +118,11 @@ class _Header:
         """List what the file says of a colour space other than sRGB, without a profile."""
         if self.cicp not in _CICP_LIKE_SRGB:
             return ["the colour space with primaries {} and transfer {}".format(*self.cicp)]
-        if any(kind in self.start for kind in (b"cICP", b"sRGB", b"iCCP")):
+        if _CICP.search(self.start) or b"\0\0\0\x01sRGB" in self.start or b"iCCP" in self.start:
             return []
         stated = {kind: self.start.partition(kind)[2][: len(value)] for kind, value in _SRGB.items()}
         others = [kind for kind, value in stated.items() if value not in (b"", _SRGB[kind])]
-        return [f"the colour space that {kind.decode()} states" for kind in others]
+        return [f"the colour space that {kind[4:].decode()} states" for kind in others]
 
 
 def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImage:
