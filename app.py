@@ -25,7 +25,7 @@ from imaging.pixels import Pixels, as_rgb8
 from models import LoadedModel, load_model
 from restoration import PRESETS, RestoreConfig, restore
 from restoration.files import FILE_ERRORS, describe_failure
-from restoration.weights import RELEASED
+from restoration.weights import RELEASED, find_weights
 
 SIDE = 2048  # pixels of the longer side of what the slider shows; the download has them all
 KEPT = 3600  # seconds until a picture is removed, where the page stays open
@@ -138,9 +138,7 @@ def check_port(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"{host}:{port} cannot be served on ({error}): give another --port or --host"
-        ) from error
+        raise ValueError(f"{host}:{port} cannot be used ({error}): give another --port or --host") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,9 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         args = parser.parse_args(argv)
-        weights = [Path(name) for name in args.weights]
-        for missing in (name for name in weights if not name.is_file()):
-            raise ValueError(f"{missing}: no such file")
+        weights = [file for name in args.weights for file in find_weights(name)]
         if importlib.util.find_spec("gradio") is None:
             raise ValueError("gradio is not installed: pip install -e '.[app]'")
         check_port(args.host, args.port or 0)

@@ -38,18 +38,10 @@ from restoration.files import FILE_ERRORS, Task, describe_failure, restore_file
 from restoration.scales import Chain, chain_to, check
 from restoration.weights import add_weights_flags, load_models
 
-SCRIPT = "infer.py"
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    _add_file_flags(parser.add_argument_group("files"))
-    add_flags(parser.add_argument_group("restoring"), RestoreConfig)
-    add_computing_flags(parser.add_argument_group("computing").add_argument)
-    return parser
-
-
-def _add_file_flags(group: argparse._ArgumentGroup) -> None:
+    group = parser.add_argument_group("files")
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
     add("--input", nargs="+", default=[], metavar="INPUT", help="the same")
@@ -73,6 +65,9 @@ def _add_file_flags(group: argparse._ArgumentGroup) -> None:
     add("--tokens", type=path, metavar="DIR", help=tokens)
     export = "name for the model as .safetensors (half precision); without inputs, nothing else is done"
     add("--export", type=path, metavar="MODEL", help=export)
+    add_flags(parser.add_argument_group("restoring"), RestoreConfig)
+    add_computing_flags(parser.add_argument_group("computing").add_argument)
+    return parser
 
 
 def colour(text: str) -> tuple[int, ...]:
@@ -110,10 +105,8 @@ def names_a_file(output: str) -> bool:
         return False
     if name.suffix.lower() not in WRITABLE_SUFFIXES:
         known = ", ".join(sorted(WRITABLE_SUFFIXES))
-        raise ValueError(
-            f"--output {output}: {name.suffix or 'such a file'} cannot be written; use one of {known}, or "
-            "end the name of a folder with /"
-        )
+        remedy = f"use one of {known}, or end the name of a folder with /"
+        raise ValueError(f"--output {output}: {name.suffix or 'such a file'} cannot be written; {remedy}")
     return True
 
 
@@ -143,7 +136,7 @@ def plan_tasks(args: argparse.Namespace, scale: float) -> list[Task]:
             target,
             target.with_name(f"{target.stem}_compare.png") if args.compare else None,
             original_of(relative, Path(args.compare), scale, len(inputs)) if given else None,
-            None if args.uncertainty is None else map_of(base, Path(args.uncertainty), len(inputs)),
+            [] if args.uncertainty is None else maps_of(base, Path(args.uncertainty), len(inputs)),
             None if args.tokens is None else Path(args.tokens),
             args.strip,
             args.background,
@@ -160,11 +153,12 @@ def original_of(relative: Path, named: Path, scale: float, inputs: int) -> Path:
     return find_original(relative, list_images(named / relative.parent, recursive=False), scale)
 
 
-def map_of(base: Path, named: Path, inputs: int) -> Path:
-    """Return the name of an uncertainty map, without .png and .npy."""
+def maps_of(base: Path, named: Path, inputs: int) -> list[Path]:
+    """List the files of an uncertainty map, NAME.png and NAME.npy."""
     if inputs > 1:
-        return named / base
-    return named.with_suffix("") if named.suffix in (".png", ".npy") else named
+        named = named / base
+    name = named.stem if named.suffix in (".png", ".npy") else named.name
+    return [named.with_name(name + ending) for ending in (".png", ".npy")]
 
 
 def restore_all(chain: Chain, tasks: Sequence[Task], processes: Processes) -> int:
@@ -190,9 +184,9 @@ def restore_all(chain: Chain, tasks: Sequence[Task], processes: Processes) -> in
     done = sum(part for part, _ in parts)
     if processes.is_main:
         for failure in itertools.chain.from_iterable(one for _, one in parts):
-            warn(SCRIPT, f"error: {failure}")
+            warn("infer.py", f"error: {failure}")
         if done < len(tasks):
-            warn(SCRIPT, f"{len(tasks) - done} of {len(tasks)} images not restored")
+            warn("infer.py", f"{len(tasks) - done} of {len(tasks)} images not restored")
     return 0 if done == len(tasks) else 1 if done else 2
 
 
@@ -225,18 +219,17 @@ def prepare(args: argparse.Namespace, processes: Processes) -> tuple[Chain, list
     if args.skip_existing:
         missing = processes.gather([task for task in tasks if not task.target.exists()])[0]
         if processes.is_main:
-            warn(SCRIPT, f"{len(tasks) - len(missing)} of {len(tasks)} images have a result already")
+            warn("infer.py", f"{len(tasks) - len(missing)} of {len(tasks)} images have a result already")
         tasks = missing  # of the one moment that all share
-    inputs = [path for task in tasks for path in (task.source, task.truth) if path is not None]
     check_outputs(
-        [target for task in tasks for target in task.targets],
-        inputs=inputs,
+        [path for task in tasks for path in (task.comparison, *task.maps, task.target) if path is not None],
+        inputs=[path for task in tasks for path in (task.source, task.truth) if path is not None],
         overwrite=args.overwrite or args.skip_existing,
         remedy="use --overwrite, --skip_existing or another --output",
     )
     processes.gather(None)  # none begins to write before all have checked
     if processes.is_main:
-        warn(SCRIPT, f"{names}, on {device} in {str(precision or torch.float32).removeprefix('torch.')}")
+        warn("infer.py", f"{names}, on {device} in {str(precision or torch.float32).removeprefix('torch.')}")
     return chain, tasks
 
 
@@ -247,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return restore_all(*prepare(args, processes), processes)
 
     stopped = "finished images are whole, --skip_existing does the others"
-    return run_script(SCRIPT, work, [RestoreConfig], stopped=stopped)
+    return run_script("infer.py", work, [RestoreConfig], stopped=stopped)
 
 
 if __name__ == "__main__":

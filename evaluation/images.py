@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from bicubic import Border
+from bicubic import Border, exact_scale
 from degradation import KINDS, Degradation
 from engine.options import Options, option
 from evaluation.metrics import SSIM_WINDOW, Channel, Comparison
@@ -28,31 +28,20 @@ class EvaluationConfig(Options):
     """The options of an evaluation; the scale may be a fraction such as 1.5."""
 
     scale: float = option(MISSING, "enlargement, such as 4", above=1)
-    low_res: str | None = option(
-        None, "folder of low-resolution images of these names; else they are made", path=True
-    )
+    low_res: str | None = option(None, "folder of low-resolution images; else they are made", path=True)
     limit: int | None = option(None, "number of images to measure, the first by name (default: all)", low=1)
     border: Border = option("mirror", "border that bicubic sees beyond the edge; today's MATLAB mirrors")
-    degradation: str = option(
-        "bicubic", "kind of the low resolution, unless it is given; drawn by the seed", choices=KINDS
-    )
+    degradation: str = option("bicubic", "kind of low resolution, drawn by the seed", choices=KINDS)
     channel: Channel = option("luma", "channels that PSNR and SSIM compare")
     crop: int | None = option(None, "border that PSNR and SSIM leave out (default: the scale)", low=0)
     seed: int = option(0, "seed of the noise and of the degradation", low=0, high=2**63 - 1)
     lpips: bool = option(True, "measure LPIPS")
-    lpips_weights: str | None = option(
-        None, "file of AlexNet's features for LPIPS (default: SR_LPIPS_WEIGHTS, or a download)", path=True
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if abs(self.ratio - self.scale) > 1e-6:
-            raise ValueError(f"scale is {self.scale:g}; give a number such as 2, 3, 4 or 1.5")
+    lpips_weights: str | None = option(None, "file of AlexNet; else SR_LPIPS_WEIGHTS or fetched", path=True)
 
     @property
     def ratio(self) -> Fraction:
         """Return the scale as a fraction: a side that shrinks exactly is a multiple of its numerator."""
-        return Fraction(self.scale).limit_denominator(100)
+        return exact_scale(self.scale)
 
     @property
     def comparison(self) -> Comparison:
@@ -94,13 +83,13 @@ class ImageSet:
         height, width = (length - length % multiple for length in truth.shape[-2:])
         smallest = max(SMALLEST_SIDE, 2 * self.config.comparison.crop + SSIM_WINDOW)
         if min(height, width) < smallest:
-            raise ValueError(
-                f"{path} is {truth.shape[2]}x{truth.shape[1]}, {width}x{height} as a multiple of {multiple}; "
-                f"{smallest} pixels a side are needed: leave it out"
-            )
+            size = f"{truth.shape[2]}x{truth.shape[1]}, {width}x{height} as a multiple of {multiple}"
+            raise ValueError(f"{path} is {size}; {smallest} pixels a side are needed: leave it out")
         truth = truth[:, :height, :width]
         if self.low_res_paths is None:
-            low_res = self.degradation(truth, random_of(path, self.config.seed))
+            # The same random numbers whichever other images there are.
+            random = np.random.default_rng((self.config.seed, *os.fsencode(path.stem)))
+            low_res = self.degradation(truth, random)
         else:
             low_res = self._read_low_res(self.low_res_paths, path, truth)
         return Pair(printable(path.name), truth, low_res)
@@ -116,10 +105,8 @@ class ImageSet:
         low_res = _read_planes(low_path)
         height, width = (int(length / self.config.ratio) for length in truth.shape[-2:])
         if low_res.shape[-2:] != (height, width):
-            raise ValueError(
-                f"{low_path} is {low_res.shape[2]}x{low_res.shape[1]}, but {path} at scale {scale:g} needs "
-                f"{width}x{height}; give the folders that belong together"
-            )
+            needed = f"{path} at scale {scale:g} needs {width}x{height}; give folders that belong together"
+            raise ValueError(f"{low_path} is {low_res.shape[2]}x{low_res.shape[1]}, but {needed}")
         if len(truth) == 1 and bool((low_res != low_res[:1]).any()):
             raise ValueError(f"{low_path} has colours, but {path} is grey; give files that belong together")
         return low_res.expand(3, -1, -1)[: len(truth)]
@@ -128,11 +115,6 @@ class ImageSet:
 def _read_planes(path: Path) -> Tensor:
     """(1 or 3, H, W) of a file as restoring sees it, in 8 bits, without alpha."""
     return to_uint8(pixels_to_unit(decode_image(path).visible))
-
-
-def random_of(path: Path, seed: int) -> np.random.Generator:
-    """Make the generator of the random numbers of an image, the same whichever other images there are."""
-    return np.random.default_rng((seed, *os.fsencode(path.stem)))
 
 
 def printable(name: str) -> str:

@@ -41,10 +41,8 @@ class Lpips:
         path = Path(weights).expanduser() if weights else None
         self._network = _load_network("alex", path).to(device)
         self._device = torch.device(device)
-        self._source = f"{path.name} (SHA-256 {file_digest(path)})" if path else "torchvision's"
-
-    def describe(self) -> str:
-        return f"AlexNet 0.1, features: {self._source}; lower is better"
+        source = f"{path.name} (SHA-256 {file_digest(path)})" if path else "torchvision's"
+        self.note = f"AlexNet 0.1, features: {source}; lower is better"
 
     @torch.no_grad()
     def __call__(self, restored: Tensor, truth: Tensor) -> Tensor:

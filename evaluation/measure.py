@@ -2,11 +2,11 @@
 
 import itertools
 import math
-import operator
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,15 +45,6 @@ class Method:
         return dict(zip(LABEL, (self.name, self.scheduler, self.steps, self.samples), strict=True))
 
 
-def bicubic_method(config: EvaluationConfig) -> Method:
-    """Enlarge 8-bit images by MATLAB's bicubic, on the CPU."""
-
-    def restore(low_res: Tensor) -> Tensor:
-        return from_uint8(resize(to_uint8(low_res), scale=config.scale, border=config.border))
-
-    return Method("bicubic", restore)
-
-
 def model_method(
     models: Sequence[LoadedModel],
     how: RestoreConfig,
@@ -76,16 +67,13 @@ def model_method(
 
 def describe_model(path: Path, model: LoadedModel, precision: torch.dtype | None = None) -> Facts:
     """Describe a model's file and network, for the protocol."""
-    process = model.process
     return {
         "file": printable(path.name),
         "sha256": file_digest(path),
         "scale": model.network.scale.tolist(),
         "steps_trained": model.step,
         "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
-        "mode": process.mode,
-        "schedule": process.schedule,
-        "timesteps": process.timesteps,
+        **model.process.to_dict(),
         "precision": str(precision or torch.float32).removeprefix("torch."),
     }
 
@@ -107,11 +95,16 @@ def evaluate(
     """
     processes = processes or Processes(CPU)
     comparison = _with_lpips(images.config, processes.device)
-    methods = (bicubic_method(images.config), *methods)
-    part = list(_measure_part(methods, images, comparison, progress, processes))
-    numbered = sorted(itertools.chain(*processes.gather(part)), key=operator.itemgetter(0))
-    measured = [result for _, result in numbered if not isinstance(result, str)]
-    failures = [result for _, result in numbered if isinstance(result, str)]
+    bicubic = partial(resize, scale=images.config.scale, border=images.config.border)  # of 8 bits, as MATLAB
+    methods = (Method("bicubic", lambda low_res: from_uint8(bicubic(to_uint8(low_res)))), *methods)
+    # What the first call alone has to set up belongs to no row.
+    min(methods[1:], key=lambda one: one.steps or 0, default=methods[0]).restore(torch.zeros(3, 16, 16))
+    mine = images.paths[processes.rank :: processes.world_size]
+    bar = tqdm(mine, unit="image", disable=None if progress else True, dynamic_ncols=True)
+    parts = processes.gather([_measure_image(path, images, methods, comparison) for path in bar])
+    results = [parts[number % len(parts)][number // len(parts)] for number in range(len(images))]
+    measured = [result for result in results if not isinstance(result, str)]
+    failures = [result for result in results if isinstance(result, str)]
     if not measured:
         raise ValueError(failures[0] if len(failures) == 1 else f"no image can be measured: {failures[0]}")
     protocol = _protocol(images, comparison, methods[-1].device) | {"images": len(measured)}
@@ -123,27 +116,15 @@ def evaluate(
     return Report(protocol, rows, [*itertools.chain(*columns)], failures)
 
 
-def _measure_part(
-    methods: Sequence[Method],
-    images: ImageSet,
-    comparison: Comparison,
-    progress: bool,
-    processes: Processes,
-) -> Iterator[tuple[int, list[Facts] | str]]:
-    """Yield this process's images by number: a row per method, or why the image was left out."""
-    numbers = range(processes.rank, len(images), processes.world_size)
-    warm = False
-    for number in tqdm(numbers, unit="image", disable=None if progress else True, dynamic_ncols=True):
-        path = images.paths[number]
-        try:
-            pair = images.read(path)
-            if not warm:  # what the first call alone has to set up belongs to no row
-                quickest = min(methods[1:], key=lambda one: one.steps or 0, default=methods[0])
-                quickest.restore(from_uint8(pair.low_res[:, :16, :16]))
-                warm = True
-            yield number, [_measure(method, pair, comparison) for method in methods]
-        except FILE_ERRORS as error:
-            yield number, printable(describe_failure(error, path, path))
+def _measure_image(
+    path: Path, images: ImageSet, methods: Sequence[Method], comparison: Comparison
+) -> list[Facts] | str:
+    """Make an image's row for each method, or say why it is left out."""
+    try:
+        pair = images.read(path)
+        return [_measure(method, pair, comparison) for method in methods]
+    except FILE_ERRORS as error:
+        return printable(describe_failure(error, path, path))
 
 
 def _measure(method: Method, pair: Pair, comparison: Comparison) -> Facts:
@@ -155,14 +136,11 @@ def _measure(method: Method, pair: Pair, comparison: Comparison) -> Facts:
     synchronize(method.device)
     seconds = time.perf_counter() - start
     restored = pixels_to_unit(unit_to_pixels(result))[None]
-    row: Facts = {"image": pair.name, **method.label()}
-    for metric in METRICS:
-        if metric.score is None:
-            row[metric.name] = seconds / (truth.shape[-2] * truth.shape[-1] / 1e6)
-        else:
-            score = metric.score(restored, truth, low_res, comparison).item()
-            row[metric.name] = None if math.isnan(score) else score
-    return row
+    images = restored, truth, low_res, comparison
+    row: Facts = {one.name: one.score(*images).item() for one in METRICS if one.score is not None}
+    row["seconds_per_megapixel"] = seconds / (truth.shape[-2] * truth.shape[-1] / 1e6)
+    scores = {name: None if math.isnan(score) else score for name, score in row.items()}
+    return {"image": pair.name, **method.label(), **scores}
 
 
 def _with_lpips(config: EvaluationConfig, device: torch.device) -> Comparison:
@@ -173,7 +151,7 @@ def _with_lpips(config: EvaluationConfig, device: torch.device) -> Comparison:
         lpips = Lpips(device, config.lpips_weights)
     except MetricUnavailableError as error:
         return replace(config.comparison, lpips_note=f"unavailable: {error}")
-    return replace(config.comparison, lpips=lpips, lpips_note=lpips.describe())
+    return replace(config.comparison, lpips=lpips, lpips_note=lpips.note)
 
 
 def _protocol(images: ImageSet, comparison: Comparison, device: torch.device) -> Facts:

@@ -8,14 +8,13 @@ A new metric is a function of (restored, truth, low_res) and a row of METRICS.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bicubic import Border, resize
-from engine.options import Options, option
 from engine.packages import IMPORT_ERRORS
 from imaging.pixels import to_uint8
 
@@ -25,14 +24,19 @@ DETAIL_BAND = (0.35, 0.9)  # of Nyquist; from x3 up the low resolution has none 
 _FLAT_POWER = 1e-10  # a hundred times below one uint8 step, squared
 
 
+def undefined(restored: Tensor, truth: Tensor) -> Tensor:
+    """(B,) of nan: the score of a metric that cannot be had."""
+    return torch.full((len(truth),), torch.nan)
+
+
 @dataclass(frozen=True)
-class Comparison(Options):
+class Comparison:
     """Says how images are compared: what tables call their protocol."""
 
-    crop: int = option(MISSING, "pixels that PSNR and SSIM leave out at each border", low=0)
-    channel: Channel = option("luma", "luma of BT.601, or all channels of RGB")
-    border: Border = option("mirror", "what LR-PSNR sees beyond the edge when it shrinks")
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None  # (B, C, H, W) twice to (B,)
+    crop: int  # pixels that PSNR and SSIM leave out at each border
+    channel: Channel = "luma"  # of BT.601, or all channels of RGB
+    border: Border = "mirror"  # what LR-PSNR sees beyond the edge when it shrinks
+    lpips: Callable[[Tensor, Tensor], Tensor] = undefined  # (B, C, H, W) twice to (B,)
     lpips_note: str = "switched off"  # which network, or why there is none
 
     def __str__(self) -> str:
@@ -178,11 +182,6 @@ class Metric:
         return "" if value is None else format(value, self.form)
 
 
-def _lpips(restored: Tensor, truth: Tensor, how: Comparison) -> Tensor:
-    undefined = torch.full((len(truth),), torch.nan, dtype=torch.float64)
-    return undefined if how.lpips is None else how.lpips(restored, truth)
-
-
 # fmt: off
 METRICS = (
     Metric("psnr", "PSNR", ".2f", "{0}; mean of the images not exact",
@@ -192,7 +191,7 @@ METRICS = (
     Metric("lr_psnr", "LR-PSNR", ".2f", "result shrunk again (uint8) against the input",
            lambda restored, truth, low_res, how: low_resolution_psnr(restored, low_res, how.border)),
     Metric("lpips", "LPIPS", ".4f", "{0.lpips_note}",
-           lambda restored, truth, low_res, how: _lpips(restored, truth, how)),
+           lambda restored, truth, low_res, how: how.lpips(restored, truth)),
     Metric("hf_energy", "HF energy", ".3f", "detail's power; 1 is the truth's",
            lambda restored, truth, low_res, how: high_frequency_energy(restored, truth), geometric_mean),
     Metric("seconds_per_megapixel", "s/MP", ".3g", "seconds per megapixel of output", None),

@@ -54,27 +54,24 @@ class Report:
             + [metric.print(row[metric.name]) for metric in shown]
             for row in self.rows
         ]
-        lines = table([*LABEL, *(metric.heading for metric in shown)], cells, texts=2)
-        notes = [f"- {note}" for note in self._notes()]
-        return "\n".join([f"**{self.title}**", "", *lines, "", *notes]) + "\n"
-
-    @property
-    def title(self) -> str:
-        return f"{self.protocol['data']}, x{self.protocol['scale']}, {self.protocol['images']} images"
-
-    def _notes(self) -> list[str]:
         protocol = self.protocol
         notes = [f"left out: {failure}" for failure in self.failures]
         notes.append(f"low resolution: {protocol['low_resolution']}")
         for metric in METRICS:
             meaning = protocol["metrics"][metric.name]
-            if any(row[metric.name] is not None for row in self.rows) or meaning.startswith("unavailable"):
+            if metric in shown or meaning.startswith("unavailable"):
                 notes.append(f"{metric.heading}: {meaning}")
         described = [*(("model", each) for each in protocol["models"]), ("restoring", protocol["restoring"])]
         for name, facts in described:
             if facts:
                 notes.append(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}")
-        return [*notes, f"seed {protocol['seed']}; {protocol['device']}"]
+        notes.append(f"seed {protocol['seed']}; {protocol['device']}")
+        lines = table([*LABEL, *(metric.heading for metric in shown)], cells, texts=2)
+        return "\n".join([f"**{self.title}**", "", *lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+    @property
+    def title(self) -> str:
+        return f"{self.protocol['data']}, x{self.protocol['scale']}, {self.protocol['images']} images"
 
     def to_png(self) -> bytes:
         """Plot PSNR against LPIPS, or HF energy where a row lacks it (Blau & Michaeli 2018), as PNG."""

@@ -1,5 +1,6 @@
 """Validation during training, of the averaged weights on a fixed set of images."""
 
+import itertools
 import logging
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from diffusion import DiffusionModel, network_of
 from engine.processes import Processes
 from evaluation.lpips import Lpips
-from evaluation.metrics import METRICS, Comparison
+from evaluation.metrics import METRICS, Comparison, undefined
 from imaging.pixels import to_unit_range
 from models import LoadedModel
 from restoration import RestoreConfig, Restorer
@@ -50,7 +51,7 @@ class Validator:
         self.processes = processes or Processes(diffusion.device)
         self.most_psnr_lost, self.mean_psnr = most_psnr_lost, 0.0
         self.degradation = dataset.degradation
-        self.comparison = Comparison(crop=round(dataset.degradation.scale), lpips=lpips)
+        self.comparison = Comparison(crop=round(dataset.degradation.scale), lpips=lpips or undefined)
         self.metrics = [one for one in METRICS if one.in_training or (lpips and one.name == "lpips")]
         pairs, size = [dataset.crop(index) for index in range(len(dataset))], VALIDATION_BATCH
         batches = [
@@ -96,18 +97,14 @@ class Validator:
 
     def _measure_all(self, restorer: Restorer) -> dict[str, float]:
         """Average the scores of the images of all processes."""
-        names = [*(metric.name for metric in self.metrics), "psnr_over_bicubic"]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # on the CPU: MPS has no float64
+        measured = []
         for index in range(self.processes.rank, len(self.batches), self.processes.world_size):
-            batch, counted = self.batches[index], self.counted[index]
+            batch = self.batches[index]
             scores = self._scores(batch, restore(restorer, batch, self.tokens[index]))
             scores["psnr_over_bicubic"] = scores["psnr"] - self.bicubic_psnr[index]
-            values = [*(scores[name] for name in names), torch.ones(len(counted))]
-            sums += torch.stack([value[counted].double().sum() for value in values])
-        if self.processes.world_size > 1:
-            sums = self.processes.sum(sums.to(self.processes.device)).cpu()
-        *totals, count = sums.tolist()
-        return {name: value / count for name, value in zip(names, totals, strict=True)}
+            measured.append({name: score[self.counted[index]] for name, score in scores.items()})
+        every = [*itertools.chain(*self.processes.gather(measured))]
+        return {name: float(torch.cat([one[name] for one in every]).double().mean()) for name in every[0]}
 
     def _scores(self, batch: Sample, restored: Tensor) -> dict[str, Tensor]:
         """(B,) by each of the metrics, at most PERFECT_PSNR."""

@@ -64,7 +64,6 @@ def check_outputs(
     """
     untouchable = {_identity(path) for path in inputs if path.exists()}
     taken: dict[str, Path] = {}
-    existing: list[Path] = []
     for path in outputs:
         if path.is_dir():
             raise ValueError(f"{path}: is a folder; give the name of a file")
@@ -76,9 +75,8 @@ def check_outputs(
         if target in taken:
             raise ValueError(f"{taken[target]}, {path}: two outputs in one file; give each a name of its own")
         taken[target] = path
-        if path.exists():
-            existing.append(path)
         _check_room(path, Path(target))
+    existing = [path for path in taken.values() if path.exists()]
     if existing and not overwrite:
         more = f", and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise ValueError(f"{existing[0]}: exists already{more}; {remedy}")

@@ -41,12 +41,9 @@ class CachedReader:
         self.folder = cache_dir / "images" if cache_dir is not None and limit_bytes else None
         # bytes that may still be written, shared by the processes of a loader
         self._room = torch.tensor(limit_bytes).share_memory_()
-        try:
-            if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None:
+            with suppress(OSError):  # not there yet, or deleted meanwhile
                 self._room -= sum(entry.stat().st_size for entry in os.scandir(self.folder))
-        except OSError as error:
-            self._stop(error)
 
     def __call__(self, path: Path) -> npt.NDArray[np.uint8]:
         """(H, W, 3) uint8, read-only if kept; OSError or UnreadableImageError."""
@@ -66,10 +63,7 @@ class CachedReader:
                     raise OSError("it is full")
                 write_atomically(kept, lambda stream: np.save(stream, pixels))
             except OSError as error:
-                self._stop(error)
+                self._room.zero_()
+                reason = f"no more images are kept in {self.folder} ({error.strerror or error})"
+                logger.warning("%s: empty it, or give another --cache_dir or more --cache_gb", reason)
         return pixels
-
-    def _stop(self, error: OSError) -> None:
-        self._room.zero_()
-        text = "no more images are kept in %s (%s): empty it, or give another --cache_dir or more --cache_gb"
-        logger.warning(text, self.folder, error.strerror or error)

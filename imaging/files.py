@@ -133,7 +133,7 @@ def decode_image(path: str | Path, *, with_metadata: bool = True) -> DecodedImag
     """
     path, metadata = Path(path), Metadata()
     with _opened(path) as (header, file):
-        samples, has_alpha, lost = _decode(header, path, file)
+        samples, has_alpha, lost = _decode(header, file)
         if with_metadata:
             metadata, damaged = read_metadata(header.image, header.tiff)
             lost += damaged + header.other_colour_space()
@@ -200,7 +200,11 @@ def _read_header(path: Path, file: BinaryIO, kind: str) -> _Header:
         dpi = picture.info.get("dpi", (25.4, 25.4))  # libvips, too, takes 1 pixel per mm for unknown
         image = pyvips.Image.black(*picture.size).copy(xres=dpi[0] / 25.4, yres=dpi[1] / 25.4)
     else:
-        image = _open_with_libvips(path)
+        # By descriptor: a name need not be UTF-8, and libvips would read options in its brackets. By one of
+        # its own, because it remembers where it is in the file.
+        with path.open("rb") as other:
+            source = pyvips.Source.new_from_descriptor(other.fileno())
+        image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error")
     header = _Header(kind, image, tiff, start)
     height, width = header.size
     if height * width > MAX_PIXELS:
@@ -227,20 +231,12 @@ def _read_tiff(file: BinaryIO) -> Image.Exif:
     return tiff
 
 
-def _open_with_libvips(path: Path) -> pyvips.Image:
-    # By descriptor: a name need not be UTF-8, and libvips would read options in its brackets. By one of its
-    # own, because it remembers where it is in the file.
-    with path.open("rb") as other:
-        source = pyvips.Source.new_from_descriptor(other.fileno())
-    return pyvips.Image.new_from_source(source, "", access="sequential", fail_on="error")
-
-
 def _open_with_pillow(kind: str, file: BinaryIO) -> ImageFile:
     file.seek(0)
     return Image.OPEN[kind][0](file, "")  # Image.open has a limit of 89 megapixels for the whole process
 
 
-def _decode(header: _Header, path: Path, file: BinaryIO) -> tuple[Pixels, bool, list[str]]:
+def _decode(header: _Header, file: BinaryIO) -> tuple[Pixels, bool, list[str]]:
     """(H, W, 1 to 4) as stored: grey or RGB, then alpha if there is one; and what was left out."""
     if header.kind in ("BMP", "GIF", "WEBP"):
         # libvips has no BMP, makes every animation transparent, and decodes WebP in threads, which are gone
@@ -250,7 +246,7 @@ def _decode(header: _Header, path: Path, file: BinaryIO) -> tuple[Pixels, bool, 
         mode = ("L" if picture.mode in {"1", "L"} else "RGB") + ("A" if has_alpha else "")
         samples = np.array(picture.convert(mode)).reshape(picture.height, picture.width, len(mode))
         return samples, has_alpha, []
-    image = _open_with_libvips(path)
+    image = header.image
     colours = {"b-w": 1, "grey16": 1, "cmyk": 4}.get(image.interpretation, 3)
     extras = image.bands - colours
     alpha, joined = header.alpha_band(extras), image.extract_band(0, n=colours)
@@ -306,7 +302,7 @@ def write_image(
     """Write a picture in the format of the suffix, replacing an older file in one step or not at all.
 
     Args:
-        pixels: (H, W) grey or (H, W, 3) RGB; uint8, for PNG and TIFF also uint16.
+        pixels: (H, W) or (H, W, 1) grey or (H, W, 3) RGB; uint8, for PNG and TIFF also uint16.
         alpha: (H, W) of the same dtype, 0 for transparent.
         metadata: what the format cannot hold, or is not true of this picture, is left out with a warning.
 
@@ -317,7 +313,7 @@ def write_image(
     height, width, _ = samples.shape
     name = check_format(path, height, width, pixels.dtype, has_alpha=alpha is not None)
     image = pyvips.Image.new_from_array(samples, interpretation="auto")
-    image = metadata.attach(image, 1 if pixels.ndim == 2 else 3)
+    image = metadata.attach(image, 3 if pixels.shape[2:] == (3,) else 1)
     # libvips makes up an EXIF where there is none: JPEG and WebP have no other place for the resolution
     has_exif = metadata.exif or (metadata.dpi and name != "PNG")
     keep = "icc|xmp|other|exif" if has_exif else "icc|xmp|other"
@@ -334,13 +330,12 @@ def write_image(
 def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
     """Join colours and alpha to (H, W, 1 to 4); ValueError unless they fit together."""
     check_dtype(pixels.dtype)
-    if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+    if pixels.size == 0 or pixels.ndim < 2 or pixels.shape[2:] not in ((), (1,), (3,)):
         raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3), alpha in alpha=")
     samples = np.ascontiguousarray(np.atleast_3d(pixels))
     if alpha is None:
         return samples
     if alpha.shape != pixels.shape[:2] or alpha.dtype != pixels.dtype:
-        raise ValueError(
-            f"alpha of shape {alpha.shape} and {alpha.dtype}: expected {pixels.shape[:2]} and {pixels.dtype}"
-        )
+        expected = f"expected {pixels.shape[:2]} and {pixels.dtype}, as the pixels"
+        raise ValueError(f"alpha of shape {alpha.shape} and {alpha.dtype}: {expected}")
     return np.concatenate([samples, alpha[..., None]], axis=-1)

@@ -17,11 +17,9 @@ DEVELOP = "camera raw is not a picture yet: develop it first, into a TIFF or JPE
 _CONVERT = "save it as PNG or TIFF first"
 # Names of kinds that cannot be read. A camera's raw file is a TIFF by its first bytes.
 _OTHER_SUFFIXES = frozenset(
-    (
-        ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .exr .hdr .heic .heif .hif .iiq .j2k .jp2 .jxl .kdc .mef "
-        ".mos .mrw .nef .nrw .orf .pbm .pef .pgm .pnm .ppm .psd .raf .raw .rw2 .rwl .sr2 .srf .srw .svg "
-        ".tga .x3f"
-    ).split()
+    """.3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .exr .hdr .heic .heif .hif .iiq .j2k .jp2 .jxl .kdc .mef .mos
+    .mrw .nef .nrw .orf .pbm .pef .pgm .pnm .ppm .psd .raf .raw .rw2 .rwl .sr2 .srf .srw .svg .tga .x3f
+    """.split()
 )
 _FIRST_BYTES = {
     "JPEG": rb"\xff\xd8\xff",

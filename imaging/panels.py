@@ -14,9 +14,8 @@ def comparison_picture(
 ) -> npt.NDArray[np.uint8]:
     """Draw the input (h, w[, 3]) and the others (H, W[, 3]) side by side."""
     height, width = restored.shape[:2]
-    rows = np.arange(height) * len(source) // height
-    columns = np.arange(width) * source.shape[1] // width
-    panels = {"input": source[rows][:, columns], "bicubic": bicubic, "restored": restored}
+    enlarged = Image.fromarray(as_rgb8(source)).resize((width, height), Image.Resampling.NEAREST)
+    panels: dict[str, Pixels] = {"input": np.asarray(enlarged), "bicubic": bicubic, "restored": restored}
     if truth is not None:
         panels["original"] = truth
     return labelled_row(panels, height, width)

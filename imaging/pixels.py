@@ -2,10 +2,10 @@
 
 from typing import Any, TypeAlias
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 Pixels: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -76,10 +76,6 @@ def spread_colours(pixels: Pixels, alpha: Pixels) -> Pixels:
     hidden = alpha == 0
     if hidden.all() or not hidden.any():
         return pixels
-    _, labels = cv2.distanceTransformWithLabels(
-        hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
-    )
-    positions = np.zeros(labels.max() + 1, np.int64)  # of the visible pixel with each label
-    positions[labels[~hidden]] = np.flatnonzero(~hidden)
-    flat = pixels.reshape(alpha.size, -1)
-    return flat[positions[labels]].reshape(pixels.shape)
+    rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+    spread: Pixels = pixels[rows, columns]
+    return spread

@@ -1,5 +1,6 @@
 """One image file to restore, with all that is written for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -30,20 +31,10 @@ class Task:
     target: Path
     comparison: Path | None = None  # for a picture of input, bicubic, result and original
     truth: Path | None = None  # the original, to be read
-    uncertainty: Path | None = None  # for the standard deviation; .png and .npy are added
+    maps: Sequence[Path] = ()  # for the standard deviation, as a picture and as an array
     tokens: Path | None = None  # the folder of those that describe it
     strip: bool = False  # whether the metadata is left out
     background: tuple[int, ...] | None = None  # to put it on: red, green and blue in [0, 255]
-
-    @property
-    def maps(self) -> list[Path]:
-        path = self.uncertainty  # with_suffix would cut a name at a dot of its own
-        return [] if path is None else [path.with_name(path.name + ending) for ending in (".png", ".npy")]
-
-    @property
-    def targets(self) -> list[Path]:
-        """List the files to write, the result last."""
-        return [*([] if self.comparison is None else [self.comparison]), *self.maps, self.target]
 
 
 def restore_file(task: Task, chain: Chain, progress: Progress) -> str:
@@ -58,8 +49,7 @@ def restore_file(task: Task, chain: Chain, progress: Progress) -> str:
     check_format(task.target, height, width, source.pixels.dtype, has_alpha=source.alpha is not None)
     truth = None if task.truth is None else read_original(task.truth, height, width, scale)
     tokens = None if task.tokens is None else read_tokens(task.tokens, task.source)
-    deviation = task.uncertainty is not None
-    restored = restore_to(chain, source, deviation=deviation, progress=progress, tokens=tokens)
+    restored = restore_to(chain, source, deviation=bool(task.maps), progress=progress, tokens=tokens)
     if task.comparison is not None:
         bicubic = cast(Pixels, upscale_image(source.pixels, scale))
         write_image(task.comparison, comparison_picture(source.pixels, bicubic, restored.pixels, truth))

@@ -53,20 +53,14 @@ def no_progress(_: float) -> None:
 class RestoreConfig(Options):
     """Holds the options of restoring."""
 
-    mode: Preset | None = option(
-        None, "preset, faithful to sharp (default: detail for samples, else fidelity)"
-    )
+    mode: Preset | None = option(None, "preset, faithful to sharp (default: fidelity, or detail of samples)")
     detail: float | None = option(None, "amount of texture to invent, not the mode's", low=0, high=1)
-    steps: int | None = option(
-        None, "number of denoising steps, not the mode's; 0: the predicted mean", low=0
-    )
+    steps: int | None = option(None, "number of steps, not the mode's; 0: the predicted mean", low=0)
     num_images: int = option(1, "number of samples to average", low=1)
     scheduler: SchedulerName = option(DEFAULT_SCHEDULER, "sampler: how to step from noise to image")
     eta: float = option(0.0, "fresh noise at each step of ddim, 0 to 1")
     seed: int = option(0, "seed of the noise: the same one gives the same bytes", low=0, high=2**63 - 1)
-    tile: int | None = option(
-        None, "side of the windows of a large image; 0: one piece; auto: by size", low=0
-    )
+    tile: int | None = option(None, "side of the windows; 0: one piece; auto: by the image's size", low=0)
     overlap: int = option(64, "pixels that neighbouring windows share", low=2)
     consistency: bool = option(False, "correction: the result shrinks to the input, which bicubic shrank")
     self_ensemble: bool = option(False, "average of the predicted mean over 8 flips and rotations")
@@ -88,8 +82,7 @@ class Restoration(DecodedImage):
     deviation: npt.NDArray[np.float32] | None = None  # (H, W) in [0, 1], over samples; RMS of the channels
 
     def save(self, path: str | Path) -> None:
-        pixels = self.pixels[..., 0] if self.pixels.shape[2:] == (1,) else self.pixels
-        write_image(path, pixels, self.alpha, metadata=self.metadata)
+        write_image(path, self.pixels, self.alpha, metadata=self.metadata)
 
 
 class Restorer:
@@ -195,12 +188,11 @@ class Restorer:
         return restored.cpu().clone()  # no tensor of inference mode
 
     def tiles(self, height: int, width: int, overlap: int) -> list[Tile]:
-        """Cover a result with windows, as large as memory allowed so far; the largest first."""
+        """Cover a result with windows, as large as memory allowed so far; none is larger than the first."""
         side = self.side
         if side is None:
             side = 0 if height * width <= WHOLE_PIXELS else AUTOMATIC_TILE
-        tiles = plan_windows(height, width, side, overlap, self.network.window_multiple)
-        return sorted(tiles, key=lambda tile: tile.window.shape, reverse=True)
+        return plan_windows(height, width, side, overlap, self.network.window_multiple)
 
     @torch.inference_mode()
     def _restore(
@@ -284,9 +276,7 @@ class Restorer:
         for _ in range(CONSISTENCY_ROUNDS if self.config.consistency else 0):
             error = target.clone()
             for low in row_bands(*target.shape[-2:]):
-                high = self.scale.high_window(low, *restored.shape[-2:])
-                seen = high.cut(restored).to(self.device)
-                low.cut(error).sub_(self.scale.downscale(seen, high, low, self.border))
+                low.cut(error).sub_(self.scale.downscale(restored, low, self.device, self.border))
             for band in row_bands(*restored.shape[-2:]):
                 corrected = band.cut(restored).to(self.device) + self.scale.upscale(error, band)
                 band.cut(restored).copy_(corrected.clamp(0, 1))
@@ -308,8 +298,7 @@ class Restorer:
             mean = torch.zeros_like(image)
             for flipped, turns in views if self.network.mean_reach else ():
                 condition = Condition(image.rot90(turns, (-2, -1)).flip(flipped), tokens=tokens)
-                with self.generator.autocast():
-                    _, predicted = self.network.encode_context(condition)
+                _, predicted = self.generator.encode(self.network, condition)
                 mean += cast(Tensor, predicted).float().flip(flipped).rot90(-turns, (-2, -1))
             image = image + self.residual_std * (mean / len(views))
             window.cut(base).copy_(window.seen_from(seen.top, seen.left).cut(image))
@@ -334,8 +323,8 @@ class Restorer:
         def finished(residual: Tensor, below: Tensor) -> Tensor:
             return to_unit_range((below + self.residual_std * residual).clamp(-1, 1))
 
-        noisy = zeros(base.shape, self.device)
-        in_bands(lambda band: self.generator.initial_scale * noise(band), self.device, noisy)
+        first = zeros(base.shape, self.device)
+        noisy = in_bands(lambda band: self.generator.initial_scale * noise(band), self.device, first)
         *_, residual = sample(steps, noisy, denoise, advance)
         return in_bands(finished, self.device, residual, base)
 

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ from restoration.restorer import Progress, Restoration, Restorer, no_progress
 from restoration.tiling import Scale
 
 LARGEST_SCALE = 16.0
-ArrayT = TypeVar("ArrayT", bound=npt.NDArray[Any])
 
 
 def plan_chain(scale: float, factors: Sequence[float]) -> tuple[float, ...]:
@@ -45,11 +44,6 @@ class Chain(NamedTuple):
 
     scale: Scale
     restorers: tuple[Restorer, ...]
-
-    @property
-    def excess(self) -> Scale:
-        """Return how much larger their result is than asked for."""
-        return Scale(math.prod(float(one.scale) for one in self.restorers) / float(self.scale))
 
 
 def chain_to(scale: float | None, restorers: Sequence[Restorer]) -> Chain:
@@ -95,25 +89,20 @@ def restore_to(
 
         made = restorer.restore(image, deviation=deviation, progress=report, tokens=tokens)
         if number == 0:  # a length is at most that of the result over the scale
-            height, width = (int(length / restorer.scale.fraction) for length in made.pixels.shape[:2])
+            height, width = (int(length / restorer.scale) for length in made.pixels.shape[:2])
             size = chain.scale.high_size(height, width)
         image = made
-    if chain.excess.fraction == 1:
+    excess = Scale(math.prod(float(one.scale) for one in chain.restorers) / float(chain.scale))
+    if excess == 1:
         return made
-    return replace(
-        made,
-        pixels=shrunk(made.pixels, chain.excess, size),
-        alpha=None if made.alpha is None else shrunk(made.alpha, chain.excess, size),
-        deviation=None if made.deviation is None else shrunk(made.deviation, chain.excess, size).clip(0),
-    )
+    large = {"pixels": made.pixels, "alpha": made.alpha, "deviation": made.deviation}
+    small = {name: shrunk(one, excess, size) for name, one in large.items() if one is not None}
+    return replace(made, **cast(dict[str, Any], small))
 
 
-def shrunk(image: ArrayT, excess: Scale, size: tuple[int, int]) -> ArrayT:
+def shrunk(image: npt.NDArray[Any], excess: Scale, size: tuple[int, int]) -> npt.NDArray[Any]:
     """(H, W[, C]) of (height, width[, C]), in bands: float64 of the whole would fill the memory."""
     planes = torch.from_numpy(image if image.ndim == 2 else image.transpose(2, 0, 1))
-    bands = []
-    for low in row_bands(*size):
-        high = excess.high_window(low, *planes.shape[-2:])
-        bands.append(excess.downscale(high.cut(planes), high, low))
-    made = torch.cat(bands, dim=-2).numpy()
-    return cast(ArrayT, np.ascontiguousarray(made if image.ndim == 2 else made.transpose(1, 2, 0)))
+    bands = [excess.downscale(planes, band, planes.device) for band in row_bands(*size)]
+    made = torch.cat(bands, dim=-2).numpy().clip(0)  # a deviation may undershoot
+    return np.ascontiguousarray(made if image.ndim == 2 else made.transpose(1, 2, 0))

@@ -1,7 +1,8 @@
 """Windows of images: where they lie, how they are blended, and how each is resized as in the whole."""
 
 import math
-from typing import NamedTuple
+from fractions import Fraction
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -97,45 +98,35 @@ def _axis_spans(length: int, tile: int, overlap: int, margin: int) -> list[tuple
     return spans
 
 
-class Scale:
-    """Converts sizes and windows between the resolutions; a window is resized as in the whole image."""
+class Scale(Fraction):
+    """Converts sizes and parts of images between the resolutions: a part is resized as in the whole."""
 
-    def __init__(self, factor: float) -> None:
-        self.fraction = exact_scale(factor)
-
-    def __float__(self) -> float:
-        return float(self.fraction)
+    def __new__(cls, factor: float) -> Self:
+        return super().__new__(cls, exact_scale(factor))
 
     def high_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of an image (h, w), each length rounded up."""
-        return math.ceil(self.fraction * height), math.ceil(self.fraction * width)
+        return math.ceil(self * height), math.ceil(self * width)
 
     def upscale(self, low_res: Tensor, window: Window) -> Tensor:
         """Upscale what the high-resolution `window` needs of the whole (..., h, w)."""
         top, bottom = self._low_span(window.top, window.bottom, low_res.shape[-2])
         left, right = self._low_span(window.left, window.right, low_res.shape[-1])
         upscaled = resize(low_res[..., top:bottom, left:right], scale=float(self))
-        return window.seen_from(int(top * self.fraction), int(left * self.fraction)).cut(upscaled)
+        return window.seen_from(int(top * self), int(left * self)).cut(upscaled)
 
-    def high_window(self, low: Window, height: int, width: int) -> Window:
-        """Return the window of an H x W image that `downscale` needs to make `low`."""
-        return Window(
-            *self._high_span(low.top, low.bottom, height), *self._high_span(low.left, low.right, width)
-        )
-
-    def downscale(self, high_res: Tensor, high: Window, low: Window, border: Border = "mirror") -> Tensor:
-        """Make the window `low` from `high_res`, the pixels of its `high_window` called `high`."""
-        shrunk = resize(high_res, scale=1 / float(self), border=border)
-        return low.seen_from(int(high.top / self.fraction), int(high.left / self.fraction)).cut(shrunk)
+    def downscale(
+        self, high_res: Tensor, band: Window, device: torch.device, border: Border = "mirror"
+    ) -> Tensor:
+        """Make a band of rows of what the whole (..., H, W) shrinks to, on the device."""
+        top, bottom = self._aligned(band.top), math.ceil((band.bottom + _BICUBIC_REACH) * self)
+        seen = high_res[..., int(top * self) : bottom, :].to(device)
+        return band.seen_from(top, 0).cut(resize(seen, scale=1 / float(self), border=border))
 
     def _low_span(self, start: int, stop: int, length: int) -> tuple[int, int]:
-        first = self._aligned(math.floor(start / self.fraction))
-        return first, min(math.ceil(stop / self.fraction) + _BICUBIC_REACH, length)
-
-    def _high_span(self, start: int, stop: int, length: int) -> tuple[int, int]:
-        last = math.ceil((stop + _BICUBIC_REACH) * self.fraction)
-        return int(self._aligned(start) * self.fraction), min(last, length)
+        first = self._aligned(math.floor(start / self))
+        return first, min(math.ceil(stop / self) + _BICUBIC_REACH, length)
 
     def _aligned(self, start: int) -> int:
         # At a scale of p / q, pixels of both resolutions begin together every q low-resolution ones.
-        return max(0, (start - _BICUBIC_REACH) // self.fraction.denominator * self.fraction.denominator)
+        return max(0, (start - _BICUBIC_REACH) // self.denominator * self.denominator)

@@ -15,22 +15,10 @@ RELEASED = Path(__file__).parent.parent / "weights"
 KINDS = {"clean": "x", "photo": "photo_x"}  # released weights, and how their names begin
 
 
-def released_scales(kind: str = "clean") -> list[float]:
-    """List the enlargements that the project's own weights of this kind are for."""
-    names = (path.stem.removeprefix(KINDS[kind]) for path in RELEASED.glob(f"{KINDS[kind]}*.safetensors"))
-    return sorted(float(name) for name in names if name.replace(".", "").isdecimal())
-
-
-def released_model(scale: float = 4, kind: str = "clean") -> Path:
-    """Return the file of the project's own weights; CheckpointError if there is none for the enlargement."""
-    file = RELEASED / f"{KINDS[kind]}{scale:g}.safetensors"
-    if not file.is_file():
-        there = ", ".join(f"x{known:g}" for known in released_scales(kind)) or "none"
-        raise CheckpointError(
-            f"no {kind} weights for x{scale:g} come with the project (there are: {there}); train your own "
-            "with train_diffusion.py and give their --weights_path"
-        )
-    return file
+def released(kind: str) -> dict[float, Path]:
+    """List the files of the project's own weights of this kind by their enlargement."""
+    files = {file.stem.removeprefix(KINDS[kind]): file for file in RELEASED.glob("*.safetensors")}
+    return {float(name): file for name, file in files.items() if name.replace(".", "").isdecimal()}
 
 
 def find_weights(name: str | Path | None = None, scale: float | None = None) -> list[Path]:
@@ -40,16 +28,16 @@ def find_weights(name: str | Path | None = None, scale: float | None = None) -> 
     """
     if name is not None and name not in KINDS:
         if not Path(name).is_file():
-            raise CheckpointError(
-                f"{name} is no file: give {', '.join(KINDS)} or a .pth or .safetensors file"
-            )
+            raise CheckpointError(f"{name} is no file: give {', '.join(KINDS)} or the file of a model")
         return [Path(name)]
-    wanted, photo = 4.0 if scale is None else scale, released_scales("photo")
+    wanted, photo = 4.0 if scale is None else scale, released("photo")
     kind = str(name or ("photo" if wanted <= max(photo, default=0) else "clean"))
-    # Without any weights, released_model says so.
-    first, *others = dict.fromkeys(plan_chain(wanted, released_scales(kind) or [4.0]))
-    cleaning = "photo" if name is None and first in photo else kind
-    return [released_model(first, cleaning), *(released_model(factor, kind) for factor in others)]
+    files = released(kind)
+    if not files:
+        raise CheckpointError(f"no {kind} weights in {RELEASED}: give a file of your own")
+    first, *others = dict.fromkeys(plan_chain(wanted, list(files)))
+    cleaning = photo if name is None and first in photo else files
+    return [cleaning[first], *(files[factor] for factor in others)]
 
 
 def load_models(
@@ -69,12 +57,5 @@ def load_model(
 def add_weights_flags(add: Callable[..., object], default: str) -> None:
     """Add --weights, whose `default` is said in words, and --network to a group, by its `add_argument`."""
     weights = f"photo or clean, the project's own, or a .pth or .safetensors file (default: {default})"
-    add(
-        "--weights",
-        "--weights_path",
-        dest="weights_path",
-        metavar="photo|clean|FILE",
-        type=path,
-        help=weights,
-    )
+    add("--weights_path", "--weights", metavar="photo|clean|FILE", type=path, help=weights)
     add("--network", default=name_of(UNet), **NETWORK_FLAG)

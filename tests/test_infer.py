@@ -185,7 +185,7 @@ def test_the_project_s_weights_are_chosen_and_named(
     assert here("photo.png", "--output", "early.png") == 0  # before there are weights for photos
     assert "/x4.safetensors" in capsys.readouterr().err
     assert here("photo.png", "--output", "early.png", "--overwrite", "--weights", "photo") == 2
-    assert "no photo weights for x4" in capsys.readouterr().err
+    assert "no photo weights" in capsys.readouterr().err
     photo = random_model(gain=2.0)._replace(degradation=Degradation("photo"))
     export_safetensors(photo, Path("weights/photo_x4.safetensors"))
     assert here("photo.png", *arguments.split()) == status

@@ -243,8 +243,8 @@ def test_lpips_reads_pth_with_the_whole_network_and_the_variable(
     found = Lpips()
     assert torch.equal(found(noisy(truth, 0.1), truth), lpips(noisy(truth, 0.1), truth))
     digest = hashlib.sha256((tmp_path / "alexnet.pth").read_bytes()).hexdigest()
-    assert "alexnet.pth" in found.describe()
-    assert digest[:12] in found.describe()
+    assert "alexnet.pth" in found.note
+    assert digest[:12] in found.note
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from bicubic import downscale_image, upscale_image
-from engine.checkpoint import CheckpointError
 from evaluation import metrics
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import evaluate, model_method
@@ -16,7 +15,7 @@ from imaging.pixels import pixels_to_unit
 from models import load_model
 from restoration import RestoreConfig, restore
 from restoration.weights import RELEASED as RELEASED_FOLDER
-from restoration.weights import find_weights, released_model
+from restoration.weights import find_weights
 from unet import UNet
 
 RELEASED = [(4, "clean"), (2, "clean"), (4, "photo")]
@@ -33,11 +32,6 @@ def test_the_files_are_small_and_their_cards_name_them(path):
     assert float(model.network.residual_std) > 0
     if path.with_stem(f"{name}_diffusion").exists():  # it was sharpened from that
         assert bool(model.process.levels) != path.stem.endswith("_diffusion")
-
-
-def test_an_enlargement_that_is_not_there_is_named():
-    with pytest.raises(CheckpointError, match=r"x3 .*x2, x4"):
-        released_model(3)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +55,8 @@ def test_an_image_nobody_trained_on_gets_better(scale, weights):
     """Drawn images, not photos: nothing like them was trained on."""
     truth = dead_leaves((96, 96), np.random.default_rng(5), min_radius=4)
     low_res = downscale_image(truth, scale)
-    restored = restore(
-        low_res, released_model(scale, weights), RestoreConfig(mode="fidelity"), device="cpu"
-    ).pixels
+    (path,), config = find_weights(weights, scale), RestoreConfig(mode="fidelity")
+    restored = restore(low_res, path, config, device="cpu").pixels
     protocol = metrics.Comparison(crop=scale)
     ours, bicubic = (
         float(metrics.psnr(pixels_to_unit(image)[None], pixels_to_unit(truth)[None], protocol))
