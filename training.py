@@ -19,8 +19,9 @@ import multiprocessing.util
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -38,7 +39,7 @@ from engine.progress import progress
 from engine.run import RunFiles
 from engine.run_log import RunLogger, tracer
 from engine.seeds import noise_seed
-from engine.signals import StopSignals, leave_stopping_to_the_parent
+from engine.signals import handled_by, leave_stopping_to_the_parent
 
 logger = logging.getLogger(__name__)
 
@@ -237,8 +238,7 @@ def make_optimizer(name: str, model: nn.Module, config: TrainingConfig) -> torch
         return Muon(parameters, config.learning_rate, betas, decay)
     if name == "adamw8bit":
         return _eight_bit_adamw()(parameters, lr=config.learning_rate, betas=betas, weight_decay=decay)
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, config.learning_rate, betas, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(parameters, config.learning_rate, betas, weight_decay=decay, fused=True)
 
 
 def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -259,7 +259,7 @@ def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
     if state.scaler.is_enabled() and content.get("scaler"):
         state.scaler.load_state_dict(content["scaler"])
     state.step, state.skipped = int(content["step"]), int(content["skipped"])
-    state.best_score = float(content["best_score" if "best_score" in content else "best_psnr"])
+    state.best_score = float(content["best_score"])
     for other, one in state.others.items():
         restore_state(one, Checkpoint(path, content[other]))
 
@@ -358,7 +358,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.plan = BatchPlan(len(self.dataset), self.config, self.processes.world_size)
-        self.signals = StopSignals()
+        self.received: int | None = None  # the first signal that asked to stop
         self._begin_point()
 
     def train(self) -> int | None:
@@ -367,9 +367,9 @@ class TrainingLoop:
         The last checkpoint holds the final state. NonFiniteError, WorkerError, LostProcessError,
         CheckpointError.
         """
-        state, config, signals, is_main = self.state, self.config, self.signals, self.processes.is_main
+        state, config, is_main = self.state, self.config, self.processes.is_main
         with (
-            signals,
+            handled_by(self._note_signal),
             contextlib.closing(RunLogger(self.run.log_dir, is_main, state.step, self.run.record)) as log,
             tracer(self.run.log_dir) if config.profile and is_main else contextlib.nullcontext() as trace,
             progress("train", config.max_steps, state.step, hidden=not is_main) as show,
@@ -383,16 +383,23 @@ class TrainingLoop:
                         log.add("scalar", "train", state.step, self._point(report))
                     if self.validate is not None and self._due(config.validate_every):
                         self._validate(self.validate, log)
-                    stop = self.processes.any(signals.received is not None)
+                    stop = self.processes.any(self.received is not None)
                     if stop or self._due(config.save_every):
                         self._save()
                     if stop:
-                        return signals.received or int(signal.SIGTERM)
+                        return self.received or int(signal.SIGTERM)
             except (WorkerError, LostProcessError):
                 self._save()  # the last whole step
-                if signals.received is None:
+                if self.received is None:
                     raise
-        return signals.received
+        return self.received
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = number
+            logger.warning("%s: finishing the step, then saving", signal.Signals(number).name)
+        elif number == signal.SIGINT:  # a second one stops at once
+            raise KeyboardInterrupt
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.config.max_steps
@@ -444,8 +451,12 @@ class TrainingLoop:
         except OSError as error:
             raise WorkerError(f"no process to read images can start ({error}): use num_workers 0") from error
         # They ignore requests to stop, and one that is stuck would keep this process from ending.
-        started = set(multiprocessing.active_children()) - others
-        multiprocessing.util.Finalize(None, _kill, (started,), exitpriority=0)
+        for worker in set(multiprocessing.active_children()) - others:
+            multiprocessing.util.Finalize(None, worker.kill, exitpriority=0)
+        if workers:
+            # DataLoader's handler would raise in the middle of a step; a timeout finds a dead one, too.
+            with contextlib.suppress(AttributeError, ValueError):  # on Windows, and outside the main thread
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while True:
             since = time.perf_counter()
             read = self._next(loaded, reader)
@@ -462,7 +473,7 @@ class TrainingLoop:
                 if "DataLoader worker" in str(error):
                     message = f"a process that reads images died while reading {reading} ({error})"
                     raise WorkerError(message) from error
-                if "DataLoader timed out" not in str(error) or self.signals.received is not None:
+                if "DataLoader timed out" not in str(error) or self.received is not None:
                     raise WorkerError(str(error)) from error
                 if time.monotonic() - started > patience:
                     logger.warning("no image for %d seconds; being read: %s", patience, reading)
@@ -499,12 +510,6 @@ class TrainingLoop:
             if self.processes.is_main:
                 self.run.save_best(state.content())
         self.since += time.perf_counter() - started  # no time of training
-
-
-def _kill(workers: Iterable[multiprocessing.Process]) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a failure
-    for worker in workers:
-        worker.kill()
 
 
 class _Reader(Dataset[bytes]):

@@ -1,14 +1,11 @@
 """Signals as a request to stop: after the step, or at once as an exception."""
 
 import contextlib
-import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
-
-logger = logging.getLogger(__name__)
 
 # Ctrl-C; the end of a job; a closed terminal; SLURM's warning before the time limit.
 STOPPING = tuple(
@@ -41,24 +38,6 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
         if signal.getsignal(one) == stop:
             signal.signal(one, signal.SIG_DFL)
     raise Stopped(number)
-
-
-class StopSignals(contextlib.ExitStack):
-    """Notes the first signal as `received`, while it is entered; a second SIGINT stops at once."""
-
-    received: int | None = None
-
-    def __enter__(self) -> "StopSignals":
-        super().__enter__()
-        self.enter_context(handled_by(self._note))
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = number
-            logger.warning("%s: finishing the step, then saving", signal.Signals(number).name)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
 
 
 def leave_stopping_to_the_parent(worker: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from engine.cli import Parser, expand, run_script, say
 from engine.options import OptionError, Options, option, path
 from engine.processes import RunError
-from engine.signals import StopSignals
+from engine.signals import handled_by, stop
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def test_a_signal_stops_the_work_and_a_signal_that_is_ignored_does_not(capsys):
 
 def test_another_thread_works_without_signals():
     def work():
-        with StopSignals() as signals:
-            return 3 if signals.received is None else 1
+        with handled_by(stop):
+            return 3
 
     with ThreadPoolExecutor() as other:
         assert other.submit(run_script, "x.py", work).result() == 3
