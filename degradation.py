@@ -21,7 +21,8 @@ from bicubic import Border, resize
 from engine.options import OptionError, Options, option, rare_option, specs
 
 Image: TypeAlias = npt.NDArray[np.floating[Any]]  # (H, W) or (H, W, 3), blue first as in OpenCV, in [0, 1]
-Range: TypeAlias = tuple[float, ...]
+Range: TypeAlias = tuple[float, float]
+Shares: TypeAlias = tuple[float, ...]
 Random: TypeAlias = np.random.Generator
 
 # The options of each kind: its strength, and any others whose default it changes.
@@ -59,7 +60,7 @@ class Degradation(Options):
         None, "factor of every amount; by default light 0.25, photo 0.5, heavy 1", low=0, high=1
     )
     clean_share: float = share(0.1, "samples that bicubic alone shrinks", rare=False)
-    kernel_shares: Range = rare_option(
+    kernel_shares: Shares = rare_option(
         (0.63, 0.135, 0.135, 0.1), "shares of Gaussian, generalised Gaussian, plateau and sinc kernels", low=0
     )
     isotropic_share: float = share(0.65, "kernels that are round")
@@ -73,8 +74,8 @@ class Degradation(Options):
     final_sinc_share: float = share(0.8, "samples that end with a sinc filter")
     first_resize: Range = rare_option((0.15, 1.5), "factors of the first resize", above=0)
     second_resize: Range = rare_option((0.3, 1.2), "factors of the second, from the low resolution", above=0)
-    resize_shares: Range = rare_option((0.2, 0.7, 0.1), "shares of first resizes up, down and by 1", low=0)
-    second_resize_shares: Range = rare_option((0.3, 0.4, 0.3), "shares of second resizes, likewise", low=0)
+    resize_shares: Shares = rare_option((0.2, 0.7, 0.1), "shares of first resizes up, down and by 1", low=0)
+    second_resize_shares: Shares = rare_option((0.3, 0.4, 0.3), "shares of second resizes, likewise", low=0)
     noise_sigma: Range = option((1.0, 30.0), "deviation of the first Gaussian noise", low=0)
     second_noise_sigma: Range = option((1.0, 25.0), "deviation of the second Gaussian noise", low=0)
     poisson_scale: Range = rare_option((0.05, 3.0), "factor of the first noise of 256 photons", low=0)
@@ -82,9 +83,7 @@ class Degradation(Options):
     gaussian_share: float = share(0.5, "noise that is Gaussian, not Poisson's")
     grey_share: float = share(0.4, "noise that is the same in all channels")
     grain_share: float = share(0.0, "samples with coarse coloured grain, as of small sensors", rare=False)
-    grain_sigma: Range = rare_option(
-        (1.0, 16.0), "deviation of the grain's chroma; luma has half of it", low=0
-    )
+    grain_sigma: Range = rare_option((1.0, 16.0), "deviation of the grain's chroma; luma's is half", low=0)
     grain_size: Range = rare_option((0.5, 1.5), "deviation of the blur that smears the grain", above=0)
     jpeg_quality: Range = option((30.0, 95.0), "quality of JPEG, both times", low=1, high=100)
     jpeg_share: float = share(1.0, "these JPEGs that are made; without them noise stays white", rare=False)
@@ -97,21 +96,18 @@ class Degradation(Options):
             raise OptionError("kind", kind, f"choose one of {', '.join(KINDS)}")
         amounts = sorted(given.keys() - {"kind", "scale", "border"})
         if amounts and not KINDS[kind]["strength"]:
-            raise OptionError(
-                amounts[0], given[amounts[0]], f"{kind} has no amounts: choose another degradation"
-            )
+            raise OptionError(amounts[0], given[amounts[0]], f"{kind} has none: choose another degradation")
         return cls(**{**KINDS[kind], **given})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.strength is None:
-            strength = KINDS[self.kind]["strength"] if self.kind in KINDS else 1.0
-            object.__setattr__(self, "strength", strength)
+            object.__setattr__(self, "strength", KINDS.get(self.kind, {"strength": 1.0})["strength"])
         for name in specs(type(self)):
             value = getattr(self, name)
             if name.endswith("_shares"):
                 wanted = 4 if name == "kernel_shares" else 3
-                if len(value) != wanted or not math.isclose(sum(value), 1, abs_tol=1e-6):
+                if len(value) != wanted or not math.isclose(sum(value), 1, abs_tol=1e-8):
                     raise OptionError(name, value, f"give {wanted} shares whose sum is 1")
             elif isinstance(value, tuple) and (len(value) != 2 or value[0] > value[1]):
                 raise OptionError(name, value, "give the lowest and the highest value")
@@ -136,9 +132,8 @@ class Degradation(Options):
         """(1 or 3, H, W) uint8 -> (1 or 3, h, w) uint8, h = ceil(H / scale); bicubic takes (..., C, H, W)."""
         alone = high_res.ndim == 3 and len(high_res) in (1, 3)
         if high_res.dtype != torch.uint8 or (self.random and not alone):
-            raise ValueError(
-                f"{tuple(high_res.shape)} of {high_res.dtype}: expected (1 or 3, H, W) of torch.uint8"
-            )
+            given = f"{tuple(high_res.shape)} of {high_res.dtype}"
+            raise ValueError(f"{given}: expected (1 or 3, H, W) of torch.uint8")
         if not self.random:
             return resize(high_res, scale=1 / self.scale, border=self.border, rounding="uint8")
         if random is None:
@@ -169,8 +164,8 @@ class Degradation(Options):
         image = resized(image, factor * height, factor * width, random)
         image = self._noisy(image, self.second_noise_sigma, self.second_poisson_scale, random)
         if self.grain_share and random.random() < self.grain_share:
-            sigma = self.amount * drawn(self.grain_sigma, random)
-            image = image + grain(image.shape, sigma, drawn(self.grain_size, random), random)
+            sigma, size = self.amount * random.uniform(*self.grain_sigma), random.uniform(*self.grain_size)
+            image = image + grain(image.shape, sigma, size, random)
         sinc_first = random.random() < 0.5
         image = image if sinc_first else self._compressed(image, random)
         image = resized(image, height, width, random)
@@ -187,48 +182,39 @@ class Degradation(Options):
 
     def blur_kernel(self, sigmas: Range, random: Random) -> Image:
         """Draw a kernel (k, k) of one of the four families; all but sinc end at three deviations."""
-        family = chosen(self.kernel_shares, random)
+        family = random.choice(4, p=self.kernel_shares)
         if family == 3:
             return self._sinc(random)
-        wide, high = (self.amount * drawn(sigmas, random) for _ in range(2))
+        wide, high = (self.amount * random.uniform(*sigmas) for _ in range(2))
         if random.random() < self.isotropic_share:
             high = wide
-        shape = drawn(((1, 1), self.gaussian_shape, self.plateau_shape)[family], random)
+        shape = random.uniform(*((1, 1), self.gaussian_shape, self.plateau_shape)[family])
         size = 2 * math.ceil(3 * max(wide, high)) + 1
-        return bell_kernel(size, (wide, high), drawn((0, math.pi), random), shape, plateau=family == 2)
+        return bell_kernel(size, (wide, high), random.uniform(0, math.pi), shape, plateau=family == 2)
 
     def _sinc(self, random: Random) -> Image:
         low, high = self.sinc_size
         size = 2 * int(random.integers(low // 2, (high - 1) // 2 + 1)) + 1
-        return sinc_kernel(size, 1 - self.amount * (1 - drawn(self.sinc_cutoff, random)))
+        return sinc_kernel(size, 1 - self.amount * (1 - random.uniform(*self.sinc_cutoff)))
 
-    def _factor(self, sizes: Range, shares: Range, random: Random) -> float:
+    def _factor(self, sizes: Range, shares: Shares, random: Random) -> float:
         """Draw the factor of a resize; the strength scales its logarithm."""
         ranges = ((1, sizes[1]), (sizes[0], 1), (1, 1))
-        return float(drawn(ranges[chosen(shares, random)], random) ** self.amount)
+        return float(random.uniform(*ranges[random.choice(3, p=shares)]) ** self.amount)
 
     def _noisy(self, image: Image, sigmas: Range, scales: Range, random: Random) -> Image:
         grey = random.random() < self.grey_share
         if random.random() < self.gaussian_share:
-            return gaussian_noise(image, self.amount * drawn(sigmas, random), grey, random)
-        return poisson_noise(image, self.amount * drawn(scales, random), grey, random)
+            return gaussian_noise(image, self.amount * random.uniform(*sigmas), grey, random)
+        return poisson_noise(image, self.amount * random.uniform(*scales), grey, random)
 
     def _compressed(self, image: Image, random: Random) -> Image:
         # At 1 nothing is drawn: the presets keep the samples that weights/RESULTS.md was measured on.
         if self.jpeg_share < 1 and random.random() >= self.jpeg_share:
             return image
-        quality = 100 - self.amount * (100 - drawn(self.jpeg_quality, random))
+        quality = 100 - self.amount * (100 - random.uniform(*self.jpeg_quality))
         pixels: Any = cv2.imdecode(jpeg(image, round(quality)), cv2.IMREAD_UNCHANGED)
         return np.asarray(np.float32(1 / 255) * pixels)
-
-
-def drawn(limits: Range, random: Random) -> float:
-    return limits[0] + (limits[1] - limits[0]) * float(random.random())
-
-
-def chosen(shares: Range, random: Random) -> int:
-    """Draw a place by its share."""
-    return min(int(np.searchsorted(np.cumsum(shares), random.random(), "right")), len(shares) - 1)
 
 
 def bell_kernel(size: int, sigmas: Range, angle: float, shape: float, *, plateau: bool) -> Image:

@@ -30,7 +30,7 @@ from engine.checkpoint import Checkpoint, CheckpointError, load_weights, read_fo
 from engine.options import OptionError, Options, option
 from engine.processes import Processes
 from engine.run import RunFiles
-from imaging.pixels import to_unit_range
+from imaging.pixels import to_model_range, to_unit_range
 from network import Condition, Network, name_of
 from samplers import (
     DEFAULT_SCHEDULER,
@@ -162,8 +162,7 @@ class ProcessConfig(Options):
     schedule: str = option("cosine", "growth of the noise over the timesteps", choices=SCHEDULES)
     levels: tuple[float, ...] = option(
         (),
-        "noise levels (noise over signal) of the evaluations of a sharpened model, at most two; none: a "
-        "diffusion model",
+        "noise over signal at the one or two evaluations of a sharpened model; none: a diffusion model",
         above=0,
         may_be_empty=True,
     )
@@ -181,9 +180,8 @@ class ProcessConfig(Options):
 class ObjectiveConfig(Options):
     retired: ClassVar = {"min_snr_gamma": None, "timestep_density": "uniform", "perceptual_weight": 0.0}
 
-    token_dropout: float = option(
-        0.1, "share of samples that are trained without their tokens (Ho & Salimans 2022)", low=0, high=1
-    )
+    # Ho & Salimans 2022.
+    token_dropout: float = option(0.1, "share of samples trained without their tokens", low=0, high=1)
     mean_only: bool = option(False, "training of the predicted mean alone, a first and quicker phase")
 
 
@@ -243,10 +241,9 @@ class DiffusionModel:
         clean: Tensor,
         context: object,
         generator: torch.Generator | None = None,
-        t: Tensor | None = None,
     ) -> Tensor:
-        """(B,) float32: weighted squared error of what the denoiser outputs at timesteps t, drawn if None."""
-        t = self.draw_timesteps(len(clean), generator) if t is None else t
+        """(B,) float32: weighted squared error of what the denoiser outputs at timesteps that are drawn."""
+        t = self.draw_timesteps(len(clean), generator)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         noisy = self.q_sample(clean, t, noise)  # (B, C, H, W)
         error = denoiser(noisy, t, context).float() - self.target(clean, noisy, t)
@@ -302,30 +299,36 @@ class DiffusionModel:
         `make_step` is for another loss than the diffusion's, as sharpening.Sharpening.
         ValueError: what a checkpoint cannot record, or another scale; else as TrainingLoop.train.
         """
-        _check_recordable(dataset)
-        processes = processes or Processes(self.device)
+        network, processes = network_of(model), processes or Processes(self.device)
         resolved = config.resolved(len(dataset), processes.world_size)
         if resume is None:
-            _set_buffers(network_of(model), dataset)
+            _set_buffers(network, dataset)
         processes.share(model)
         state = new_state(model, resolved, precision)
-        step = (make_step or self._make_step(dataset.degradation))(state, resolved, processes)
+        loss = self.restoration_loss(dataset.degradation)
+        step: StepFunction = partial(train_step, state, loss, config=resolved, processes=processes)
+        if make_step is not None:
+            step = make_step(state, resolved, processes)
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
-        _check_scale(network_of(model), dataset)
-        options = {"process": self.process, "objective": self.objective, "degradation": dataset.degradation}
-        options |= {"network": network_of(model).config, "training": resolved}
-        sections: dict[str, object] = {name: one.to_dict() for name, one in options.items()}
-        sections["network_class"] = name_of(type(network_of(model)))
-        run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", {**sections, **record})
-        loop = TrainingLoop(state, step, dataset, resolved, run, processes, validate)
-        return run, loop.train()
+        record = {**self._record(network, dataset, resolved), **record}
+        run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", record)
+        return run, TrainingLoop(state, step, dataset, resolved, run, processes, validate).train()
 
-    def _make_step(self, degradation: Degradation) -> MakeStep:
-        loss = self.restoration_loss(degradation)
-        return lambda state, config, processes: (
-            lambda batches: train_step(state, loss, batches, config, processes)
-        )
+    def _record(self, network: Network, dataset: ImageDataset, config: ResolvedConfig) -> dict[str, object]:
+        """Return the options that restoring and resuming follow; ValueError for a dataset that has others."""
+        if dataset.upscale_function is not upscale_image:
+            raise ValueError(
+                f"a checkpoint cannot record the upscale function {dataset.upscale_function!r}, and "
+                "restoring would use bicubic: train with bicubic.upscale_image"
+            )
+        scale, wanted = float(network.scale), dataset.degradation.scale
+        if not math.isclose(scale, wanted, rel_tol=1e-5):
+            raise ValueError(f"the network enlarges by {scale:g}, the dataset by {wanted:g}: give one scale")
+        options = {"process": self.process, "objective": self.objective, "degradation": dataset.degradation}
+        options |= {"network": network.config, "training": config}
+        sections = {name: one.to_dict() for name, one in options.items()}
+        return {**sections, "network_class": name_of(type(network))}
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
         """Load the averaged weights; CheckpointError where they are damaged, unfit or of another process."""
@@ -338,7 +341,7 @@ class DiffusionModel:
     def load_checkpoint_for_resume(self, state: TrainState, checkpoint: str | Path | Checkpoint) -> None:
         """Set the state to the checkpoint's; CheckpointError where process, network or optimiser differ."""
         if not isinstance(checkpoint, Checkpoint):
-            checkpoint = read_for_resume(checkpoint, self.device)
+            checkpoint = read_for_resume(checkpoint)
         self._check_process(checkpoint.content.get("process"), checkpoint.path)
         restore_state(state, checkpoint)
 
@@ -353,25 +356,11 @@ def _at(table: Tensor, t: Tensor) -> Tensor:
     return table[t][:, None, None, None]
 
 
-def _check_recordable(dataset: ImageDataset) -> None:
-    if dataset.upscale_function is not upscale_image:
-        raise ValueError(
-            f"a checkpoint cannot record the upscale function {dataset.upscale_function!r}, and restoring "
-            "would use bicubic: train with bicubic.upscale_image"
-        )
-
-
 def _set_buffers(network: Network, dataset: ImageDataset) -> None:
     if not network.residual_std:
         network.residual_std.fill_(measure_residual_std(dataset))
     if not network.scale:
         network.scale.fill_(dataset.degradation.scale)
-
-
-def _check_scale(network: Network, dataset: ImageDataset) -> None:
-    scale, wanted = float(network.scale), dataset.degradation.scale
-    if not math.isclose(scale, wanted, rel_tol=1e-5):
-        raise ValueError(f"the network enlarges by {scale:g}, the dataset by {wanted:g}: give them one scale")
 
 
 class ResidualGenerator:
@@ -408,6 +397,7 @@ class ResidualGenerator:
         levels, scales = process.levels, process.scales()
         self.initial_scale = level_steps(scales, levels)[1] if levels else initial_scale(scales)
 
+    @torch.inference_mode()
     def generate_images(
         self,
         model: Network,
@@ -429,11 +419,26 @@ class ResidualGenerator:
 
         ValueError: a wrong shape, range or step count, or an untrained network.
         """
-        upscaled, residuals = self._generate(
-            model, low_resolution_image, num_images, num_inference_steps, seed, tokens
-        )
-        return to_unit_range((upscaled + residuals).clamp(-1, 1))
+        if num_images < 1:
+            raise ValueError(f"num_images is {num_images}: give at least 1")
+        if self.guidance != 1 and tokens is None:
+            raise ValueError(f"guidance is {self.guidance}, but there are no tokens to strengthen: give some")
+        steps = self.plan(num_inference_steps)
+        upscaled = self._upscaled(model, low_resolution_image)
+        contexts, mean = self.encode(model, Condition(upscaled, low_resolution_image.to(upscaled), tokens))
+        if mean is None and not steps:
+            raise ValueError("0 steps: this network predicts no mean; give 1 step or more")
+        base = with_mean(model, upscaled, mean)
+        denoise = partial(self.estimate, model, contexts=contexts, base=base)
+        seed = torch.seed() % 2**62 if seed is None else seed
+        clean = base.new_zeros(num_images, *base.shape)  # what the mean leaves
+        for number in range(num_images if steps else 0):
+            streams = [noise_stream(seed, number) for _ in base]
+            clean[number] = self.sample(steps, partial(draw_noise, streams, *base.shape[1:]), denoise)
+        restored = (base + clean * model.residual_std).clamp(-1, 1)  # (num_images, B, C, H, W)
+        return to_unit_range(restored).transpose(0, 1).flatten(0, 1)
 
+    @torch.inference_mode()
     def generate_residuals(
         self,
         model: Network,
@@ -445,39 +450,11 @@ class ResidualGenerator:
         tokens: Tensor | None = None,
     ) -> Tensor:
         """(B * num_images, C, H, W) in [-2, 2]: what generate_images adds to the upscaled image."""
-        return self._generate(model, low_resolution_image, num_images, num_inference_steps, seed, tokens)[1]
-
-    @torch.inference_mode()
-    def _generate(
-        self,
-        model: Network,
-        low_res: Tensor,
-        num_images: int,
-        num_steps: int,
-        seed: int | None,
-        tokens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Make the upscaled images and their residuals, each (B * num_images, C, H, W)."""
-        if num_images < 1:
-            raise ValueError(f"num_images is {num_images}: give at least 1")
-        if self.guidance != 1 and tokens is None:
-            raise ValueError(f"guidance is {self.guidance}, but there are no tokens to strengthen: give some")
-        steps = self.plan(num_steps)
-        upscaled = self._upscaled(model, low_res)
-        contexts, mean = self.encode(model, Condition(upscaled, low_res.to(upscaled), tokens))
-        if mean is None and not steps:
-            raise ValueError("0 steps: this network predicts no mean; give 1 step or more")
-        base, residuals = with_mean(model, upscaled, mean), []
-        denoise = partial(self.estimate, model, contexts=contexts, base=base)
-        seed = torch.seed() % 2**62 if seed is None else seed
-        for number in range(num_images):
-            streams = [noise_stream(seed, number) for _ in upscaled]
-            noise = partial(draw_noise, streams, *upscaled.shape[1:])
-            residual = base - upscaled
-            if steps:
-                residual = residual + self.sample(steps, noise, denoise) * model.residual_std
-            residuals.append(residual)
-        return upscaled.repeat_interleave(num_images, dim=0), torch.stack(residuals, dim=1).flatten(0, 1)
+        images = self.generate_images(
+            model, low_resolution_image, num_images, num_inference_steps, seed=seed, tokens=tokens
+        )
+        upscaled = self._upscaled(model, low_resolution_image).repeat_interleave(num_images, dim=0)
+        return to_model_range(images) - upscaled
 
     def sample(
         self, steps: Sequence[Step], draw: Callable[[], Tensor], denoise: Callable[[Tensor, int], Tensor]
@@ -554,14 +531,12 @@ def without_grid(image: Tensor, cell: int) -> Tensor:
     al. 2016), and perceptual features take it for that. The mean of a cell is left alone.
     """
     height, width = image.shape[-2:]
+    # A cell that is cut off ends as the one before.
     rows, columns = (torch.arange(n + -n % cell, device=image.device) for n in (height, width))
-    rows = rows.where(rows < height, rows - cell).clamp(
-        min=0
-    )  # a cell that is cut off ends as the one before
+    rows = rows.where(rows < height, rows - cell).clamp(min=0)
     columns = columns.where(columns < width, columns - cell).clamp(min=0)
-    places = F.pixel_unshuffle(
-        image[..., rows[:, None], columns], cell
-    )  # (B, C cell cell, H / cell, W / cell)
+    # (B, C cell cell, H / cell, W / cell)
+    places = F.pixel_unshuffle(image[..., rows[:, None], columns], cell)
     repeated = F.avg_pool2d(places, 5, stride=1, padding=2, count_include_pad=False)
     repeated = repeated.unflatten(1, (image.shape[1], -1))  # (B, C, cell cell, H / cell, W / cell)
     grid = (repeated - repeated.mean(2, keepdim=True)).flatten(1, 2)

@@ -79,12 +79,11 @@ def sampler_steps(
             raise OptionError(option, value, rule)
     if trailing:
         steps = _ddim_steps(alpha_bar, trailing_timesteps(total, count), 1.0 if name == "ddpm" else eta)
+    elif name == "heun":
+        steps = _heun_steps(alpha_bar, log_snr_timesteps(alpha_bar, count, detail))
     else:
         timesteps = log_snr_timesteps(alpha_bar, count, detail)
-        if name == "heun":
-            steps = _heun_steps(alpha_bar, timesteps)
-        else:
-            steps = _multistep(alpha_bar, timesteps, corrected=name == "unipc")
+        steps = _multistep(alpha_bar, timesteps, corrected=name == "unipc")
     return _rescaled(steps, factors)
 
 

@@ -285,12 +285,6 @@ def _check_start(loaded: LoadedModel, settings: Settings, path: str) -> None:
         logger.warning("%s has learnt from another degradation: %s", path, loaded.degradation.describe())
 
 
-def describe_model(model: Network) -> str:
-    """Draw a table of the layers and their parameters."""
-    table = torchinfo.summary(model, depth=3, row_settings=("var_names",), col_width=17, verbose=0)
-    return str(table).translate(str.maketrans("\u251c\u2514\u2502\u2500", "||| "))
-
-
 def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path, Path]:
     """Choose the folders of checkpoints and log: the resumed run's, or new ones named after mode and time."""
     if checkpoint is not None:
@@ -306,8 +300,15 @@ def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path
 
 
 def describe_run(
-    settings: Settings, config: ResolvedConfig, training: ImageDataset, images: int, processes: Processes
+    settings: Settings,
+    config: ResolvedConfig,
+    model: Network,
+    training: ImageDataset,
+    images: int,
+    processes: Processes,
 ) -> Iterator[str]:
+    table = torchinfo.summary(model, depth=3, row_settings=("var_names",), col_width=17, verbose=0)
+    yield str(table).translate(str.maketrans("\u251c\u2514\u2502\u2500", "||| "))  # some logs are ASCII
     plan = BatchPlan(len(training), config, processes.world_size)
     precision = autocast_dtype(processes.device, settings.run.precision)
     yield f"device {processes.device}, {precision or torch.float32}, {plan.world_size} process(es)"
@@ -381,9 +382,8 @@ def describe_end(run: RunFiles, received: int | None, world_size: int) -> Iterat
     yield f"resume: {start} train_diffusion.py --weights_path {shlex.quote(str(run.last))}"
 
 
-@contextlib.contextmanager
-def prepared(argv: Sequence[str]) -> Iterator[tuple[Settings, Checkpoint | None, Processes]]:
-    """Read the flags and start the processes; give the settings, what to resume from, and the processes."""
+def train(argv: Sequence[str]) -> int:
+    """Train as the flags say; return 0, or 128 + n after signal n."""
     given = parse_flags(argv)
     settings, checkpoint = read_settings(given)
     with started_processes(settings.run.device) as processes:
@@ -391,49 +391,48 @@ def prepared(argv: Sequence[str]) -> Iterator[tuple[Settings, Checkpoint | None,
             settings = keep_global_batch(settings, checkpoint, processes)
         elif flags := flags_for_few_images(given, settings, processes):
             settings, _ = read_settings({**parse_flags(flags), **given})
-        yield settings, checkpoint, processes
-
-
-def train(argv: Sequence[str]) -> int:
-    """Train as the flags say; return 0, or 128 + n after signal n."""
-    with prepared(argv) as (settings, checkpoint, processes):
-        device, is_main = processes.device, processes.is_main
-        precision = autocast_dtype(device, settings.run.precision)
-        tune_for_training(device)
-        make_step, lpips = make_sharpening(settings, device, precision)  # before the images are measured
-        logging.disable(logging.NOTSET if is_main else logging.WARNING)  # of the images: all find the same
-        training, validation = make_datasets(settings, checkpoint and checkpoint.content.get("held_out"))
-        logging.disable(logging.NOTSET)
-        config = settings.training.resolved(len(training), processes.world_size)
-        config = replace(config, optimizer=optimizer_for(config, device))
-        diffusion = DiffusionModel(device=device, process=settings.process, objective=settings.objective)
-        model = make_model(settings, device)
-        most_lost = settings.sharpening.most_psnr_lost
-        validate = Validator(diffusion, validation, precision, processes, lpips, most_lost)
-        checkpoint_dir, log_dir = run_folders(settings, checkpoint) if is_main else (Path(), Path())
-        if is_main:  # the others write and say nothing
-            say(describe_model(model))
-            say(*describe_run(settings, config, training, len(validation), processes))
-            say(*(describe_resume(checkpoint, settings, config, len(training)) if checkpoint else ()))
-        if settings.run.compile:
-            model.compile(dynamic=False)
-        with locked(checkpoint_dir) if is_main else contextlib.nullcontext():
-            run, received = diffusion.train(
-                model,
-                training,
-                config,
-                checkpoint_dir=checkpoint_dir,
-                log_dir=log_dir,
-                validate=validate,
-                make_step=make_step,
-                resume=checkpoint,
-                processes=processes,
-                precision=precision,
-                record=record_of(settings, training, validation, processes),
-            )
-        if is_main:
-            say(*describe_end(run, received, processes.world_size))
+        received = run(settings, checkpoint, processes)
     return 0 if received is None else 128 + received
+
+
+def run(settings: Settings, checkpoint: Checkpoint | None, processes: Processes) -> int | None:
+    """Train in one of the processes; return None, or the signal that ended it early."""
+    device, is_main = processes.device, processes.is_main
+    precision = autocast_dtype(device, settings.run.precision)
+    tune_for_training(device)
+    make_step, lpips = make_sharpening(settings, device, precision)  # before the images are measured
+    logging.disable(logging.NOTSET if is_main else logging.WARNING)  # of the images: all find the same
+    training, validation = make_datasets(settings, checkpoint and checkpoint.content.get("held_out"))
+    logging.disable(logging.NOTSET)
+    config = settings.training.resolved(len(training), processes.world_size)
+    config = replace(config, optimizer=optimizer_for(config, device))
+    diffusion = DiffusionModel(device=device, process=settings.process, objective=settings.objective)
+    model = make_model(settings, device)
+    most_lost = settings.sharpening.most_psnr_lost
+    validate = Validator(diffusion, validation, precision, processes, lpips, most_lost)
+    checkpoint_dir, log_dir = run_folders(settings, checkpoint) if is_main else (Path(), Path())
+    if is_main:  # the others write and say nothing
+        say(*describe_run(settings, config, model, training, len(validation), processes))
+        say(*(describe_resume(checkpoint, settings, config, len(training)) if checkpoint else ()))
+    if settings.run.compile:
+        model.compile(dynamic=False)
+    with locked(checkpoint_dir) if is_main else contextlib.nullcontext():
+        files, received = diffusion.train(
+            model,
+            training,
+            config,
+            checkpoint_dir=checkpoint_dir,
+            log_dir=log_dir,
+            validate=validate,
+            make_step=make_step,
+            resume=checkpoint,
+            processes=processes,
+            precision=precision,
+            record=record_of(settings, training, validation, processes),
+        )
+    if is_main:
+        say(*describe_end(files, received, processes.world_size))
+    return received
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,7 +37,7 @@ class UNetConfig(Options):
     patch_size: Literal[1, 2, 4] = option(2, "side of the patches that the stem folds into channels")
     blocks_per_level: int = option(2, "residual blocks in each level of encoder and decoder", low=1)
     predictor_blocks: int = option(
-        0, "residual blocks of the predictor of the mean, once per image; 0: none", low=0, script=6
+        0, "residual blocks of the predictor of the mean; 0: none", low=0, script=6
     )
     predictor_dim: int | None = rare_option(None, "width of the predictor; by default base_dim", low=4)
     conditioning: Conditioning = option(
@@ -45,12 +45,10 @@ class UNetConfig(Options):
         "concat: the upscaled image at the stem; cross_attention: tokens of the low resolution; tokens: the "
         "upscaled image, and tokens of another encoder",
     )
-    norm: Norm = option(
-        "pixel", "pixel: over the channels of each pixel, which makes tiles exact; or group", rare=True
-    )
+    norm: Norm = rare_option("pixel", "pixel: over each pixel's channels, which makes tiles exact; or group")
     attention_window: int = option(8, "side in tokens of the windows of self-attention; 0: everything", low=0)
     attention_levels: tuple[int, ...] = option(
-        (-1,), "levels with transformer blocks; -1 is the deepest, none is allowed", may_be_empty=True
+        (-1,), "levels that attend; -1: the deepest", may_be_empty=True
     )
     head_dim: int = rare_option(32, "width of one attention head", low=1)
 
@@ -283,11 +281,10 @@ class UNet(Network):
         self.predictor = Predictor(config) if config.predictor_blocks else None
         concatenates = config.conditioning in ("concat", "both", "tokens") and self.predictor is None
         self.upscaled_stem = nn.Conv2d(folded, width, 3, padding=1) if concatenates else None
-        extracts = config.conditioning in ("cross_attention", "both")
         self.takes_tokens = config.cross_attends
-        self.context_extractor = (
-            ImageContextExtractor(config.in_channels, config.context_dim) if extracts else None
-        )
+        self.context_extractor: ImageContextExtractor | None = None
+        if config.conditioning in ("cross_attention", "both"):
+            self.context_extractor = ImageContextExtractor(config.in_channels, config.context_dim)
 
     def _build_levels(self, config: UNetConfig, dims: list[int]) -> None:
         time_dim = 4 * dims[0]

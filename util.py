@@ -219,7 +219,7 @@ class ImageDataset(Dataset[Sample]):
         if augment not in ("none", "flip", "dihedral"):
             raise ValueError(f"augment must be 'none', 'flip' or 'dihedral', not {augment!r}")
         self.img_size, self.upscale_function, self.reader = img_size, upscale_function, reader
-        self.train, self.augment, self.seed = train, augment, seed
+        self.train, self.augment, self.seed = train, augment if train else "none", seed
         found = list_images(images) if isinstance(images, str | Path) else list(images)
         self.paths, self.left_out = _usable(found, img_size)
         self.token_folder = tokens
@@ -265,10 +265,9 @@ class ImageDataset(Dataset[Sample]):
         sizes = [self.img_size + int(min(margin, n - self.img_size)) // multiple * multiple for n in sides]
         top, left = self._places([n - size for n, size in zip(sides, sizes, strict=True)], random)
         window = pixels[top : top + sizes[0], left : left + sizes[1]]
-        augment = self.augment if self.train else "none"
-        if augment != "none" and random.integers(2):
+        if self.augment != "none" and random.integers(2):
             window = window[:, ::-1]
-        if augment == "dihedral":
+        if self.augment == "dihedral":
             window = np.rot90(window, int(random.integers(4)))
         return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
 

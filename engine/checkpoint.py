@@ -7,7 +7,7 @@ A checkpoint (.pth) is a dict that loads with `weights_only=True`:
     network_class      "module:Class"; without it, unet:UNet
     model, ema         state dicts: trained and averaged weights
     optimizer          {"name", "state"}
-    step, best_score, skipped       see training.TrainState; once best_psnr
+    step, best_score, skipped       see training.TrainState
 
 An exported model (.safetensors): averaged weights in half precision, sections as JSON, a checksum.
 """
@@ -63,7 +63,7 @@ def _write(path: Path, write: Write) -> None:
         raise CheckpointError(f"could not write {path}: {reason}; earlier files are intact") from error
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint or an exported model, told apart by content, and verify every byte.
 
     CheckpointError: missing, altered, foreign, or of another version.
@@ -74,7 +74,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise CheckpointError(f"{path} is {what}: give the path of a checkpoint or of an exported model")
     with path.open("rb") as file:
         exported = file.read(9)[8:] == b"{"  # the first byte of a safetensors header, after its length
-    content = _read_safetensors(path) if exported else _read_pth(path, device)
+    content = _read_safetensors(path) if exported else _read_pth(path)
     found = content.get("format") if isinstance(content, dict) else None
     if found not in READABLE:
         raise CheckpointError(
@@ -83,15 +83,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return cast(dict[str, Any], content)
 
 
-def read_for_resume(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+def read_for_resume(path: str | Path) -> Checkpoint:
     """Read a checkpoint to go on from; CheckpointError where training cannot."""
-    content = load_checkpoint(path, device)
+    content = load_checkpoint(path)
     if content["format"] != FORMAT or "optimizer" not in content:
         raise CheckpointError(f"{path} holds no training to go on with: start from it, as init_weights")
     return Checkpoint(Path(path), content)
 
 
-def _read_pth(path: Path, device: torch.device | str) -> object:
+def _read_pth(path: Path) -> object:
     if damage := _damage(path):
         others = sorted(path.parent.glob("*_step*.pth"), reverse=True)
         intact = next((other for other in others if not other.samefile(path) and not _damage(other)), None)
@@ -99,7 +99,7 @@ def _read_pth(path: Path, device: torch.device | str) -> object:
         raise CheckpointError(f"{path} {damage}; {offer}")
     try:
         with path.open("rb") as file:  # torch would trust the suffix of a name
-            return torch.load(file, map_location=device, weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         # The message is left out: it advises to run what is in the file.
         raise CheckpointError(f"{path} {NOT_A_CHECKPOINT}: {type(error).__name__} when read") from error
@@ -119,14 +119,10 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
     here, there = (
         {key: tuple(value.shape) for key, value in one.items()} for one in (model.state_dict(), weights)
     )
-    problems = [
-        f"{key} is {there.get(key, 'missing')}, not {here.get(key, 'known')}"
-        for key in here | there
-        if here.get(key) != there.get(key)
-    ]
-    if problems:
-        shown = "; ".join(problems[:3])
-        raise CheckpointError(f"{source} does not fit this model in {len(problems)} places: {shown}")
+    unfit = [key for key in here | there if here.get(key) != there.get(key)]
+    if unfit:
+        shown = (f"{key} is {there.get(key, 'missing')}, not {here.get(key, 'known')}" for key in unfit[:3])
+        raise CheckpointError(f"{source} does not fit this model in {len(unfit)} places: {'; '.join(shown)}")
     model.load_state_dict(weights)
 
 
@@ -136,8 +132,6 @@ def read_model(path: str | Path) -> ModelFile:
     if "unet" in content:  # in format 1
         content["network"] = content.pop("unet")
     try:
-        if not all(isinstance(content[name], dict) for name in ("network", "process")):
-            raise TypeError("its options are no dict")
         return ModelFile(content, content["ema"], int(content["step"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error

@@ -75,8 +75,6 @@ def synchronize(device: torch.device) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM  # of mapping a file
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # CUDA has a class for it; the CPU and MPS have words.
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+    # CUDA has a class for it, but every device has words.
+    said = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)

@@ -43,12 +43,10 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
     ) -> None:
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+        groups: list[dict[str, Any]] = [{"params": [], "matrices": matrices} for matrices in (True, False)]
         for one in parameters:
             is_matrix = one.ndim >= 2 and min(one.shape[0], one[0].numel()) >= SMALLEST_MATRIX
-            (matrices if is_matrix else others).append(one)
-        groups = [{"params": part, "matrices": part is matrices} for part in (matrices, others)]
+            groups[not is_matrix]["params"].append(one)
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +16,7 @@ from engine.device import select_device
 from engine.signals import handled_by
 
 T = TypeVar("T")
-NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed, from torchrun
+NEEDED = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # by torch.distributed, from torchrun
 
 
 class RunError(RuntimeError):
@@ -25,15 +25,6 @@ class RunError(RuntimeError):
 
 class LostProcessError(RunError):
     """Another process of the run has ended."""
-
-
-@contextmanager
-def _losses() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise LostProcessError(f"another process of the run has ended ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -50,9 +41,7 @@ class Processes:
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up in place; every process must call it. LostProcessError: one of them has ended."""
-        if self.world_size > 1:
-            with _losses():
-                dist.all_reduce(values)
+        self._together(dist.all_reduce, values)
         return values
 
     def any(self, here: bool) -> bool:
@@ -75,29 +64,22 @@ class Processes:
 
     def share(self, network: nn.Module) -> None:
         """Give every process the weights and buffers of the main one."""
-        if self.world_size > 1:
-            with _losses():
-                for value in network.state_dict().values():
-                    dist.broadcast(value, 0)
+        for value in network.state_dict().values():
+            self._together(dist.broadcast, value, 0)
 
     def gather(self, value: T) -> list[T]:
         """List the values by rank; every process must call it."""
-        if self.world_size == 1:
-            return [value]
-        values: list[T | None] = [None] * self.world_size
-        with _losses():
-            dist.all_gather_object(values, value)
-        return cast(list[T], values)
+        values = [value] * self.world_size
+        self._together(dist.all_gather_object, values, value)
+        return values
 
-
-def _world_size() -> int:
-    given = os.environ.get("WORLD_SIZE", "1")
-    missing = [name for name in NEEDED if name not in os.environ]
-    if given != "1" and (missing or not given.isdecimal() or int(given) == 0):
-        raise ValueError(
-            f"WORLD_SIZE is {given!r}; torchrun sets it, and {', '.join(NEEDED)}: start with it, or unset it"
-        )
-    return int(given)
+    def _together(self, collective: Callable[..., object], *inputs: object) -> None:
+        try:
+            if self.world_size > 1:
+                collective(*inputs)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise LostProcessError(f"another process of the run has ended ({reason})") from error
 
 
 @contextmanager
@@ -106,11 +88,15 @@ def started_processes(device_name: str, patience: timedelta | None = None) -> It
 
     `patience`: how long to wait for each other. ValueError: a device that is missing or cannot be shared.
     """
-    world_size = _world_size()
-    device = select_device(device_name)
-    if world_size == 1:
+    world_size, device = os.environ.get("WORLD_SIZE", "1"), select_device(device_name)
+    if world_size == "1":
         yield Processes(device)
         return
+    if not (world_size.isdecimal() and os.environ.keys() >= NEEDED):
+        raise ValueError(
+            f"WORLD_SIZE is {world_size!r}; torchrun sets it, and {', '.join(NEEDED)}: start with it, or "
+            "unset it"
+        )
     if device.type == "mps":
         raise ValueError("several processes cannot share mps: use --device cpu")
     if device.type == "cuda":
@@ -119,6 +105,6 @@ def started_processes(device_name: str, patience: timedelta | None = None) -> It
     with handled_by(signal.SIG_DFL):  # the wait for the others is not in Python, which could heed a signal
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
-        yield Processes(device, dist.get_rank(), world_size)
+        yield Processes(device, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()

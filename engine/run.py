@@ -70,9 +70,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(
-            f"{folder} is in use by another run: wait for its end, or start a new run"
-        ) from error
+        raise ValueError(f"{folder} is in use by another run: wait for it, or start a new one") from error
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOLCK) not in UNSUPPORTED:  # such as NFS or Lustre say
             raise

@@ -234,13 +234,11 @@ def test_records_of_former_versions_are_read():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("strength", 1.5),
         ("blur_sigma", (3.0, 1.0)),
         ("blur_sigma", (1.0,)),
         ("kernel_shares", (0.5, 0.5)),
         ("resize_shares", (0.5, 0.5, 0.5)),
         ("first_resize", (0.2, 0.8)),
-        ("jpeg_quality", (30.0, 101.0)),
     ],
 )
 def test_what_makes_no_sense_is_named(name, value):
