@@ -5,9 +5,9 @@ parameters as ours within 20 %, and trained and sampled by our code. Enlargers a
 spandrel, untrained: for time alone.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from train_diffusion import make_model, parse
 RECIPE = Path("recipes/x4.args")
 OURS = "this project"
 NAMES = (OURS, "denoising-diffusion-pytorch Unet", "diffusers UNet2DModel")
-Call = Callable[[nn.Module, Tensor, Tensor], Tensor]  # a UNet, (B, 6, H, W) and (B,) to (B, 3, H, W)
 
 
 @dataclass(frozen=True)
@@ -28,39 +27,20 @@ class NoOptions(Options):
 
 
 class Peer(Network):
-    """Another library's UNet as a network.Network: it sees the upscaled image beside the noisy one."""
+    """Another library's UNet, (B, 6, H, W) and (B,) to (B, 3, H, W): it sees noisy and upscaled images."""
 
     Config, window_multiple = NoOptions, 8
 
-    def __init__(self, network: nn.Module, call: Call) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__(NoOptions())
-        self.network, self.call = network, call
+        self.network = network
 
     def encode_context(self, condition: Condition) -> tuple[Tensor, None]:
         return condition.upscaled, None
 
     def forward(self, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.call(self.network, torch.cat([noisy, context], dim=1), t)
-
-
-def peers() -> list[Peer]:
-    """Build the other libraries' networks, untrained, in the order of NAMES."""
-    from denoising_diffusion_pytorch import Unet
-    from diffusers import UNet2DModel
-
-    unet = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3, flash_attn=True)
-    diffusers_unet = UNet2DModel(
-        in_channels=6,
-        out_channels=3,
-        norm_num_groups=8,
-        block_out_channels=(32, 64, 128),
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    )
-    return [
-        Peer(unet, lambda network, x, t: network(x, t)),
-        Peer(diffusers_unet, lambda network, x, t: network(x, t).sample),
-    ]
+        output = self.network(torch.cat([noisy, context], dim=1), t)
+        return cast(Tensor, getattr(output, "sample", output))  # diffusers wraps it
 
 
 def our_network(device: torch.device) -> Network:
@@ -70,8 +50,21 @@ def our_network(device: torch.device) -> Network:
 
 def contenders(device: torch.device) -> dict[str, Network]:
     """Build our network and its peers, untrained."""
+    from denoising_diffusion_pytorch import Unet
+    from diffusers import UNet2DModel
+
     torch.manual_seed(0)
-    return dict(zip(NAMES, (our_network(device), *(one.to(device) for one in peers())), strict=True))
+    unet = Unet(40, dim_mults=(1, 2, 4), channels=6, out_dim=3, flash_attn=True)
+    diffusers_unet = UNet2DModel(
+        in_channels=6,
+        out_channels=3,
+        norm_num_groups=8,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    networks = (our_network(device), *(Peer(one).to(device) for one in (unet, diffusers_unet)))
+    return dict(zip(NAMES, networks, strict=True))
 
 
 def enlargers(device: torch.device) -> dict[str, nn.Module]:

@@ -15,12 +15,13 @@ from degradation import Degradation
 from diffusion import DiffusionModel, ResidualGenerator
 from engine.checkpoint import load_weights, read_model
 from engine.device import autocast_dtype
+from engine.processes import Processes
 from evaluation.images import ImageSet
 from evaluation.measure import evaluate, model_method
 from models import LoadedModel
 from network import Condition, Network
 from restoration import RestoreConfig
-from training import TrainingConfig
+from training import MicroBatch, TrainingConfig, new_state, train_step
 from util import Crops, ImageDataset
 
 SCALE = 4
@@ -40,19 +41,11 @@ def training_step(network: Network, batch: int, size: int, device: torch.device)
     """Make one optimiser step on crops (B, 3, size, size)."""
     network.residual_std.fill_(0.1)
     loss = DiffusionModel(device=device).restoration_loss(Degradation(scale=SCALE))
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
+    config = TrainingConfig(optimizer="adamw", learning_rate=1e-4).resolved(batch)
+    state = new_state(network, config, autocast_dtype(device))
     crops = Crops(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device))
-    generator = torch.Generator(device)
-
-    def step() -> None:
-        with autocast(device):
-            losses = loss(network, crops, generator)
-        losses.mean().backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    part = MicroBatch(0, [], 1 / batch)
+    return lambda: train_step(state, loss, iter([(part, crops)]), config, Processes(device))
 
 
 def denoising_step(network: Network, size: int, device: torch.device) -> Work:
