@@ -70,11 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
 def restore_configs(args: argparse.Namespace) -> list[RestoreConfig]:
     """Make a configuration for each row of the model: modes first, then detail and step counts."""
     common = from_args(RestoreConfig, args, mode=None, detail=None, steps=None, num_images=1)
-    sampled = args.detail or args.steps
-    rows = [replace(common, mode=mode) for mode in args.mode or ([] if sampled else PRESETS)]
-    if sampled:
-        pairs = itertools.product(args.detail or [None], args.steps or [None])
-        rows += [replace(common, detail=detail, steps=count) for detail, count in pairs]
+    given = args.detail or args.steps
+    sampled = itertools.product(args.detail or [None], args.steps or [None]) if given else ()
+    rows = [replace(common, mode=mode) for mode in args.mode or ([] if given else PRESETS)]
+    rows += [replace(common, detail=detail, steps=count) for detail, count in sampled]
     return [replace(row, num_images=n) for row in rows for n in args.num_images]
 
 

@@ -62,12 +62,13 @@ def check_outputs(
     Refused are an input under any name, a folder, two outputs in one file, a file that exists (unless
     `overwrite`) or may not be written, and a folder that cannot be made or written to.
     """
-    untouchable = {_identity(path) for path in inputs if path.exists()}
+    # Inode and device, which all names of a file share: links, hard links, and letters of another case.
+    untouchable = {path.stat()[1:3] for path in inputs if path.exists()}
     taken: dict[str, Path] = {}
     for path in outputs:
         if path.is_dir():
             raise ValueError(f"{path}: is a folder; give the name of a file")
-        if path.exists() and _identity(path) in untouchable:
+        if path.exists() and path.stat()[1:3] in untouchable:
             raise ValueError(f"{path}: is an input; give the output another name")
         if _is_stream(path):
             continue
@@ -93,12 +94,6 @@ def _check_room(path: Path, target: Path) -> None:
     there = next(folder for folder in target.parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: cannot be written, because of {there}; give another place")
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    """Return what all names of a file share: links, hard links, and letters of another case."""
-    status = path.stat()
-    return status.st_dev, status.st_ino
 
 
 def _is_stream(path: Path) -> bool:

@@ -9,13 +9,14 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from imaging.files import DecodedImage, decode_image
 from imaging.metadata import DAMAGE_ERRORS, Metadata
 from imaging.pixels import Pixels, pixels_to_unit, to_model_range, unit_to_pixels
-from restoration.fields import row_bands
+from restoration.fields import in_bands, row_bands
 
 logger = logging.getLogger(__name__)
 Restorable: TypeAlias = str | Path | Pixels | Tensor | Image.Image | DecodedImage
@@ -58,10 +59,9 @@ def to_picture(image: Restorable) -> Picture:
 
 def to_deviation(variance: Tensor) -> npt.NDArray[np.float32]:
     """(H, W) of variances (1, 3, H, W): the root of their mean over the channels."""
-    deviation = np.empty(variance.shape[-2:], np.float32)
-    for band in row_bands(*variance.shape[-2:]):
-        deviation[band.top : band.bottom] = band.cut(variance)[0].mean(dim=0).sqrt().cpu().numpy()
-    return deviation
+    deviation = torch.empty(variance.shape[-2:])
+    in_bands(lambda _, band: band[0].mean(dim=0).sqrt(), deviation.device, deviation, variance)
+    return deviation.numpy()
 
 
 def _decoded(image: Restorable) -> DecodedImage:
@@ -79,12 +79,10 @@ def _decoded(image: Restorable) -> DecodedImage:
 
 
 def _from_pixels(pixels: Pixels) -> DecodedImage:
-    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or not pixels.size:
-        raise ValueError(f"an array of shape {pixels.shape}: {ACCEPTED}")
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"an array of {pixels.dtype}: {ACCEPTED}")
-    has_alpha = pixels.shape[2:] == (4,)
-    return DecodedImage(*((pixels[..., :3], pixels[..., 3]) if has_alpha else (pixels, None)))
+    channels, known = pixels.shape[2:], pixels.dtype in (np.uint8, np.uint16)
+    if not known or not pixels.size or pixels.ndim < 2 or channels not in ((), (1,), (3,), (4,)):
+        raise ValueError(f"an array of shape {pixels.shape} and {pixels.dtype}: {ACCEPTED}")
+    return DecodedImage(*((pixels[..., :3], pixels[..., 3]) if channels == (4,) else (pixels, None)))
 
 
 def _from_tensor(image: Tensor) -> DecodedImage:

@@ -233,12 +233,6 @@ def test_avif_is_read_with_all_its_bits(tmp_path, depth):
     assert np.abs(decoded.pixels.astype(int) - pixels).mean() < 4 * np.iinfo(dtype).max / 255
 
 
-def test_a_16_bit_tiff_that_stores_white_as_zero(tmp_path):
-    pixels = random_pixels(1, np.uint16)
-    tifffile.imwrite(tmp_path / "image.tif", pixels, photometric="miniswhite")
-    assert_decodes_to(tmp_path / "image.tif", 65535 - pixels)
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_premultiplied_alpha_is_divided_out(tmp_path, dtype):
     largest = np.iinfo(dtype).max

@@ -37,6 +37,7 @@ def test_a_comparison_shows_the_input_enlarged_by_the_nearest_pixel_and_the_othe
     large, deep = np.full((8, 8, 3), 7, np.uint8), np.full((8, 8), 65535, np.uint16)
     picture = comparison_picture(source, large, deep, truth=np.full((3, 20, 3), 9, np.uint8))
     assert picture.shape == (24 + 8, 4 * 8 + 3 * 8, 3)
+    assert all((picture[:24, start : start + 16] < 100).any() for start in range(0, 56, 16))  # labels
     panels = [picture[24:, start : start + 8] for start in range(0, picture.shape[1], 16)]
     assert np.array_equal(panels[0], source.repeat(4, axis=0).repeat(4, axis=1))
     assert [int(panel[0, 0, 0]) for panel in panels[1:]] == [7, 255, 9]

@@ -20,7 +20,6 @@ from evaluation import lpips as lpips_module
 from evaluation.lpips import Lpips, MetricUnavailableError, PerceptualFeatures
 from evaluation.metrics import (
     Comparison,
-    geometric_mean,
     high_frequency_energy,
     low_resolution_psnr,
     psnr,
@@ -188,11 +187,6 @@ def test_energy_of_flat_images():
     both = high_frequency_energy(torch.cat([truth, flat]), torch.cat([flat, truth]))
     assert math.isnan(both[0].item())
     assert both[1].item() == pytest.approx(0.0, abs=1e-9)
-
-
-def test_geometric_mean():
-    assert geometric_mean(torch.tensor([2.0, 0.5])).item() == pytest.approx(1.0, abs=1e-12)
-    assert geometric_mean(torch.tensor([1.0, 0.0])).item() == 0.0
 
 
 # ---------------------------------------------------------------- lpips

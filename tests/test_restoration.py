@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bicubic import exact_scale, resize, upscale_image
+from bicubic import resize, upscale_image
 from degradation import Degradation
 from diffusion import ResidualGenerator
 from engine.options import OptionError
@@ -117,13 +117,6 @@ def test_a_window_is_resized_as_in_the_whole_image(data, factor, height, width):
     low = Window(*span(height), 0, width)
     expected = low.cut(resize(whole, scale=1 / factor))
     torch.testing.assert_close(scale.downscale(whole, low, CPU), expected, rtol=1e-5, atol=1e-5)
-
-
-@given(numerator=st.integers(1, 64), denominator=st.integers(1, 16))
-def test_single_precision_does_not_change_a_scale(numerator, denominator):
-    stored = float(torch.tensor(numerator / denominator, dtype=torch.float32))
-    assert exact_scale(stored) == exact_scale(numerator / denominator)
-    assert float(exact_scale(stored)) == numerator / denominator
 
 
 @pytest.mark.parametrize("large", [False, True])
