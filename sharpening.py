@@ -7,18 +7,20 @@
 
 Squared error teaches few evaluations an average, and many of them grain. Here they are trained through, from
 diffusion weights, by a perceptual distance and a discriminator (adversarial diffusion distillation, Sauer et
-al. 2023). What predicts the mean is left alone, so that `fidelity` stays the same to the bit.
+al. 2023). What predicts the mean is left alone, so that `fidelity` stays the same to the bit. Every step
+compares the images in another size and other colours, or the training would please VGG16 alone.
 
 Shapes: B batch, H x W pixels; images (B, 3, H, W) in [-1, 1]. The features of an image are five tensors
 (B, D_i, H_i, W_i), one of each stage of VGG16, of length 1 at each place; its views are itself and these.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,6 +48,9 @@ from util import Crops, Sample
 Views = list[Tensor]  # an image, then its features
 PIXEL_WIDTHS = (3, 32, 48, 64, 96, 96, 1)  # channels between the convolutions that look at pixels
 HALVING = (1, 3)  # which of these halve the size
+Augmentation = Callable[[Tensor], Tensor]  # (B, 3, H, W) in [-1, 1] to (B, 3, H', W')
+SIZES = (0.5, 1.4)  # the smallest and the largest of an augmented image, over its own
+CONTRASTS = (0.6, 1.1)
 
 
 @dataclass(frozen=True)
@@ -116,21 +121,38 @@ class Seen(NamedTuple):
         return self
 
 
+def random_augmentation(random: np.random.Generator) -> Augmentation:
+    """Draw a size, an order of the colours and a contrast, for two images that are compared.
+
+    A distance that holds for all of these is harder to lower without looking better (E-LPIPS, Kettunen et
+    al. 2019).
+    """
+    size, contrast = float(np.exp(random.uniform(*np.log(SIZES)))), random.uniform(*CONTRASTS)
+    colours = random.permutation(3).tolist()
+
+    def augment(image: Tensor) -> Tensor:
+        resized = F.interpolate(image[:, colours], scale_factor=size, mode="bicubic", antialias=True)
+        return contrast * resized.clamp(-1, 1)
+
+    return augment
+
+
 def generator_loss(
     restored: Tensor,
     original: Tensor,
     perceptual: PerceptualFeatures,
     discriminator: nn.Module,
     config: SharpeningConfig,
-    share: float,
+    augment: Augmentation,
 ) -> tuple[Tensor, Seen]:
     """(B,): perceptual distance, absolute error, and the discriminator's verdicts; and what that has seen.
 
     Verdicts are weighed by the length of their gradients, sample by sample (the adaptive weight of VQGAN,
-    Esser et al. 2021, Eq. 7): of the features' it is `share` times the distance's, of the pixels' `share`
-    times that of an absolute error of weight `adversarial_pixel_weight`.
+    Esser et al. 2021, Eq. 7): of the features' it is `adversarial_share` times the distance's, of the pixels'
+    `adversarial_share` times that of an absolute error of weight `adversarial_pixel_weight`. The features are
+    of augmented images.
     """
-    features, originals = perceptual(restored), perceptual(original)
+    features, originals = perceptual(augment(restored)), perceptual(augment(original))
     distance = perceptual.distance(features, originals)
     error = (restored - original).abs().mean((1, 2, 3))
     by_pixels, *by_stages = (score.mean((1, 2, 3)) for score in discriminator([restored, *features]))
@@ -139,7 +161,7 @@ def generator_loss(
     of_pixels = restored[0].numel() ** -0.5 / _gradient_length(by_pixels, [restored]).clamp(1e-12)
     verdict = of_features * by_features + config.adversarial_pixel_weight * of_pixels * by_pixels
     seen = Seen([one.detach() for one in (restored, *features)], [original, *originals])
-    return distance + config.pixel_weight * error - share * verdict, seen
+    return distance + config.pixel_weight * error - config.adversarial_share * verdict, seen
 
 
 def discriminator_loss(discriminator: nn.Module, seen: Seen) -> Tensor:
@@ -200,19 +222,22 @@ class Sharpening:
     ) -> StepReport:
         """One step of the generator against the discriminator, and one of that on what it has seen."""
         rival, micro_batches, seen = state.others["discriminator"], list[MicroBatch](), list[Seen]()
-        share = self.config.adversarial_share * min(1, state.step / max(1, self.config.adversarial_warmup))
+        grown = min(1, state.step / max(1, self.config.adversarial_warmup))
+        options = replace(self.config, adversarial_share=grown * self.config.adversarial_share)
 
         def noted() -> Batches:
             for micro, crops in batches:
                 micro_batches.append(micro)
                 yield micro, crops
 
-        def loss(model: nn.Module, crops: Crops, random: torch.Generator) -> Tensor:
+        def loss(model: nn.Module, crops: Crops, generator: torch.Generator) -> Tensor:
             sample = crops.sample(self.degradation)
-            noise = torch.randn(sample.original.shape, generator=random, device=sample.original.device)
+            noise = torch.randn(sample.original.shape, generator=generator, device=sample.original.device)
             restored = self.restore(network_of(model), sample, noise)
+            random = np.random.default_rng((config.seed, state.step, micro_batches[-1].number))
+            augment = random_augmentation(random)
             losses, features = generator_loss(
-                restored, sample.original, self.perceptual, rival.model, self.config, share
+                restored, sample.original, self.perceptual, rival.model, options, augment
             )
             seen.append(features)
             return losses

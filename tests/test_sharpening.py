@@ -29,6 +29,7 @@ from sharpening import (
     SharpeningConfig,
     discriminator_loss,
     generator_loss,
+    random_augmentation,
 )
 from tests.networks import random_model
 from tests.runs import assert_equal
@@ -171,8 +172,9 @@ def losses(share, seed=0):
     perceptual, discriminator = RandomFeatures(), Discriminator(RandomFeatures.dims, 4)
     restored, original = (torch.rand(2, 3, 16, 16) * 2 - 1 for _ in range(2))
     restored.requires_grad_(True)
-    config = SharpeningConfig(pixel_weight=0.0)
-    return restored, *generator_loss(restored, original, perceptual, discriminator, config, share)
+    config = SharpeningConfig(pixel_weight=0.0, adversarial_share=share)
+    same = torch.nn.Identity()
+    return restored, *generator_loss(restored, original, perceptual, discriminator, config, same)
 
 
 def test_the_discriminator_has_its_share_of_the_gradient_of_each_sample():
@@ -184,6 +186,20 @@ def test_the_discriminator_has_its_share_of_the_gradient_of_each_sample():
     alone, with_it, with_twice = gradient(0.0), gradient(0.5), gradient(1.0)
     torch.testing.assert_close(with_twice - alone, 2 * (with_it - alone), rtol=1e-3, atol=1e-7)
     assert float((with_it - alone).norm()) > 0.02 * float(alone.norm())
+
+
+def test_augmentation_changes_size_contrast_and_the_order_of_colours():
+    image = torch.tensor([-0.9, 0.1, 0.8]).view(1, 3, 1, 1).expand(1, 3, 40, 40)
+    views = [random_augmentation(np.random.default_rng(seed))(image) for seed in range(40)]
+    orders = {tuple(view.mean((0, 2, 3)).argsort().tolist()) for view in views}
+    assert len(orders) == 6
+    sizes = [view.shape[-1] / 40 for view in views]
+    contrasts = [float(view.max() - view.min()) / 1.7 for view in views]
+    for drawn, (lowest, highest) in ((sizes, (0.5, 1.4)), (contrasts, (0.6, 1.1))):
+        assert min(drawn) == pytest.approx(lowest, abs=0.1)
+        assert max(drawn) == pytest.approx(highest, abs=0.1)
+    one, other = (random_augmentation(np.random.default_rng(3))(image) for _ in range(2))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_the_hinge_loss_is_its_closed_form():
