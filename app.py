@@ -146,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("weights", nargs="*", type=path, help="models of your own, offered first")
     host = f"address to serve on; in a container 0.0.0.0, all that reach it may use it (default: {HERE})"
     parser.add_argument("--host", default=HERE, help=host)
-    port = "number of the port (default: the first free one from 7860)"
-    parser.add_argument("--port", type=int, help=port)
+    parser.add_argument("--port", type=int, help="number of the port (default: the first free one from 7860)")
 
     def work() -> int:
         args = parser.parse_args(argv)

@@ -14,7 +14,6 @@ Write = Callable[[BinaryIO], object]
 
 # What network file systems say that have no fsync or no locks.
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _DESCRIPTOR = re.compile(r"/dev/(?:stdout|stderr|fd/\d+)|/proc/self/fd/\d+")
 
 
@@ -85,7 +84,7 @@ def check_outputs(
 
 def is_disk_error(error: BaseException) -> bool:
     """Tell whether further files would fail, too: the disk is full, over its quota, read-only or broken."""
-    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 def _check_room(path: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from tqdm.contrib.concurrent import thread_map
 from imaging.atomic import write_atomically
 from imaging.kinds import DEVELOP, WRITABLE_SUFFIXES, kind_of, refusal
 from imaging.metadata import DAMAGE_ERRORS, Metadata, read_metadata
-from imaging.pixels import Pixels, as_rgb8, check_dtype, spread_colours
+from imaging.pixels import Pixels, as_rgb8, spread_colours
 
 logger = logging.getLogger(__name__)
 logging.getLogger("pyvips").setLevel(logging.ERROR)  # it repeats what its errors say
@@ -329,9 +329,10 @@ def write_image(
 
 def _joined_samples(pixels: Pixels, alpha: Pixels | None) -> Pixels:
     """Join colours and alpha to (H, W, 1 to 4); ValueError unless they fit together."""
-    check_dtype(pixels.dtype)
-    if pixels.size == 0 or pixels.ndim < 2 or pixels.shape[2:] not in ((), (1,), (3,)):
-        raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, 3), alpha in alpha=")
+    known = pixels.dtype in (np.uint8, np.uint16) and pixels.shape[2:] in ((), (1,), (3,))
+    if not known or pixels.ndim < 2 or not pixels.size:
+        expected = "expected (H, W) or (H, W, 3) of uint8 or uint16, alpha in alpha="
+        raise ValueError(f"pixels of shape {pixels.shape} and {pixels.dtype}: {expected}")
     samples = np.ascontiguousarray(np.atleast_3d(pixels))
     if alpha is None:
         return samples

@@ -1,6 +1,6 @@
 """Converts value ranges: files hold uint8 or uint16, metrics [0, 1], the model [-1, 1]."""
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +38,6 @@ def _levels(unit: Tensor, largest: int) -> Tensor:
 
 def pixels_to_unit(pixels: Pixels) -> Tensor:
     """Convert (H, W) or (H, W, C), uint8 or uint16, to float32 (C, H, W) in [0, 1]."""
-    check_dtype(pixels.dtype)
-    if pixels.ndim not in {2, 3}:
-        raise ValueError(f"pixels of shape {pixels.shape}: expected (H, W) or (H, W, C)")
     unit = np.atleast_3d(pixels).transpose(2, 0, 1).astype(np.float32, order="C")
     unit /= np.iinfo(pixels.dtype).max
     return torch.from_numpy(unit)
@@ -50,7 +47,6 @@ def unit_to_pixels(image: Tensor, dtype: npt.DTypeLike = np.uint8) -> Pixels:
     """Clamp and round (1 or 3, H, W) in [0, 1] to (H, W[, 3]); ValueError for NaN."""
     if image.ndim != 3 or image.shape[0] not in {1, 3}:
         raise ValueError(f"an image of shape {tuple(image.shape)}: expected (1, H, W) or (3, H, W)")
-    check_dtype(np.dtype(dtype))
     if bool(image.isnan().any()):
         raise ValueError("an image that holds NaN cannot become pixels; find where the NaN was made")
     planes = _levels(image, int(np.iinfo(dtype).max)).numpy().astype(dtype)  # (C, H, W)
@@ -63,11 +59,6 @@ def as_rgb8(pixels: Pixels) -> npt.NDArray[np.uint8]:
         # 257 is odd, so no value lies half-way and adding 128 rounds exactly.
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return np.stack([pixels] * 3, axis=-1) if pixels.ndim == 2 else pixels.astype(np.uint8, copy=False)
-
-
-def check_dtype(dtype: np.dtype[Any]) -> None:
-    if dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"pixels of {dtype}: expected uint8 or uint16; unit_to_pixels converts floats")
 
 
 def spread_colours(pixels: Pixels, alpha: Pixels) -> Pixels:

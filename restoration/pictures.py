@@ -37,15 +37,13 @@ class Picture:
 
     def to_pixels(self, restored: Tensor) -> Pixels:
         """Round (1, 3, H, W) in [0, 1] to what the input had; grey is the mean of the channels."""
-        channels = self.source.pixels.shape[2:]
-        colour = channels == (3,)
-        height, width = restored.shape[-2:]
-        pixels = np.empty((height, width, 3) if colour else (height, width), self.dtype)
+        channels, (height, width) = self.source.pixels.shape[2:], restored.shape[-2:]
+        pixels = np.empty((height, width, *channels), self.dtype)
         for band in row_bands(height, width):
             values = band.cut(restored)[0]  # (3, rows, W)
-            values = values if colour else values.mean(dim=0, keepdim=True)
-            pixels[band.top : band.bottom] = unit_to_pixels(values, self.dtype)
-        return pixels[..., None] if channels == (1,) else pixels
+            values = values if channels == (3,) else values.mean(dim=0, keepdim=True)
+            pixels[band.top : band.bottom] = unit_to_pixels(values, self.dtype).reshape(-1, width, *channels)
+        return pixels
 
 
 def to_picture(image: Restorable) -> Picture:

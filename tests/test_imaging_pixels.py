@@ -70,16 +70,7 @@ def test_unit_to_pixels_clamps_and_rounds_half_up():
     assert unit_to_pixels(deep[None, None], np.uint16).tolist() == [[1, 65535, 65534]]
 
 
-@pytest.mark.parametrize(
-    ("convert", "value", "said"),
-    [
-        (unit_to_pixels, torch.zeros(2, 4, 4), r"\(2, 4, 4\)"),
-        (unit_to_pixels, torch.full((1, 4, 4), torch.nan), "NaN"),
-        (lambda image: unit_to_pixels(image, np.int32), torch.zeros(1, 4, 4), "int32"),
-        (pixels_to_unit, np.zeros((4, 4)), "float64"),
-        (pixels_to_unit, np.zeros(4, np.uint8), r"\(4,\)"),
-    ],
-)
-def test_wrong_tensors_and_pixels_are_refused(convert, value, said):
-    with pytest.raises(ValueError, match=said):
-        convert(value)
+def test_tensors_that_are_no_image_are_refused():
+    for value, said in ((torch.zeros(2, 4, 4), r"\(2, 4, 4\)"), (torch.full((1, 4, 4), torch.nan), "NaN")):
+        with pytest.raises(ValueError, match=said):
+            unit_to_pixels(value)
