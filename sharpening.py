@@ -121,12 +121,13 @@ class Seen(NamedTuple):
         return self
 
 
-def random_augmentation(random: np.random.Generator) -> Augmentation:
+def random_augmentation(*seed: int) -> Augmentation:
     """Draw a size, an order of the colours and a contrast, for two images that are compared.
 
     A distance that holds for all of these is harder to lower without looking better (E-LPIPS, Kettunen et
     al. 2019).
     """
+    random = np.random.default_rng(seed)
     size, contrast = float(np.exp(random.uniform(*np.log(SIZES)))), random.uniform(*CONTRASTS)
     colours = random.permutation(3).tolist()
 
@@ -234,8 +235,7 @@ class Sharpening:
             sample = crops.sample(self.degradation)
             noise = torch.randn(sample.original.shape, generator=generator, device=sample.original.device)
             restored = self.restore(network_of(model), sample, noise)
-            random = np.random.default_rng((config.seed, state.step, micro_batches[-1].number))
-            augment = random_augmentation(random)
+            augment = random_augmentation(config.seed, state.step, micro_batches[-1].number)
             losses, features = generator_loss(
                 restored, sample.original, self.perceptual, rival.model, options, augment
             )
@@ -250,8 +250,7 @@ class Sharpening:
             rival, lambda model, features, _: discriminator_loss(model, features), pairs, adversary, processes
         )
         scalars = {
-            "discriminator_loss": other.loss,
-            "discriminator_gradient_norm": other.scalars["gradient_norm"],
+            f"discriminator_{name}": one for name, one in {"loss": other.loss, **other.scalars}.items()
         }
         return StepReport(report.loss, report.finite and other.finite, {**report.scalars, **scalars})
 

@@ -190,7 +190,7 @@ def test_the_discriminator_has_its_share_of_the_gradient_of_each_sample():
 
 def test_augmentation_changes_size_contrast_and_the_order_of_colours():
     image = torch.tensor([-0.9, 0.1, 0.8]).view(1, 3, 1, 1).expand(1, 3, 40, 40)
-    views = [random_augmentation(np.random.default_rng(seed))(image) for seed in range(40)]
+    views = [random_augmentation(seed)(image) for seed in range(40)]
     orders = {tuple(view.mean((0, 2, 3)).argsort().tolist()) for view in views}
     assert len(orders) == 6
     sizes = [view.shape[-1] / 40 for view in views]
@@ -198,7 +198,7 @@ def test_augmentation_changes_size_contrast_and_the_order_of_colours():
     for drawn, (lowest, highest) in ((sizes, (0.5, 1.4)), (contrasts, (0.6, 1.1))):
         assert min(drawn) == pytest.approx(lowest, abs=0.1)
         assert max(drawn) == pytest.approx(highest, abs=0.1)
-    one, other = (random_augmentation(np.random.default_rng(3))(image) for _ in range(2))
+    one, other = (random_augmentation(3)(image) for _ in range(2))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
