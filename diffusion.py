@@ -15,7 +15,7 @@ import math
 import types
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -45,6 +45,7 @@ from samplers import (
     sampler_steps,
 )
 from training import (
+    LossFunction,
     ResolvedConfig,
     StepFunction,
     TrainingConfig,
@@ -236,11 +237,7 @@ class DiffusionModel:
         return (shares * self.timesteps).long().clamp(max=self.timesteps - 1)
 
     def loss(
-        self,
-        denoiser: Denoiser,
-        clean: Tensor,
-        context: object,
-        generator: torch.Generator | None = None,
+        self, denoiser: Denoiser, clean: Tensor, context: object, generator: torch.Generator | None = None
     ) -> Tensor:
         """(B,) float32: weighted squared error of what the denoiser outputs at timesteps that are drawn."""
         t = self.draw_timesteps(len(clean), generator)
@@ -249,9 +246,7 @@ class DiffusionModel:
         error = denoiser(noisy, t, context).float() - self.target(clean, noisy, t)
         return self.weight[t] * error.square().flatten(1).mean(1)
 
-    def restoration_loss(
-        self, degradation: Degradation
-    ) -> Callable[[nn.Module, Crops, torch.Generator], Tensor]:
+    def restoration_loss(self, degradation: Degradation) -> LossFunction:
         """Make the loss (B,) of crops: of the diffusion, and the absolute error of the predicted mean.
 
         The diffusion models what the mean leaves (Whang et al. 2022, section 3).
@@ -311,7 +306,8 @@ class DiffusionModel:
             step = make_step(state, resolved, processes)
         if resume is not None:
             self.load_checkpoint_for_resume(state, resume)
-        record = {**self._record(network, dataset, resolved), **record}
+        decided = replace(resolved, optimizer=state.optimizer_name)
+        record = {**self._record(network, dataset, decided), **record}
         run = RunFiles(checkpoint_dir, log_dir, f"diffusion_model_{self.mode}", record)
         return run, TrainingLoop(state, step, dataset, resolved, run, processes, validate).train()
 

@@ -39,7 +39,7 @@ from models import LoadedModel
 from network import NETWORK_FLAG, Network, name_of, network_class
 from restoration.weights import load_model
 from sharpening import Sharpening, SharpeningConfig
-from training import BatchPlan, ResolvedConfig, TrainingConfig, learning_rate_at, optimizer_for
+from training import BatchPlan, ResolvedConfig, TrainingConfig, learning_rate_at
 from unet import UNet
 from util import Augmentation, ImageDataset
 
@@ -48,6 +48,7 @@ MOST_HELD_OUT = 64  # images of the folder, where there is no --val_folder
 FEW_STEPS = 4000  # a run of fewer learns little of photos
 RECIPE = Path(__file__).parent / "recipes" / "x4.args"  # for folders that the defaults make so short
 CPU_STEPS = 6000  # of it on a CPU; as many as it says elsewhere
+Datasets = tuple[ImageDataset, ImageDataset]  # of training and of validation
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def keep_global_batch(settings: Settings, checkpoint: Checkpoint, processes: Pro
     return settings._replace(training=replace(training, accumulation_steps=passes // now))
 
 
-def make_datasets(settings: Settings, held_out: Collection[str] | None) -> tuple[ImageDataset, ImageDataset]:
+def make_datasets(settings: Settings, held_out: Collection[str] | None) -> Datasets:
     """Make the datasets of training and validation, without a common file.
 
     `held_out` names, below the image folder, what a resumed run validates on; None chooses.
@@ -300,20 +301,17 @@ def run_folders(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Path
 
 
 def describe_run(
-    settings: Settings,
-    config: ResolvedConfig,
-    model: Network,
-    training: ImageDataset,
-    images: int,
-    processes: Processes,
+    settings: Settings, config: ResolvedConfig, model: Network, data: Datasets, processes: Processes
 ) -> Iterator[str]:
+    training, validation = data
     table = torchinfo.summary(model, depth=3, row_settings=("var_names",), col_width=17, verbose=0)
     yield str(table).translate(str.maketrans("\u251c\u2514\u2502\u2500", "||| "))  # some logs are ASCII
     plan = BatchPlan(len(training), config, processes.world_size)
     precision = autocast_dtype(processes.device, settings.run.precision)
     yield f"device {processes.device}, {precision or torch.float32}, {plan.world_size} process(es)"
-    yield f"{len(training)} training and {images} validation images, {len(training.left_out)} left out"
-    steps, crops = config.max_steps, min(plan.group_size, len(training))
+    images, left_out = len(training), len(training.left_out)
+    yield f"{images} training and {len(validation)} validation images, {left_out} left out"
+    steps, crops = config.max_steps, min(plan.group_size, images)
     epochs = steps / plan.steps_per_epoch
     yield f"{steps} steps of up to {crops} crops, {plan.steps_per_epoch} steps per epoch, {epochs:.3g} epochs"
     if steps < FEW_STEPS:
@@ -341,11 +339,9 @@ def describe_resume(
         )
 
 
-def record_of(
-    settings: Settings, training: ImageDataset, validation: ImageDataset, processes: Processes
-) -> dict[str, object]:
+def record_of(settings: Settings, data: Datasets, processes: Processes) -> dict[str, object]:
     """Return what every checkpoint records of the data, the flags and the processes of a run."""
-    folder = Path(settings.data.image_folder)
+    (training, validation), folder = data, Path(settings.data.image_folder)
     below = [path.relative_to(folder).as_posix() for path in validation.paths if path.is_relative_to(folder)]
     sections = {name: getattr(settings, name).to_dict() for name in ("data", "run", "sharpening")}
     return {**sections, "images": len(training), "world_size": processes.world_size, "held_out": below}
@@ -402,17 +398,17 @@ def run(settings: Settings, checkpoint: Checkpoint | None, processes: Processes)
     tune_for_training(device)
     make_step, lpips = make_sharpening(settings, device, precision)  # before the images are measured
     logging.disable(logging.NOTSET if is_main else logging.WARNING)  # of the images: all find the same
-    training, validation = make_datasets(settings, checkpoint and checkpoint.content.get("held_out"))
+    data = make_datasets(settings, checkpoint and checkpoint.content.get("held_out"))
     logging.disable(logging.NOTSET)
+    training, validation = data
     config = settings.training.resolved(len(training), processes.world_size)
-    config = replace(config, optimizer=optimizer_for(config, device))
     diffusion = DiffusionModel(device=device, process=settings.process, objective=settings.objective)
     model = make_model(settings, device)
     most_lost = settings.sharpening.most_psnr_lost
     validate = Validator(diffusion, validation, precision, processes, lpips, most_lost)
     checkpoint_dir, log_dir = run_folders(settings, checkpoint) if is_main else (Path(), Path())
     if is_main:  # the others write and say nothing
-        say(*describe_run(settings, config, model, training, len(validation), processes))
+        say(*describe_run(settings, config, model, data, processes))
         say(*(describe_resume(checkpoint, settings, config, len(training)) if checkpoint else ()))
     if settings.run.compile:
         model.compile(dynamic=False)
@@ -428,7 +424,7 @@ def run(settings: Settings, checkpoint: Checkpoint | None, processes: Processes)
             resume=checkpoint,
             processes=processes,
             precision=precision,
-            record=record_of(settings, training, validation, processes),
+            record=record_of(settings, data, processes),
         )
     if is_main:
         say(*describe_end(files, received, processes.world_size))

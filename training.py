@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -178,7 +178,7 @@ class TrainState:
     model: nn.Module
     ema: nn.Module  # with averaged weights, validated and used
     optimizer: torch.optim.Optimizer
-    optimizer_name: str
+    optimizer_name: OptimizerName
     precision: torch.dtype | None  # that the loss is autocast to; None: float32
     scaler: torch.amp.GradScaler  # of the loss, for float16 (Micikevicius et al. 2018)
     step: int = 0
@@ -203,42 +203,31 @@ class TrainState:
 def new_state(model: nn.Module, config: TrainingConfig, precision: torch.dtype | None = None) -> TrainState:
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     device = next(model.parameters()).device
-    name = optimizer_for(config, device)
+    name, optimizer = make_optimizer(model, config, device)
     # From a scale at which no first step overflows; it doubles where it can.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=precision == torch.float16)
-    return TrainState(model, ema, make_optimizer(name, model, config), name, precision, scaler)
+    return TrainState(model, ema, optimizer, name, precision, scaler)
 
 
-def optimizer_for(config: TrainingConfig, device: torch.device) -> OptimizerName:
-    """Decide what "auto" is on a device."""
-    if config.optimizer != "auto":
-        return config.optimizer
-    if device.type == "cuda":
-        try:
-            _eight_bit_adamw()
-            return "adamw8bit"
-        except ValueError as error:
-            logger.warning("training with AdamW in full precision: %s", error)
-    return "adamw"
-
-
-def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
-    """Import bitsandbytes' AdamW (Dettmers et al. 2022); ValueError where that fails."""
-    try:
-        from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this optimiser alone
-    except IMPORT_ERRORS as error:
-        message = f"optimizer is 'adamw8bit', but bitsandbytes fails ({one_line(error)}): use adamw"
-        raise ValueError(message) from error
-    return cast(Callable[..., torch.optim.Optimizer], AdamW8bit)
-
-
-def make_optimizer(name: str, model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    parameters, betas, decay = list(model.parameters()), (0.9, config.beta2), config.weight_decay
+def make_optimizer(
+    model: nn.Module, config: TrainingConfig, device: torch.device
+) -> tuple[OptimizerName, torch.optim.Optimizer]:
+    """Make an optimiser, and say what "auto" is; ValueError where bitsandbytes is wanted and fails."""
+    name, parameters, rate = config.optimizer, list(model.parameters()), config.learning_rate
+    betas, decay = (0.9, config.beta2), config.weight_decay
     if name == "muon":
-        return Muon(parameters, config.learning_rate, betas, decay)
-    if name == "adamw8bit":
-        return _eight_bit_adamw()(parameters, lr=config.learning_rate, betas=betas, weight_decay=decay)
-    return torch.optim.AdamW(parameters, config.learning_rate, betas, weight_decay=decay, fused=True)
+        return name, Muon(parameters, rate, betas, decay)
+    if name == "adamw8bit" or (name == "auto" and device.type == "cuda"):
+        try:  # Dettmers et al. 2022
+            from bitsandbytes.optim import AdamW8bit  # seconds to import, needed by this optimiser alone
+        except IMPORT_ERRORS as error:
+            message = f"bitsandbytes fails ({one_line(error)}), so adamw8bit cannot be: use adamw"
+            if name == "adamw8bit":
+                raise ValueError(message) from error
+            logger.warning(message)
+        else:
+            return "adamw8bit", AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=decay)
+    return "adamw", torch.optim.AdamW(parameters, rate, betas, weight_decay=decay, fused=True)
 
 
 def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -252,11 +241,8 @@ def restore_state(state: TrainState, checkpoint: Checkpoint) -> None:
         )
     load_weights(state.model, content["model"], path)
     load_weights(state.ema, content["ema"], path)
-    try:
-        state.optimizer.load_state_dict(content["optimizer"]["state"])
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"the optimiser state of {path} does not fit: {error}") from error
-    if state.scaler.is_enabled() and content.get("scaler"):
+    state.optimizer.load_state_dict(content["optimizer"]["state"])
+    if content.get("scaler"):
         state.scaler.load_state_dict(content["scaler"])
     state.step, state.skipped = int(content["step"]), int(content["skipped"])
     state.best_score = float(content["best_score"])

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum whose update of a matrix is made orthogonal."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,9 +50,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]  # without a closure: the gradients are there
         """Change the parameters that have a gradient."""
-        assert closure is None, "the gradients are there before"
         for group in self.param_groups:
             update = self._muon if group["matrices"] else self._adamw
             for parameter in group["params"]:

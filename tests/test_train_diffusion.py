@@ -32,7 +32,7 @@ from train_diffusion import (
     parse_flags,
     read_settings,
 )
-from training import TrainingConfig, new_state, optimizer_for
+from training import TrainingConfig, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -67,13 +67,15 @@ def test_epochs_become_steps():
 
 @pytest.mark.slow  # bitsandbytes takes seconds to import
 def test_eight_bit_adamw_is_the_default_on_cuda_where_it_imports(monkeypatch, caplog):
-    for device, expected in (("cuda", "adamw8bit"), ("cpu", "adamw"), ("mps", "adamw")):
-        assert optimizer_for(TrainingConfig(), torch.device(device)) == expected
+    def name(device, **options):
+        return make_optimizer(torch.nn.Linear(2, 2), TrainingConfig(**options), torch.device(device))[0]
+
+    assert [name(device) for device in ("cuda", "cpu", "mps")] == ["adamw8bit", "adamw", "adamw"]
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    assert optimizer_for(TrainingConfig(), torch.device("cuda")) == "adamw"
+    assert name("cuda") == "adamw"
     assert "bitsandbytes" in caplog.text
     with pytest.raises(ValueError, match="adamw8bit"):
-        new_state(torch.nn.Linear(2, 2), TrainingConfig(optimizer="adamw8bit"))
+        name("cpu", optimizer="adamw8bit")
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,6 @@ def test_one_window_over_everything_is_the_plain_block(window):
 def test_windows_share_the_context_of_their_image():
     transformer = WindowTransformer(randomised_block(context_dim=6), window=2, shifted=False)
     x, context = torch.randn(2, 12, 4, 4), torch.randn(2, 3, 6)
-    torch.testing.assert_close(transformer(x, context)[1:], transformer(x[1:], context[1:]))
     one = transformer(x[1:, :, 2:, :2], context[1:])
     torch.testing.assert_close(transformer(x, context)[1:, :, 2:, :2], one)
 
