@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -179,8 +178,6 @@ class ProcessConfig(Options):
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Options):
-    retired: ClassVar = {"min_snr_gamma": None, "timestep_density": "uniform", "perceptual_weight": 0.0}
-
     # Ho & Salimans 2022.
     token_dropout: float = option(0.1, "share of samples trained without their tokens", low=0, high=1)
     mean_only: bool = option(False, "training of the predicted mean alone, a first and quicker phase")

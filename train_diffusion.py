@@ -17,7 +17,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import torchinfo
@@ -65,8 +65,6 @@ class DataOptions(Options):
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    retired: ClassVar = {"profile": False}
-
     residual_std: float | None = option(None, "divisor of the residuals; by default measured", above=0)
     device: str = option("auto", "device: auto, cpu, mps, cuda or one such as cuda:1", fixed=False)
     precision: Precision = option("auto", "number format; auto: bf16 where the device has it", fixed=False)

@@ -22,17 +22,17 @@ from restoration import RestoreConfig, restore
 SCALE = 4
 SIDE = 192
 SEED = 0
-MODES = {"fidelity": ("clean", "fidelity"), "detail": ("clean", "detail")}
-PHOTO_MODES = {
-    "clean weights": ("clean", "fidelity"),
-    "photo: fidelity": ("photo", "fidelity"),
-    "photo: detail": ("photo", "detail"),
+FIDELITY, DETAIL = RestoreConfig(mode="fidelity"), RestoreConfig(mode="detail")
+Modes = dict[str, tuple[str, RestoreConfig]]  # weights and options by label
+MODES: Modes = {"fidelity": ("clean", FIDELITY), "detail": ("clean", DETAIL)}
+PHOTO_MODES: Modes = {
+    "clean weights": ("clean", FIDELITY),
+    "photo: fidelity": ("photo", FIDELITY),
+    "photo: detail": ("photo", DETAIL),
 }
 
 
-def panels(
-    photo: Pixels, degradation: Degradation, modes: dict[str, tuple[str, str]], top: int, left: int
-) -> Pixels:
+def panels(photo: Pixels, degradation: Degradation, modes: Modes, top: int, left: int) -> Pixels:
     """Degrade and restore (H, W, 3) uint8; crops of input, bicubic, results and original side by side."""
     planes = torch.from_numpy(photo.transpose(2, 0, 1).copy())
     low_res = degradation(planes, np.random.default_rng(SEED)).permute(1, 2, 0).numpy()
@@ -40,9 +40,7 @@ def panels(
         "input": np.repeat(np.repeat(low_res, SCALE, axis=0), SCALE, axis=1),
         "bicubic": upscale_image(low_res, SCALE),
     }
-    for label, (weights, mode) in modes.items():
-        config = RestoreConfig(mode=mode)  # type: ignore[arg-type]  # all are presets
-        images[label] = restore(low_res, weights, config).pixels
+    images |= {label: restore(low_res, *how).pixels for label, how in modes.items()}
     images["original"] = photo
     crop = np.s_[top : top + SIDE, left : left + SIDE]
     return labelled_row({label: image[crop].astype(np.uint8) for label, image in images.items()}, SIDE, SIDE)

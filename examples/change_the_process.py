@@ -31,20 +31,14 @@ def circle_scales(timesteps: int) -> tuple[Tensor, Tensor]:
 SCHEDULES["circle"] = circle_scales
 
 
-def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def train_and_restore(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     """(4, 3, H, W) in [-1, 1] three times: original, bicubic and restored."""
     torch.manual_seed(0)
     paths = draw_dead_leaves_folder(folder / "images", 12, 64, seed=0, min_radius=4)
     unet = UNet(base_dim=16, dim_mults=(1, 2), conditioning="concat", predictor_blocks=2, predictor_dim=32)
-    config = TrainingConfig(max_steps=max_steps, batch_size=8, learning_rate=2e-3, ema_decay=0.9)
-    diffusion = DiffusionModel(schedule="circle")
-    diffusion.train(
-        unet,
-        ImageDataset(paths[4:], 32, 2),
-        config,
-        checkpoint_dir=folder / "checkpoints",
-        log_dir=folder / "logs",
-    )
+    config = TrainingConfig(max_steps=60, batch_size=8, learning_rate=2e-3, ema_decay=0.9)
+    diffusion, dataset = DiffusionModel(schedule="circle"), ImageDataset(paths[4:], 32, 2)
+    diffusion.train(unet, dataset, config, checkpoint_dir=folder / "run", log_dir=folder / "logs")
     held_out = [ImageDataset(paths[:4], 64, 2, train=False)[index] for index in range(4)]
     low_res, bicubic, original, _ = (torch.stack(column) for column in zip(*held_out, strict=True))
     restored = ResidualGenerator(process=diffusion.process).generate_images(
@@ -54,11 +48,9 @@ def train_and_restore(folder: Path, max_steps: int) -> tuple[Tensor, Tensor, Ten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = module_parser("examples.change_the_process", __doc__)
-    parser.add_argument("--max_steps", type=int, default=60, help="optimiser steps (default 60)")
-    args = parser.parse_args(argv)
+    module_parser("examples.change_the_process", __doc__).parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        original, *others = train_and_restore(Path(folder), args.max_steps)
+        original, *others = train_and_restore(Path(folder))
     for name, images in zip(("bicubic", "restored"), others, strict=True):
         error = ((images - original) / 2).square().mean()
         print(f"{name:9}{-10 * float(error.log10()):.2f} dB")
