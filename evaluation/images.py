@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bicubic import Border, exact_scale
 from degradation import KINDS, Degradation
-from engine.options import Options, option
+from engine.options import OptionError, Options, option
 from evaluation.metrics import SSIM_WINDOW, Channel, Comparison
 from imaging.files import decode_image
 from imaging.kinds import list_images
@@ -65,6 +65,8 @@ class ImageSet:
     """
 
     def __init__(self, folder: str | Path, config: EvaluationConfig) -> None:
+        if config.ratio.denominator > 100:
+            raise OptionError("scale", config.scale, "few sizes shrink by it exactly; give 2, 3, 4 or 1.5")
         self.config, self.folder = config, printable(Path(folder).resolve().name)
         self.paths = list_images(folder, recursive=False)[: config.limit]
         self.low_res_paths = None if config.low_res is None else list_images(config.low_res, recursive=False)
@@ -100,12 +102,11 @@ class ImageSet:
         return f"read from {printable(self.low_res_paths[0].resolve().parent.name)}, 8 bits"
 
     def _read_low_res(self, candidates: list[Path], path: Path, truth: Tensor) -> Tensor:
-        scale = self.config.scale
-        low_path = find_low_resolution(path, candidates, scale)
+        low_path = find_low_resolution(path, candidates, self.config.scale)
         low_res = _read_planes(low_path)
         height, width = (int(length / self.config.ratio) for length in truth.shape[-2:])
         if low_res.shape[-2:] != (height, width):
-            needed = f"{path} at scale {scale:g} needs {width}x{height}; give folders that belong together"
+            needed = f"{path} needs {width}x{height} at scale {self.config.scale:g}; give folders that fit"
             raise ValueError(f"{low_path} is {low_res.shape[2]}x{low_res.shape[1]}, but {needed}")
         if len(truth) == 1 and bool((low_res != low_res[:1]).any()):
             raise ValueError(f"{low_path} has colours, but {path} is grey; give files that belong together")
