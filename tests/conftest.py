@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 # Read once, when torch is imported, and inherited by child processes. Some virtual machines announce AMX but
@@ -43,14 +42,10 @@ def sr_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six dead-leaves images of 48 x 56 pixels, which no test may change."""
     folder = tmp_path_factory.mktemp("photos")
     for index in range(6):
         image = dead_leaves((48, 56), np.random.default_rng(index), min_radius=2, max_radius=24)
         write_image(folder / f"{index}.png", image)
-    drawn = {path: path.read_bytes() for path in folder.iterdir()}
-    yield folder
-    assert {path: path.read_bytes() for path in folder.iterdir()} == drawn, (
-        "a test has changed the photos of all"
-    )
+    return folder

@@ -26,6 +26,14 @@ def tiny_unet(seed=0, residual_std=0.1, scale=2.0, **settings):
     return unet
 
 
+def randomised(module):
+    """Every weight drawn anew, so that zero-initialised layers do something."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
 def random_model(scale=4.0, gain=1.0, process=PROCESS, **settings):
     """A small model whose zero-initialised layers are random too, so that every part of it counts."""
     torch.manual_seed(0)

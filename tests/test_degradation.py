@@ -30,11 +30,12 @@ from degradation import (
     sinc_kernel,
 )
 from engine.options import OptionError
-from examples.dead_leaves import draw_dead_leaves_folder
 from models import load_model
 from restoration import RestoreConfig, Restorer
+from tests.runs import flags, newest
 
 RANDOM_KINDS = ["light", "photo", "heavy"]
+PLAIN = {"clean_share": 0, "gaussian_share": 1, "final_sinc_share": 0}
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +121,8 @@ def test_grain_is_coarse_and_has_half_as_much_luma_as_chroma(size):
 
 def test_the_share_of_grain_is_what_is_asked():
     flat = torch.full((3, 64, 64), 128, dtype=torch.uint8)
-    nothing_else = {"clean_share": 0, "gaussian_share": 1, "jpeg_share": 0, "final_sinc_share": 0}
-    silent = {"noise_sigma": (0, 0), "second_noise_sigma": (0, 0)}
-    degrade = Degradation("photo", **nothing_else, **silent, grain_share=0.5, grain_sigma=(20, 20))
+    silent = {"jpeg_share": 0, "noise_sigma": (0, 0), "second_noise_sigma": (0, 0)}
+    degrade = Degradation("photo", **PLAIN, **silent, grain_share=0.5, grain_sigma=(20, 20))
     grainy = [bool(degrade(flat, random(n)).float().std() > 1) for n in range(100)]
     assert np.mean(grainy) == pytest.approx(0.5, abs=0.15)
 
@@ -204,17 +204,8 @@ def test_the_clean_share_is_what_is_asked(picture):
 @pytest.mark.parametrize(("share", "between"), [(0.0, (-0.1, 0.1)), (1.0, (0.4, 1.0))])
 def test_noise_is_white_in_colour_unless_jpeg_halves_the_chroma(share, between):
     flat = torch.full((3, 512, 512), 128, dtype=torch.uint8)
-    noisy = Degradation(
-        "heavy",
-        clean_share=0,
-        gaussian_share=1,
-        grey_share=0,
-        second_resize_shares=(0, 0, 1),
-        second_noise_sigma=(20, 20),
-        final_sinc_share=0,
-        jpeg_quality=(90, 90),
-        jpeg_share=share,
-    )
+    noise = {"grey_share": 0, "second_resize_shares": (0, 0, 1), "second_noise_sigma": (20, 20)}
+    noisy = Degradation("heavy", jpeg_quality=(90, 90), jpeg_share=share, **PLAIN, **noise)
     image = noisy(flat, random()).numpy().astype(float)
     chroma = image[0] - image[1]
     neighbours = np.corrcoef(chroma[:, 1:].ravel(), chroma[:, :-1].ravel())[0, 1]
@@ -254,21 +245,17 @@ def test_an_unknown_kind_and_amounts_of_bicubic_are_refused(given):
         Degradation.of(**given)
 
 
-TINY = "--downscale_factor 2 --img_size 32 --batch_size 2 --accumulation_steps 1 --unet_base_dim 8"
-
-
 @pytest.mark.slow
-def test_a_kind_of_ones_own_is_one_line(tmp_path, monkeypatch):
+def test_a_kind_of_ones_own_is_one_line(photo_folder, tmp_path, monkeypatch):
     """It is trained with, resumed, measured with, and restored with where the line is missing."""
-    draw_dead_leaves_folder(tmp_path / "images", 4, 96, seed=0)
     monkeypatch.setitem(KINDS, "scan", {"strength": 0.3, "jpeg_share": 0.0, "grey_share": 1.0})
     monkeypatch.chdir(tmp_path)
-    flags = f"{TINY} --image_folder images --max_steps 1 --degradation scan --second_blur_share 0.5"
-    assert train_diffusion.main(flags.split()) == 0
-    path = next(tmp_path.glob("checkpoints/*/*_last.pth"))
+    more = "--max_steps 1 --degradation scan --second_blur_share 0.5".split()
+    assert train_diffusion.main(flags(photo_folder, tmp_path, *more)) == 0
+    path = newest(tmp_path)
     assert train_diffusion.main(["--weights_path", str(path), "--max_steps", "2"]) == 0
-    how = "--data images --scale 2 --degradation scan --limit 1 --no_lpips --json table.json"
-    assert evaluate.main(how.split()) == 0
+    how = "--scale 2 --degradation scan --limit 1 --no_lpips --json table.json"
+    assert evaluate.main(["--data", str(photo_folder), *how.split()]) == 0
     assert "scan: " in Path("table.json").read_text()
     scan = Degradation.of(kind="scan", scale=2.0, second_blur_share=0.5)
     assert (scan.amount, scan.jpeg_share) == (0.3, 0.0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.device import autocast_dtype, default_workers, is_out_of_memory, select_device
+from engine.processes import started_processes
 from util import ResidualBlock
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -17,6 +18,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_a_device_that_is_not_there_is_an_error_and_no_fallback(name):
     with pytest.raises(ValueError, match=repr(name)):
         select_device(name)
+
+
+@pytest.mark.parametrize("given", ["4", "two", "0"])
+def test_a_world_size_without_torchrun_is_refused(given, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(ValueError, match=given), started_processes("cpu"):
+        pass
 
 
 def test_precisions_by_name():

@@ -264,49 +264,30 @@ def test_a_blank_folder_has_nothing_to_learn(tmp_path):
 # ------------------------------------------------------------------------------------------------- generator
 
 
-def test_the_residual_is_what_is_added_to_the_upscaled_image():
-    unet, generator = tiny_unet(), ResidualGenerator()
-    low_res = fixed(2, 3, 10, 13).clamp(-1, 1)
-    residuals = generator.generate_residuals(unet, low_res, 2, 3, seed=5)
-    images = generator.generate_images(unet, low_res, 2, 3, seed=5)
-    upscaled = resize(low_res, scale=2).clamp(-1, 1)
-    expected = (upscaled.repeat_interleave(2, 0) + residuals).clamp(-1, 1) / 2 + 0.5
-    assert images.shape == (4, 3, 20, 26)
-    torch.testing.assert_close(images, expected)
-
-
-def test_what_the_mean_leaves_is_sampled_and_both_are_added():
+def test_what_the_mean_leaves_is_sampled_and_both_are_added_to_the_upscaled_images():
     """As training defines it: clean = residual / residual_std - mean."""
     network = random_model(scale=2.0, predictor_blocks=2, conditioning="concat").network
-    generator, low_res = ResidualGenerator(), fixed(1, 3, 10, 13).clamp(-1, 1)
+    generator, low_res = ResidualGenerator(), fixed(2, 3, 10, 13).clamp(-1, 1)
     upscaled = resize(low_res, scale=2).clamp(-1, 1)
     context, mean = network.encode_context(Condition(upscaled))
     bounds = [((edge - upscaled) / network.residual_std - mean) for edge in (-1, 1)]
 
     def denoise(noisy, timestep):
-        t = torch.tensor([timestep])
+        t = torch.full((2,), timestep)
         return generator.diffusion.clean_estimate(network(noisy, t, context), noisy, t).clamp(*bounds)
 
-    noise = draw_noise([noise_stream(5, 0)], 3, 20, 26)
+    noise = draw_noise([noise_stream(5, 0) for _ in low_res], 3, 20, 26)
     with torch.inference_mode():
         for steps in (1, 4):
             *_, left = sample(generator.plan(steps), noise, denoise, Step.advance)
-            residual = generator.generate_residuals(network, low_res, 1, steps, seed=5)
-            torch.testing.assert_close(residual, (mean + left) * network.residual_std, atol=1e-4, rtol=0)
+            residuals = generator.generate_residuals(network, low_res, 2, steps, seed=5)[::2]
+            torch.testing.assert_close(residuals, (mean + left) * network.residual_std, atol=1e-4, rtol=0)
 
 
 def test_samples_differ_by_number_seed_and_call():
     unet, generator, low_res = tiny_unet(), ResidualGenerator(), fixed(1, 3, 10, 13).clamp(-1, 1)
     images = [generator.generate_images(unet, low_res, 2, 3, seed=seed) for seed in (5, 6, None, None)]
     assert len({image.numpy().tobytes() for image in torch.cat(images)}) == 8
-
-
-def test_an_image_does_not_depend_on_its_neighbours_in_the_batch():
-    unet, generator = tiny_unet(), ResidualGenerator()
-    low_res = fixed(3, 3, 12, 12).clamp(-1, 1)
-    together = generator.generate_images(unet, low_res, 1, 4, seed=1)
-    alone = generator.generate_images(unet, low_res[1:2], 1, 4, seed=1)
-    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,10 @@ from imaging.files import DecodedImage, decode_image, write_image
 from imaging.metadata import Metadata
 from imaging.panels import comparison_picture
 from models import export_safetensors
-from restoration import RestoreConfig, restore
+from restoration import restore
 from restoration import weights as own_weights
 from restoration.files import on_background
 from tests.networks import PROCESS, random_model
-from tests.test_restoration import psnr
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ROOT = Path(__file__).parent.parent
@@ -85,37 +84,17 @@ def test_a_folder_with_a_bad_file_in_it(weights, picture, tmp_path, capsys):
     assert set(output.rglob("*.*")) == {output / "a_x4.png", output / "more/b_x4.png"}
 
 
-@pytest.mark.slow
-def test_an_export_is_smaller_and_restores_as_the_checkpoint_does(weights, picture, tmp_path, capsys):
-    model = tmp_path / "model.safetensors"
-    assert here("--weights_path", weights, "--export", model) == 0
-    assert capsys.readouterr().out.startswith(str(model))
-    assert model.stat().st_size < 0.7 * weights.stat().st_size
-    how = {"config": RestoreConfig(steps=3), "device": "cpu", "precision": "fp32"}
-    assert psnr(*(restore(picture, path, **how).pixels for path in (weights, model))) > 40
-
-
 # --------------------------------------------------------------------------------------------- kinds of files
 
 
-def test_of_an_animation_the_first_frame_is_restored_and_a_turned_photo_upright(
-    weights, picture, tmp_path, capsys
-):
-    folder, output = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "camera"
-    Image.fromarray(picture).save(folder / "turned.jpg", exif=exif)
-    frames = [Image.fromarray(picture), Image.fromarray(255 - picture)]
-    frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
-    assert here("--weights_path", weights, folder, "--output", output) == 0
-    assert f"{output / 'moving_x4.png'} (first of 2 frames)" in capsys.readouterr().out
-    moving, turned = (decode_image(path) for path in sorted(output.iterdir()))
-    assert np.array_equal(moving.pixels, restore(picture, weights, device="cpu", precision="fp32").pixels)
-    assert turned.pixels.shape == (112, 80, 3)
-    kept = Image.Exif()
-    kept.load(turned.metadata.exif)
-    assert (kept[0x010F], kept.get(0x0112, 1)) == ("camera", 1)
+def test_of_an_animation_the_first_frame_is_restored(weights, picture, tmp_path, capsys):
+    frames = [Image.fromarray(one) for one in (picture, 255 - picture)]
+    source, output = tmp_path / "i.webp", tmp_path / "o.png"
+    frames[0].save(source, save_all=True, append_images=frames[1:], lossless=True)
+    assert here("--weights_path", weights, source, "--output", output) == 0
+    assert capsys.readouterr().out == f"{output} (first of 2 frames)\n"
+    expected = restore(picture, weights, device="cpu", precision="fp32").pixels
+    assert np.array_equal(decode_image(output).pixels, expected)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +197,8 @@ WRONG = {
     "one/a.png two/a.png --output out --overwrite": "one/a.png and two/a.png",
     "photo.png one/a.png other.png --output done": "done/a_x4.png: exists already, and 1 more",
     "--export model.bin": "model.bin",
-    "--export model.safetensors --scale 8": "exists",
+    "--export model.safetensors": "exists",
+    "--weights clean --export new.safetensors --scale 8": "several models",
 }
 
 
@@ -257,6 +237,7 @@ def test_every_wrong_value_is_one_line_that_names_it(
             "b.png m/a_1.5.npy m/a_1.5.png",
         ),
         ("a.png --compare --output b.tif", "b.tif b_compare.png"),
+        ("a.png --scale 2.5 --output out", "out/a_x2.5.png"),
     ],
 )
 def test_results_go_where_they_were_asked_to(weights, picture, tmp_path, monkeypatch, arguments, made):
@@ -268,7 +249,7 @@ def test_results_go_where_they_were_asked_to(weights, picture, tmp_path, monkeyp
         assert here("--weights_path", weights, *arguments.split(), *flags) == 0
         results = {path for path in set(tmp_path.rglob("*.*")) - inputs if path.is_file()}
         assert results == {tmp_path / name for name in made.split()}
-    assert Image.open(tmp_path / made.split()[0]).size == (112, 80)
+    assert Image.open(tmp_path / made.split()[0]).size == ((70, 50) if "2.5" in made else (112, 80))
 
 
 @pytest.mark.parametrize(
@@ -341,7 +322,6 @@ def test_a_stopped_run_leaves_whole_files_and_can_go_on(weights, three, tmp_path
     [
         (MemoryError("Unable to allocate 9.00 GiB"), "b.png: out of memory"),
         (PermissionError(errno.EACCES, "Permission denied"), "b_x4.png: Permission denied"),
-        (OSError("2000 x 3000 pixels need 72 MB in /tmp"), "b.png: 2000 x 3000"),
         (OSError(errno.ENOSPC, "No space left on device"), "b_x4.png: No space left on device"),
     ],
     ids=str,

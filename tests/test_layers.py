@@ -27,7 +27,7 @@ PACKAGES = [path.parent for path in ROOT.glob("*/__init__.py")]
 FILES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in package.glob("*.py"))])
 PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
 # Lines of code at most. A feature that is worth its lines raises the number here, in its own commit.
-BUDGET = {"product": 5490, "tests": 6125}
+BUDGET = {"product": 5490, "tests": 5989}
 per_file = pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -40,10 +40,11 @@ def nodes(path, *kinds):
     return [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
-def imported_places(path):
+def imported(path):
+    """The first names of the modules that a file imports, wherever in it."""
     names = {alias.name for node in nodes(path, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes(path, ast.ImportFrom) if node.module and not node.level}
-    return {name.split(".")[0] for name in names} & PLACES
+    return {name.split(".")[0] for name in names}
 
 
 def layer(name):
@@ -56,17 +57,9 @@ def code_lines(path):
     for node in nodes(path, ast.Module, ast.ClassDef, ast.FunctionDef):
         if ast.get_docstring(node, clean=False) is not None:
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    layout = {
-        tokenize.COMMENT,
-        tokenize.NL,
-        tokenize.NEWLINE,
-        tokenize.INDENT,
-        tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    }
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-        if token.type not in layout:
+        if token.string.strip() and token.type != tokenize.COMMENT:
             lines |= set(range(token.start[0], token.end[0] + 1))
     return len(lines - docstrings)
 
@@ -81,9 +74,9 @@ def test_the_root_is_small():
 
 @per_file
 def test_imports_only_go_down_and_none_is_of_a_script(path):
-    own, imported = place(path), imported_places(path)
-    assert all(layer(name) <= layer(own) for name in imported)
-    assert own in {"examples", "bench"} or not imported & (SCRIPTS - {own})
+    own, others = place(path), imported(path) & PLACES
+    assert all(layer(name) <= layer(own) for name in others)
+    assert own in {"examples", "bench"} or not others & (SCRIPTS - {own})
 
 
 @per_file

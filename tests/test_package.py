@@ -1,6 +1,5 @@
 """What is installed: pyproject.toml names every module and dependency, and pages link to what exists."""
 
-import ast
 import re
 import sys
 import tomllib
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import VERSION
+from tests.test_layers import imported
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -25,14 +25,8 @@ def names(requirements):
 
 def imports_of(folders):
     """The distributions that files import, wherever in them."""
-    imported = set()
-    for path in (path for folder in folders for path in folder.glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            if isinstance(node, ast.ImportFrom) and node.module:
-                imported.add(node.module.split(".")[0])
-    others = imported - {each.stem for each in ROOT.iterdir()} - sys.stdlib_module_names
+    names = set().union(*(imported(path) for folder in folders for path in folder.glob("*.py")))
+    others = names - {each.stem for each in ROOT.iterdir()} - sys.stdlib_module_names
     return {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in others}
 
 

@@ -103,13 +103,6 @@ def test_restoring_reads_nothing_between_evaluations(pretended, options):
     assert len(set(counts)) == (0 if config.mode else 1)
 
 
-def test_validation_stays_on_the_device(pretended, photo_folder):
-    diffusion = DiffusionModel(5, pretended.device)
-    dataset = ImageDataset([photo_folder / "0.png"], SIZE, SCALE, train=False)
-    found = Validator(diffusion, dataset)(small_unet(0).to(pretended.device))
-    assert set(found.images) == {"low_bicubic_mean_original", "low_bicubic_sample_original"}
-
-
 def test_a_device_without_float64_is_given_none(pretended, monkeypatch, photo_folder):
     """MPS has none: what is made in float64 is made on the CPU."""
     monkeypatch.setattr(bicubic, "WITHOUT_FLOAT64", {pretended.device.type})

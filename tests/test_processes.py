@@ -15,22 +15,16 @@ import torch
 
 import evaluate
 import infer
-from engine.checkpoint import load_checkpoint, save_checkpoint
-from engine.processes import started_processes
-from tests.networks import PROCESS, random_model
+from engine.checkpoint import load_checkpoint
+from models import export_safetensors
+from tests.networks import random_model
 from tests.runs import flags, logged, newest, start, wait_for
 from train_diffusion import main
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_diffusion.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-
-
-@pytest.mark.parametrize("given", ["4", "two", "0"])
-def test_a_world_size_without_torchrun_is_refused(given, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", given)
-    with pytest.raises(ValueError, match=given), started_processes("cpu"):
-        pass
 
 
 def start_two(script, folder, argv):
@@ -53,7 +47,6 @@ def run_two(script, folder, argv):
     return [process.exitcode for process in two], [(folder / f"printed_{rank}").read_text() for rank in "01"]
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(photo_folder, tmp_path):
     """5 training images in groups of 4: the last group of an epoch leaves one process without a sample."""
     more = ["--batch_size", "1", "--log_every", "1", "--max_steps", "4", "--validate_every", "2"]
@@ -76,7 +69,6 @@ ENDLESS = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_killed_ends_the_other_and_the_checkpoint_is_good(photo_folder, tmp_path, rank):
     two = start_two(main, tmp_path / "run", flags(photo_folder, tmp_path / "run", *ENDLESS))
@@ -87,7 +79,6 @@ def test_a_process_that_is_killed_ends_the_other_and_the_checkpoint_is_good(phot
     assert load_checkpoint(newest(tmp_path / "run"))["step"] >= 2
 
 
-@pytest.mark.slow
 def test_a_signal_to_torchrun_ends_the_job_and_saves(photo_folder, tmp_path):
     more = [*ENDLESS, "--validate_every", "1", "--save_every", "100000"]
     job = subprocess.Popen(
@@ -105,10 +96,8 @@ def test_a_signal_to_torchrun_ends_the_job_and_saves(photo_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.pth"
-    loaded = random_model(2.0)
-    content = {"network": loaded.network.config.to_dict(), "process": PROCESS.to_dict(), "step": 7}
-    save_checkpoint(path, {**content, "ema": loaded.network.state_dict()})
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    export_safetensors(random_model(2.0), path)
     return str(path)
 
 
@@ -116,7 +105,6 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
-@pytest.mark.slow
 def test_a_killed_worker_loses_only_its_current_file_and_two_others_do_the_rest_to_the_byte(
     photo_folder, weights, tmp_path
 ):
@@ -139,7 +127,6 @@ def test_a_killed_worker_loses_only_its_current_file_and_two_others_do_the_rest_
     assert contents(results) == {**expected, **found} == expected
 
 
-@pytest.mark.slow
 def test_two_processes_measure_the_table_of_one(photo_folder, weights, tmp_path, capsys):
     photos = shutil.copytree(photo_folder, tmp_path / "photos")
     (photos / "0_damaged.png").write_bytes(b"no image")

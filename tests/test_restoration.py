@@ -4,14 +4,12 @@ Networks here have random weights everywhere, also where training starts at zero
 and conditioning all have an effect on the result.
 """
 
-import copy
 import errno
 import io
 import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +27,13 @@ from examples.dead_leaves import dead_leaves
 from imaging.files import DecodedImage, decode_image, write_image
 from imaging.metadata import Metadata
 from imaging.pixels import pixels_to_unit, to_model_range
-from infer import main
 from models import LoadedModel
 from network import Condition
 from restoration import PRESETS, RestoreConfig, Restorer, restore
 from restoration.fields import release_pages, zeros
 from restoration.scales import chain_to, check, plan_chain, restore_to
 from restoration.tiling import Scale, Window, plan_windows
-from samplers import SCHEDULERS
+from samplers import DEFAULT_SCHEDULER, SCHEDULERS
 from tests.networks import BICUBIC, PROCESS, random_model
 from unet import UNet
 
@@ -136,17 +133,17 @@ def test_large_zeros_are_a_tensor_like_any_other_in_a_file_that_leaves_nothing(l
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how",
+    ("how", "scheduler"),
     [
-        {"conditioning": "both"},
-        {"conditioning": "concat", "patch_size": 4, "dim_mults": (1, 2)},
-        {"conditioning": "concat", "norm": "group", "gain": 0.3},
+        *(({"conditioning": "both"}, scheduler) for scheduler in SCHEDULERS),
+        ({"conditioning": "concat", "patch_size": 4, "dim_mults": (1, 2)}, DEFAULT_SCHEDULER),
+        ({"conditioning": "concat", "norm": "group", "gain": 0.3}, DEFAULT_SCHEDULER),
     ],
     ids=str,
 )
-def test_windows_give_what_one_piece_gives_and_no_seams(how, picture):
-    loaded = random_model(**how)
-    whole, tiled = (run(picture, loaded, tile=tile, steps=4).pixels.astype(float) for tile in (0, 256))
+def test_windows_give_what_one_piece_gives_and_no_seams(how, scheduler, picture):
+    loaded, options = random_model(**how), {"steps": 4, "scheduler": scheduler}
+    whole, tiled = (run(picture, loaded, tile=tile, **options).pixels.astype(float) for tile in (0, 256))
     assert whole.std() > 20
     assert psnr(whole, tiled) >= 45
     multiple = loaded.network.window_multiple
@@ -156,13 +153,6 @@ def test_windows_give_what_one_piece_gives_and_no_seams(how, picture):
         borders = [line for start in starts for line in (start, start + overlap) if line < length]
         seams = [np.diff(image, axis=axis).take(np.array(borders) - 1, axis=axis) for image in (tiled, whole)]
         assert np.square(seams[0]).sum() <= 1.02 * np.square(seams[1]).sum()
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.slow
-def test_windows_work_with_every_scheduler(scheduler, model, picture):
-    whole, tiled = (run(picture, model, tile=tile, steps=3, scheduler=scheduler).pixels for tile in (0, 192))
-    assert psnr(whole, tiled) >= 45
 
 
 def test_windows_are_of_the_given_side_or_by_the_size_of_the_image(model, caplog):
@@ -231,11 +221,11 @@ def test_peak_memory_hardly_grows_with_the_image():
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def test_one_piece_is_what_the_generator_gives_and_the_same_bytes_again(model, patch):
+def test_one_piece_is_what_the_generator_gives_and_the_same_bytes_again(model, predicting, patch):
     low_res = to_model_range(pixels_to_unit(patch))[None]
-    for steps, seed in ((1, 5), (3, 5), (3, 6)):
-        expected = ResidualGenerator().generate_images(model.network, low_res, 1, steps, seed=seed)
-        ours, again = (run(patch, model, steps=steps, seed=seed).pixels for _ in range(2))
+    for loaded, steps, seed in ((predicting, 2, 5), (model, 1, 5), (model, 3, 5), (model, 3, 6)):
+        expected = ResidualGenerator().generate_images(loaded.network, low_res, 1, steps, seed=seed)
+        ours, again = (run(patch, loaded, steps=steps, seed=seed).pixels for _ in range(2))
         assert psnr(ours, np.round(expected[0].permute(1, 2, 0).numpy() * 255)) > 70
         assert np.array_equal(ours, again)
     assert psnr(ours, run(patch, model, steps=3, seed=5).pixels) < 40
@@ -396,21 +386,6 @@ def test_the_predicted_mean_is_exact_in_tiles(predicting, picture, tile):
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"tile": 128}, {"self_ensemble": True}, {"num_images": 2}])
-def test_samples_are_added_to_the_mean(predicting, patch, settings):
-    """With a silent refiner (predicting 0) every sample is the mean."""
-    silent = copy.deepcopy(predicting)
-    for parameter in silent.network.out.parameters():
-        parameter.zero_()
-    model = silent._replace(process=replace(PROCESS, mode="clean"))
-    low_res = pixels_to_unit(patch)[None]
-    views = {name: value for name, value in settings.items() if name == "self_ensemble"}
-    mean = Restorer(model, RestoreConfig(mode="fidelity", **views), CPU)(low_res)
-    sampled = Restorer(model, RestoreConfig(steps=3, **settings), CPU)(low_res)
-    torch.testing.assert_close(sampled, mean, atol=1e-5, rtol=0)
-
-
 # ------------------------------------------------------------------------------------------- kinds of images
 
 
@@ -564,18 +539,3 @@ def test_what_several_passes_cannot_do_is_refused_without_a_picture():
         chain_to(3.0, [restorer(consistency=True)])
     with pytest.raises(OptionError, match=r"3\.0.*x2 and x2"):
         check(chain_to(3.0, [restorer(steps=2, num_images=2)]), deviation=True)
-
-
-@pytest.mark.slow
-def test_the_script_enlarges_by_the_released_models(tmp_path):
-    """x8 is x4, then x2."""
-    photo = dead_leaves((9, 7), np.random.default_rng(1))
-    write_image(tmp_path / "a.png", photo)
-    flags = [str(tmp_path / "a.png"), "--output", str(tmp_path), "--device", "cpu", "--precision", "fp32"]
-    for scale, size in {"2": (18, 14), "2.5": (23, 18), "4.0001": (37, 29), "8": (72, 56)}.items():
-        assert main([*flags, "--scale", scale]) == 0
-        assert decode_image(tmp_path / f"a_x{scale}.png").pixels.shape == (*size, 3)
-    here = {"device": "cpu", "precision": "fp32"}
-    twice = restore(restore(photo, scale=4, **here).pixels, "clean", scale=2, **here).pixels
-    np.testing.assert_array_equal(decode_image(tmp_path / "a_x8.png").pixels, twice)
-    assert main([*flags, "--scale", "8", "--export", str(tmp_path / "x.safetensors")]) == 2

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from bicubic import resize
 from degradation import Degradation
 from imaging.files import write_image
+from tests.networks import randomised
 from util import (
-    Crops,
     ImageDataset,
     MultiHeadAttentionBlock,
     PixelNorm,
@@ -22,15 +22,6 @@ from util import (
     SinusoidalPositionEmbeddings,
     normalisation,
 )
-
-
-def randomised(module):
-    """Every weight drawn anew, so that zero-initialised layers do something."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    return module
-
 
 # ------------------------------------------------------------------------------------------------- blocks
 
@@ -111,15 +102,6 @@ def test_the_upscale_function_takes_image_and_factor(photo_folder):
 
     sample = ImageDataset(photo_folder, 32, 2, nearest)[0]
     assert torch.equal(sample.upscaled[:, ::2, ::2], sample.low_res)
-
-
-def test_degrading_a_batch_equals_degrading_each(photo_folder):
-    dataset = ImageDataset(photo_folder, 32, 4)
-    crops = Crops.stack([dataset.crop(index) for index in range(4)])
-    batch = crops.sample(dataset.degradation)
-    for index in range(4):
-        for ours, theirs in zip(batch, dataset[index], strict=True):
-            torch.testing.assert_close(ours[index], theirs, atol=2e-6, rtol=0)
 
 
 def test_validation_takes_the_central_crop_unflipped(photo_folder):
