@@ -75,6 +75,6 @@ def synchronize(device: torch.device) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM  # of mapping a file
-    # CUDA has a class for it, but every device has words.
+    # CUDA has a class for it, other devices a RuntimeError of these words.
     said = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+    return isinstance(error, (MemoryError, RuntimeError if said else torch.OutOfMemoryError))
