@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bicubic import exact_scale, upscale_image
 from degradation import Degradation
-from engine.checkpoint import Checkpoint, CheckpointError, load_weights, read_for_resume, read_model
+from engine.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, read_for_resume
 from engine.options import OptionError, Options, option
 from engine.processes import Processes
 from engine.run import RunFiles
@@ -325,11 +325,11 @@ class DiffusionModel:
 
     def load_model_weights(self, model: nn.Module, path: str | Path, verbose: bool = False) -> None:
         """Load the averaged weights; CheckpointError where they are damaged, unfit or of another process."""
-        file = read_model(path)
-        self._check_process(file.sections.get("process"), path)
-        load_weights(model, file.weights, path)
+        content = load_checkpoint(path)
+        self._check_process(content.get("process"), path)
+        load_weights(model, content.get("ema", {}), path)
         if verbose:
-            print(f"{path}: {self.mode}, {file.step} steps")  # noqa: T201  # what verbose asks for
+            print(f"{path}: {self.mode}, {content['step']} steps")  # noqa: T201  # what verbose asks for
 
     def load_checkpoint_for_resume(self, state: TrainState, checkpoint: str | Path | Checkpoint) -> None:
         """Set the state to the checkpoint's; CheckpointError where process, network or optimiser differ."""

@@ -12,17 +12,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import timedelta
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 
 import torch
 
-from engine.cli import Parser, add_computing_flags, run_script, say, warn
-from engine.device import autocast_dtype
+from engine.cli import Parser, in_processes, run_script, say, warn
+from engine.device import ComputingOptions, autocast_dtype
 from engine.options import add_flags, from_args, path
 from engine.packages import IMPORT_ERRORS
-from engine.processes import Processes, started_processes
+from engine.processes import Processes
 from evaluation.images import EvaluationConfig, ImageSet
 from evaluation.measure import Method, describe_model, evaluate, model_method
 from evaluation.report import Facts, Report
@@ -40,7 +40,7 @@ OUTPUTS: dict[str, tuple[str, Callable[[Report], bytes]]] = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     group = parser.add_argument_group("data and metrics")
     add = group.add_argument
@@ -48,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scale", type=float, required=True, help="enlargement, such as 4")
     add("--no_lpips", dest="lpips", action="store_false", help="leave out LPIPS")
     add_flags(group, EvaluationConfig, skip=["scale", "lpips"])
-    add = parser.add_argument_group("model").add_argument
-    add_weights_flags(add, default="those of infer.py if a flag of restoring is given, else bicubic alone")
-    add_computing_flags(add)
+    group = parser.add_argument_group("model")
+    add_weights_flags(group, default="those of infer.py if a flag of restoring is given, else bicubic alone")
+    add_flags(group, ComputingOptions)
     group = parser.add_argument_group("restoring", "as infer.py does; each mode and each number has a row")
     add = group.add_argument
     modes = "modes of infer.py (default, without --detail and --steps: all)"
@@ -134,11 +134,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        args = build_parser().parse_args(argv)
-        with started_processes(args.device, timedelta(days=7)) as processes:
-            return run(args, processes)
-
+    work = partial(in_processes, build_parser(), argv, run)
     options = [EvaluationConfig, RestoreConfig]
     return run_script("evaluate.py", work, options, stopped="files are written only at the end")
 

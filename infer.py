@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -23,10 +23,10 @@ if __name__ == "__main__":
 import torch
 from PIL import ImageColor
 
-from engine.cli import Parser, add_computing_flags, expand, run_script, say, warn
-from engine.device import autocast_dtype
+from engine.cli import Parser, expand, in_processes, run_script, say, warn
+from engine.device import ComputingOptions, autocast_dtype
 from engine.options import OptionError, add_flags, from_args, path
-from engine.processes import Processes, started_processes
+from engine.processes import Processes
 from engine.progress import progress
 from imaging.atomic import check_outputs, is_disk_error
 from imaging.kinds import WRITABLE_SUFFIXES, list_images
@@ -39,13 +39,13 @@ from restoration.scales import Chain, chain_to, check
 from restoration.weights import add_weights_flags, load_models
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     group = parser.add_argument_group("files")
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("inputs", nargs="*", metavar="INPUT", help="images, or folders of images")
     add("--input", nargs="+", default=[], metavar="INPUT", help="the same")
-    add_weights_flags(add, default="by the scale")
+    add_weights_flags(group, default="by the scale")
     add("--scale", type=float, help="enlargement, above 1 and at most 16 (default: the model's)")
     output = "folder, or for one image the name of the result (default: ./restored)"
     add("--output", type=path, default="./restored", help=output)
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     export = "name for the model as .safetensors (half precision); without inputs, nothing else is done"
     add("--export", type=path, metavar="MODEL", help=export)
     add_flags(parser.add_argument_group("restoring"), RestoreConfig)
-    add_computing_flags(parser.add_argument_group("computing").add_argument)
+    add_flags(parser.add_argument_group("computing"), ComputingOptions)
     return parser
 
 
@@ -161,8 +161,9 @@ def maps_of(base: Path, named: Path, inputs: int) -> list[Path]:
     return [named.with_name(name + ending) for ending in (".png", ".npy")]
 
 
-def restore_all(chain: Chain, tasks: Sequence[Task], processes: Processes) -> int:
+def run(args: argparse.Namespace, processes: Processes) -> int:
     """Restore this process's part; returns the status of all: 0, 1 where some failed, 2 where all did."""
+    chain, tasks = prepare(args, processes)
     failures: list[str] = []
     done = 0
     for number in range(processes.rank, len(tasks), processes.world_size):
@@ -234,12 +235,8 @@ def prepare(args: argparse.Namespace, processes: Processes) -> tuple[Chain, list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def work() -> int:
-        args = build_parser().parse_args(argv)
-        with started_processes(args.device, timedelta(days=7)) as processes:
-            return restore_all(*prepare(args, processes), processes)
-
     stopped = "finished images are whole, --skip_existing does the others"
+    work = partial(in_processes, build_parser(), argv, run)
     return run_script("infer.py", work, [RestoreConfig], stopped=stopped)
 
 

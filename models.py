@@ -1,13 +1,13 @@
 """A finished model: its network, and the process and degradation that it was trained with, in one file."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from degradation import Degradation
 from diffusion import ProcessConfig
-from engine.checkpoint import CheckpointError, ModelFile, export_model, load_weights, read_model
+from engine.checkpoint import CheckpointError, export_model, load_checkpoint, load_weights
 from network import Network, name_of
 from unet import UNet
 
@@ -23,25 +23,26 @@ class LoadedModel(NamedTuple):
 
 def load_model(path: str | Path, network: type[Network] = UNet) -> LoadedModel:
     """Load a checkpoint or an exported model of this class of network; CheckpointError."""
-    file = read_model(path)
-    name = file.sections.get("network_class", name_of(UNet))
+    content = load_checkpoint(path)
+    name = content.get("network_class", name_of(UNet))
     if name.partition(":")[2] != network.__qualname__:  # the module may have moved, or be a script
         raise CheckpointError(f"{path} is of the network {name}, not {name_of(network)}: give the former")
     try:
-        rebuilt = network.from_config(network.Config.from_dict(file.sections["network"]))
-        process = ProcessConfig.from_dict(file.sections["process"])
-        bicubic = {"scale": float(file.weights["scale"])}  # all that format 1 knew
-        degradation = Degradation.from_dict(file.sections.get("degradation", bicubic))
+        rebuilt = network.from_config(network.Config.from_dict(content["network"]))
+        process = ProcessConfig.from_dict(content["process"])
+        weights, step = content["ema"], int(content["step"])
+        bicubic = {"scale": float(weights["scale"])}  # all that format 1 knew
+        degradation = Degradation.from_dict(content.get("degradation", bicubic))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
-    load_weights(rebuilt, file.weights, path)
+    load_weights(rebuilt, weights, path)
     rebuilt.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return LoadedModel(rebuilt, process, degradation, file.step)
+    return LoadedModel(rebuilt, process, degradation, step)
 
 
 def export_safetensors(model: LoadedModel, path: str | Path) -> None:
     """Write a model to a .safetensors file in half precision; CheckpointError."""
     parts = {"network": model.network.config, "process": model.process, "degradation": model.degradation}
-    sections: dict[str, Any] = {name: part.to_dict() for name, part in parts.items()}
-    sections["network_class"] = name_of(type(model.network))
-    export_model(path, ModelFile(sections, model.network.state_dict(), model.step))
+    sections: dict[str, object] = {name: part.to_dict() for name, part in parts.items()}
+    sections |= {"network_class": name_of(type(model.network)), "step": model.step}
+    export_model(path, sections, model.network.state_dict())

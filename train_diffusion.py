@@ -25,11 +25,10 @@ import torchinfo
 from degradation import Degradation
 from diffusion import DiffusionModel, ObjectiveConfig, ProcessConfig, ResidualGenerator
 from engine.checkpoint import Checkpoint, load_weights, read_for_resume
-from engine.cli import Parser, run_script, say
-from engine.device import Precision, autocast_dtype, tune_for_training
+from engine.cli import Parser, expand_recipes, run_script, say
+from engine.device import ComputingOptions, autocast_dtype, tune_for_training
 from engine.options import OptionError, Options, add_flags, option, path, specs
 from engine.processes import Processes, started_processes
-from engine.recipes import expand_recipes
 from engine.run import RunFiles, locked, new_folder
 from evaluation.lpips import Lpips, MetricUnavailableError, PerceptualFeatures
 from evaluation.validation import Validator
@@ -64,10 +63,8 @@ class DataOptions(Options):
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
+class RunOptions(ComputingOptions):
     residual_std: float | None = option(None, "divisor of the residuals; by default measured", above=0)
-    device: str = option("auto", "device: auto, cpu, mps, cuda or one such as cuda:1", fixed=False)
-    precision: Precision = option("auto", "number format; auto: bf16 where the device has it", fixed=False)
     checkpoint_activations: bool = option(False, "less memory, a third more time", fixed=False)
     compile: bool = option(False, "torch.compile of the network: a slow start", fixed=False)
     log_dir: str = option("./logs", "folder of TensorBoard's logs", path=True)
@@ -122,14 +119,11 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str]) -> tuple[Settings, Checkpoint | None]:
-    return read_settings(parse_flags(argv))
-
-
-def read_settings(given: Mapping[str, Any]) -> tuple[Settings, Checkpoint | None]:
     """Read the options of the run, from the checkpoint it resumes where not given, and that checkpoint.
 
     ValueError names the flag of a wrong value, or of one that contradicts the checkpoint.
     """
+    given = parse_flags(argv)
     checkpoint = read_for_resume(given["weights_path"]) if "weights_path" in given else None
     content = {} if checkpoint is None else checkpoint.content
     network = network_class(given.get("network", content.get("network_class", name_of(UNet))))
@@ -164,9 +158,9 @@ def check_fixed(
             raise OptionError(name, value, f"{path} was trained with {former[name]}; {remedy}")
 
 
-def flags_for_few_images(given: Mapping[str, Any], settings: Settings, processes: Processes) -> list[str]:
+def flags_for_few_images(given: Collection[str], settings: Settings, processes: Processes) -> list[str]:
     """Return flags of the recipe where the defaults are too few steps to learn and nobody chose a length."""
-    if given.keys() & {"weights_path", "epochs", "max_steps", "accumulation_steps"}:
+    if {"epochs", "max_steps", "accumulation_steps"} & set(given):
         return []
     images = len(list_images(settings.data.image_folder))
     steps = settings.training.resolved(images, processes.world_size).max_steps
@@ -378,13 +372,12 @@ def describe_end(run: RunFiles, received: int | None, world_size: int) -> Iterat
 
 def train(argv: Sequence[str]) -> int:
     """Train as the flags say; return 0, or 128 + n after signal n."""
-    given = parse_flags(argv)
-    settings, checkpoint = read_settings(given)
+    settings, checkpoint = parse(argv)
     with started_processes(settings.run.device) as processes:
         if checkpoint is not None:
             settings = keep_global_batch(settings, checkpoint, processes)
-        elif flags := flags_for_few_images(given, settings, processes):
-            settings, _ = read_settings({**parse_flags(flags), **given})
+        elif flags := flags_for_few_images(parse_flags(argv), settings, processes):
+            settings, _ = parse([*flags, *argv])
         received = run(settings, checkpoint, processes)
     return 0 if received is None else 128 + received
 

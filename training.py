@@ -34,12 +34,10 @@ from engine.device import default_workers
 from engine.muon import Muon
 from engine.options import Options, narrowed, one_line, option, rare_option
 from engine.packages import IMPORT_ERRORS
-from engine.processes import LostProcessError, Processes, RunError
+from engine.processes import LostProcessError, Processes, RunError, handled_by, leave_stopping_to_the_parent
 from engine.progress import progress
-from engine.run import RunFiles
-from engine.run_log import RunLogger, tracer
+from engine.run import RunFiles, RunLogger, tracer
 from engine.seeds import noise_seed
-from engine.signals import handled_by, leave_stopping_to_the_parent
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.timing import in_turns
 from degradation import Degradation
 from diffusion import DiffusionModel, ResidualGenerator
-from engine.checkpoint import load_weights, read_model
+from engine.checkpoint import load_checkpoint, load_weights
 from engine.device import autocast_dtype
 from engine.processes import Processes
 from evaluation.images import ImageSet
@@ -114,7 +114,7 @@ def train_for(steps: int, network: Network, photos: Path, device: torch.device) 
         run, _ = diffusion.train(
             network, training, config, checkpoint_dir=checkpoints, log_dir=logs, precision=precision
         )
-        load_weights(network, read_model(run.last).weights, run.last)
+        load_weights(network, load_checkpoint(run.last)["ema"], run.last)
     return LoadedModel(network.eval(), diffusion.process, training.degradation, steps)
 
 

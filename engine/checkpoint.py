@@ -18,7 +18,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +39,6 @@ class CheckpointError(ValueError):
 class Checkpoint(NamedTuple):
     path: Path
     content: dict[str, Any]
-
-
-class ModelFile(NamedTuple):
-    """Holds what restoring needs of a checkpoint or an exported model."""
-
-    sections: dict[str, Any]  # options by name, of the network and of whatever else describes the model
-    weights: StateDict  # averaged, float32
-    step: int
 
 
 def save_checkpoint(path: Path, content: dict[str, object]) -> None:
@@ -74,13 +66,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is {what}: give the path of a checkpoint or of an exported model")
     with path.open("rb") as file:
         exported = file.read(9)[8:] == b"{"  # the first byte of a safetensors header, after its length
-    content = _read_safetensors(path) if exported else _read_pth(path)
+    content: Any = _read_safetensors(path) if exported else _read_pth(path)
     found = content.get("format") if isinstance(content, dict) else None
     if found not in READABLE:
         raise CheckpointError(
             f"{path} {NOT_A_CHECKPOINT}, or of a later version: its format is {found}, not up to {FORMAT}"
         )
-    return cast(dict[str, Any], content)
+    return {"network" if name == "unet" else name: part for name, part in content.items()}  # of format 1
 
 
 def read_for_resume(path: str | Path) -> Checkpoint:
@@ -126,29 +118,17 @@ def load_weights(model: nn.Module, weights: StateDict, source: str | Path) -> No
     model.load_state_dict(weights)
 
 
-def read_model(path: str | Path) -> ModelFile:
-    """Read the model of a checkpoint or of an exported model; CheckpointError as load_checkpoint."""
-    content = load_checkpoint(path)
-    if "unet" in content:  # in format 1
-        content["network"] = content.pop("unet")
-    try:
-        return ModelFile(content, content["ema"], int(content["step"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe a model of this project: {error!r}") from error
-
-
-def export_model(path: str | Path, model: ModelFile) -> None:
+def export_model(path: str | Path, sections: Mapping[str, object], weights: StateDict) -> None:
     """Write a .safetensors file in half precision, or raise CheckpointError."""
     from safetensors.torch import save
 
-    weights = {  # single numbers, which every pixel depends on, stay in single precision
-        name: (value.half() if value.ndim else value).cpu().contiguous()
-        for name, value in model.weights.items()
+    halves = {  # single numbers, which every pixel depends on, stay in single precision
+        name: (value.half() if value.ndim else value).cpu().contiguous() for name, value in weights.items()
     }
-    header = {"format": str(FORMAT), "version": VERSION, "step": str(model.step), "sha256": _digest(weights)}
-    header |= {name: json.dumps(values) for name, values in model.sections.items()}
+    header = {"format": str(FORMAT), "version": VERSION, "sha256": _digest(halves)}
+    header |= {name: json.dumps(values) for name, values in sections.items()}
     # Not save_file, which makes a file that its owner alone can read.
-    encoded = save(weights, metadata=header)
+    encoded = save(halves, metadata=header)
     _write(Path(path), lambda stream: stream.write(encoded))
 
 

@@ -1,4 +1,4 @@
-"""Does what every script does around its work: flags, paths, lines, and exceptions in words."""
+"""Does what every script does around its work: flags, recipes, paths, lines, and exceptions in words."""
 
 import argparse
 import contextlib
@@ -6,19 +6,25 @@ import glob
 import io
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, get_args
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from engine.device import Precision, is_out_of_memory
+from engine.device import is_out_of_memory
 from engine.options import OptionError, Options, one_line, path, specs
-from engine.processes import RunError
-from engine.signals import Stopped, handled_by, stop
+from engine.processes import Processes, RunError, Stopped, handled_by, started_processes, stop
 
 logger = logging.getLogger(__name__)
+
+# A comment begins a line or follows a space; within a word or quotes # is a letter.
+_COMMENT = re.compile(r"""('[^']*'|"[^"]*")|(?<!\S)#.*""")
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,11 +40,13 @@ def module_parser(name: str, description: str | None) -> argparse.ArgumentParser
     return argparse.ArgumentParser(prog=f"python -m {name}", description=description, formatter_class=kind)
 
 
-def add_computing_flags(add: Callable[..., object]) -> None:
-    """Add --device and --precision to a group, by its `add_argument`."""
-    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    precision = "number format: auto is bf16 where the device has it natively (default: auto)"
-    add("--precision", choices=get_args(Precision), default="auto", help=precision)
+def in_processes(
+    parser: Parser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace, Processes], int]
+) -> int:
+    """Return the status of work() with the flags, in each of the processes, which wait for days."""
+    args = parser.parse_args(argv)
+    with started_processes(args.device, timedelta(days=7)) as processes:
+        return work(args, processes)
 
 
 def expand(names: Sequence[str]) -> list[str]:
@@ -50,6 +58,37 @@ def expand(names: Sequence[str]) -> list[str]:
             raise ValueError(f"{name}: no file has such a name")
         expanded += matches
     return expanded
+
+
+def expand_recipes(arguments: Sequence[str], folder: Path = Path(), outer: Sequence[Path] = ()) -> list[str]:
+    """Replace every @file, relative to `folder`, by the flags in it; ValueError names what cannot be read."""
+    flags: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            flags.append(argument)
+            continue
+        recipe = folder / path(argument[1:])
+        if recipe.resolve() in outer:
+            raise ValueError(f"the recipe {recipe} includes itself: remove one of its @ lines")
+        flags += expand_recipes(_words(recipe), recipe.parent, [*outer, recipe.resolve()])
+    return flags
+
+
+def _words(recipe: Path) -> list[str]:
+    try:
+        text = recipe.read_text(encoding="utf-8-sig")  # without a byte-order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the recipe {recipe} cannot be read: {error}") from error
+    lexer = shlex.shlex(_COMMENT.sub(lambda match: match[1] or "", text), posix=True)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""  # C:\data keeps its backslash
+    words: list[str] = []
+    try:
+        words.extend(os.path.expandvars(word) for word in lexer)
+    except ValueError as error:
+        raise ValueError(f"the recipe {recipe}: a quote does not end, after {words[-1:]}") from error
+    if unknown := [word for word in words if "$" in word]:
+        raise ValueError(f"the recipe {recipe}: there is no such variable: {unknown[0]}")
+    return words
 
 
 def say(*lines: str) -> None:

@@ -3,13 +3,22 @@
 import contextlib
 import errno
 import os
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from engine.options import OptionError
+from engine.options import OptionError, Options, option
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class ComputingOptions(Options):
+    """Says what to compute on, and in which numbers."""
+
+    device: str = option("auto", "device: auto, cpu, mps, cuda or one such as cuda:1", fixed=False)
+    precision: Precision = option("auto", "number format; auto: bf16 where the device has it", fixed=False)
 
 
 def select_device(name: str = "auto") -> torch.device:

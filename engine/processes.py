@@ -1,22 +1,30 @@
-"""One run in many processes, one per device, as torchrun starts them."""
+"""One run in many processes, one per device, as torchrun starts them, and the signals that stop them.
+
+A signal is a request to stop: after the step, or at once as an exception.
+"""
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from types import FrameType
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.device import select_device
-from engine.signals import handled_by
 
 T = TypeVar("T")
 NEEDED = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # by torch.distributed, from torchrun
+# Ctrl-C; the end of a job; a closed terminal; SLURM's warning before the time limit.
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 class RunError(RuntimeError):
@@ -108,3 +116,36 @@ def started_processes(device_name: str, patience: timedelta | None = None) -> It
         yield Processes(device, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+class Stopped(BaseException):
+    """A signal, its argument, asked to stop."""
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
+    """Let the handler have the signals that ask to stop; outside the main thread nothing can have them."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # A signal that the parent ignores, as nohup does SIGHUP, stays ignored.
+    heeded = [number for number in STOPPING if in_main_thread and signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, former in previous.items():
+            signal.signal(number, former)
+
+
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise Stopped, as a handler; a second signal ends the process at once."""
+    for one in STOPPING:
+        if signal.getsignal(one) == stop:
+            signal.signal(one, signal.SIG_DFL)
+    raise Stopped(number)
+
+
+def leave_stopping_to_the_parent(worker: int) -> None:
+    """Ignore the signals, as DataLoader's worker_init_fn."""
+    # Signals reach the whole process group, and the main process decides.
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

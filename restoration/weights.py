@@ -1,6 +1,6 @@
 """Finds and loads weights: the project's, by name, and any other, by path."""
 
-from collections.abc import Callable
+import argparse
 from pathlib import Path
 
 from engine.checkpoint import CheckpointError
@@ -54,8 +54,8 @@ def load_model(
     return load_file(find_weights(name, scale)[0], network)
 
 
-def add_weights_flags(add: Callable[..., object], default: str) -> None:
-    """Add --weights, whose `default` is said in words, and --network to a group, by its `add_argument`."""
+def add_weights_flags(group: argparse._ActionsContainer, default: str) -> None:
+    """Add --weights, whose `default` is said in words, and --network."""
     weights = f"photo or clean, the project's own, or a .pth or .safetensors file (default: {default})"
-    add("--weights_path", "--weights", metavar="photo|clean|FILE", type=path, help=weights)
-    add("--network", default=name_of(UNet), **NETWORK_FLAG)
+    group.add_argument("--weights_path", "--weights", metavar="photo|clean|FILE", type=path, help=weights)
+    group.add_argument("--network", default=name_of(UNet), **NETWORK_FLAG)

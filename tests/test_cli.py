@@ -11,8 +11,7 @@ import torch
 
 from engine.cli import Parser, expand, run_script, say
 from engine.options import OptionError, Options, option, path
-from engine.processes import RunError
-from engine.signals import handled_by, stop
+from engine.processes import RunError, handled_by, stop
 
 
 @dataclass(frozen=True)

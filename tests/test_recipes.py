@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.recipes import expand_recipes
+from engine.cli import expand_recipes
 
 
 def write(folder, name, text):

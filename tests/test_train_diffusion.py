@@ -30,7 +30,6 @@ from train_diffusion import (
     make_datasets,
     parse,
     parse_flags,
-    read_settings,
 )
 from training import TrainingConfig, make_optimizer
 
@@ -340,8 +339,8 @@ def test_a_lock_clears_what_a_killed_save_left_and_a_file_system_without_locks_i
 
 
 def chosen(folder, *more):
-    given = parse_flags(["--image_folder", str(folder), *more])
-    return flags_for_few_images(given, read_settings(given)[0], Processes(CPU))
+    given = ["--image_folder", str(folder), *more]
+    return flags_for_few_images(parse_flags(given), parse(given)[0], Processes(CPU))
 
 
 def test_few_images_get_the_recipe_unless_a_length_is_given(photo_folder, tmp_path, capsys):
