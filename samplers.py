@@ -122,7 +122,9 @@ def _preserving(scales: Scales) -> tuple[list[float], list[float]]:
         raise ValueError("signal_scale / noise_scale must fall from each timestep to the next")
     # The squares of two roots make 1 only to the last bit; there the factor is to change nothing.
     factors = torch.where((variance - 1).abs() < 1e-12, 1.0, variance.sqrt())
-    return alpha_bar.clamp(min=LEAST_ALPHA_BAR).tolist(), factors.tolist()
+    # Only the last can be 0; it stays below the one before, however little signal that has.
+    smallest = float(alpha_bar.where(alpha_bar > 0, torch.inf).min())
+    return alpha_bar.clamp(min=min(LEAST_ALPHA_BAR, smallest / 2)).tolist(), factors.tolist()
 
 
 def sample(

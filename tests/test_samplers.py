@@ -91,7 +91,7 @@ def test_the_second_order_samplers_keep_the_variance_at_10_steps():
         assert kept == pytest.approx([1] * 4, abs=within)
 
 
-@given(st.data(), st.sampled_from(SCHEDULERS), st.sampled_from(["cosine", "sigmoid"]))
+@given(st.data(), st.sampled_from(SCHEDULERS), st.sampled_from(["cosine", "sigmoid", "linear"]))
 @settings(max_examples=200)
 def test_every_step_count_falls_from_the_noisiest_and_ends_in_its_last_clean_estimate(data, name, schedule):
     total = data.draw(st.integers(1, 60) | st.integers(61, 1500))
