@@ -105,8 +105,7 @@ def names_a_file(output: str) -> bool:
         return False
     if name.suffix.lower() not in WRITABLE_SUFFIXES:
         known = ", ".join(sorted(WRITABLE_SUFFIXES))
-        remedy = f"use one of {known}, or end the name of a folder with /"
-        raise ValueError(f"--output {output}: {name.suffix or 'such a file'} cannot be written; {remedy}")
+        raise ValueError(f"--output {output}: use one of {known}, or end the name of a folder with /")
     return True
 
 

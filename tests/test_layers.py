@@ -27,7 +27,7 @@ PACKAGES = [path.parent for path in ROOT.glob("*/__init__.py")]
 FILES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in package.glob("*.py"))])
 PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
 # Lines of code at most. A feature that is worth its lines raises the number here, in its own commit.
-BUDGET = {"product": 5490, "tests": 5989}
+BUDGET = {"product": 5459, "tests": 5987}
 per_file = pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
 
 
