@@ -59,14 +59,14 @@ class SharpeningConfig(Options):
 
     pixel_weight: float = option(0.1, "weight of the absolute error beside the perceptual distance", low=0)
     adversarial_share: float = option(
-        1.0, "size of the discriminator's gradient over that of the perceptual distance", low=0, fixed=False
+        0.3, "size of the discriminator's gradient over that of the perceptual distance", low=0, fixed=False
     )
     adversarial_pixel_weight: float = option(
         0.3,
         "weight of an absolute error with as large a gradient as the discriminator's of pixels",
         low=0,
     )
-    adversarial_warmup: int = option(60, "optimiser steps in which both grow from 0", low=0)
+    adversarial_warmup: int = option(150, "optimiser steps in which both grow from 0", low=0)
     discriminator_dim: int = option(64, "width of the discriminator's heads on features", low=1)
     discriminator_learning_rate: float = option(1e-3, "peak learning rate of the discriminator", above=0)
     most_psnr_lost: float = option(2.0, "dB below the predicted mean that the best checkpoint may be", low=0)
