@@ -38,6 +38,11 @@ class EvaluationConfig(Options):
     lpips: bool = option(True, "measure LPIPS")
     lpips_weights: str | None = option(None, "file of AlexNet; else SR_LPIPS_WEIGHTS or fetched", path=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio.denominator > 100:
+            raise OptionError("scale", self.scale, "few sizes shrink by it exactly; give 2, 3, 4 or 1.5")
+
     @property
     def ratio(self) -> Fraction:
         """Return the scale as a fraction: a side that shrinks exactly is a multiple of its numerator."""
@@ -65,8 +70,6 @@ class ImageSet:
     """
 
     def __init__(self, folder: str | Path, config: EvaluationConfig) -> None:
-        if config.ratio.denominator > 100:
-            raise OptionError("scale", config.scale, "few sizes shrink by it exactly; give 2, 3, 4 or 1.5")
         self.config, self.folder = config, printable(Path(folder).resolve().name)
         self.paths = list_images(folder, recursive=False)[: config.limit]
         self.low_res_paths = None if config.low_res is None else list_images(config.low_res, recursive=False)

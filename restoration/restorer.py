@@ -243,7 +243,7 @@ class Restorer:
 
         with self.generator.autocast():
             tokens = self.network.encode_tokens(low_res) if tokens is None else tokens.to(self.device)
-            base = self._base(low_res, tokens, tick)
+        base = self._base(low_res, tokens, tick)
         if not steps:
             return in_bands(lambda band: to_unit_range(band.clamp(-1, 1)), self.device, base), None
         denoise = self._denoiser(low_res, tokens, base, tick)
@@ -284,8 +284,7 @@ class Restorer:
     def _base(self, low_res: Tensor, tokens: Tensor | None, tick: Callable[[], None]) -> Tensor:
         """Upscale images to (B, C, H, W), and add the mean where the network predicts one.
 
-        A self-ensemble averages the mean over 8 flips and rotations, each turned back. Autocast is the
-        caller's, as the generator's `encode` would encode once more for guidance, which changes no mean.
+        A self-ensemble averages the mean over 8 flips and rotations, each turned back.
         """
         views = list(itertools.product(([], [-1]), range(4)))[: 8 if self.config.self_ensemble else 1]
         # The predictor sees all that it reaches, from where the whole image would be padded and folded alike.
@@ -299,7 +298,8 @@ class Restorer:
             mean = torch.zeros_like(image)
             for flipped, turns in views if self.network.mean_reach else ():
                 condition = Condition(image.rot90(turns, (-2, -1)).flip(flipped), tokens=tokens)
-                _, predicted = self.network.encode_context(condition)
+                with self.generator.autocast():  # not `encode`, which encodes once more for guidance
+                    _, predicted = self.network.encode_context(condition)
                 mean += cast(Tensor, predicted).float().flip(flipped).rot90(-turns, (-2, -1))
             image = image + self.residual_std * (mean / len(views))
             window.cut(base).copy_(window.seen_from(seen.top, seen.left).cut(image))
