@@ -50,7 +50,7 @@ PIXEL_WIDTHS = (3, 32, 48, 64, 96, 96, 1)  # channels between the convolutions t
 HALVING = (1, 3)  # which of these halve the size
 Augmentation = Callable[[Tensor], Tensor]  # (B, 3, H, W) in [-1, 1] to (B, 3, H', W')
 SIZES = (0.5, 1.4)  # the smallest and the largest of an augmented image, over its own
-CONTRASTS = (0.6, 1.1)
+CONTRASTS = (0.6, 1.1)  # factors of its values, around grey
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,7 @@ class UNetConfig(Options):
     context_dim: int = rare_option(512, "width of the cross-attention tokens", low=1)
     patch_size: Literal[1, 2, 4] = option(2, "side of the patches that the stem folds into channels")
     blocks_per_level: int = option(2, "residual blocks in each level of encoder and decoder", low=1)
-    predictor_blocks: int = option(
-        0, "residual blocks of the predictor of the mean; 0: none", low=0, script=6
-    )
+    predictor_blocks: int = option(0, "residual blocks that predict the mean; 0: none", low=0, script=6)
     predictor_dim: int | None = rare_option(None, "width of the predictor; by default base_dim", low=4)
     conditioning: Conditioning = option(
         "both",

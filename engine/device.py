@@ -85,5 +85,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM  # of mapping a file
     # CUDA has a class for it, other devices a RuntimeError of these words.
-    said = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
-    return isinstance(error, (MemoryError, RuntimeError if said else torch.OutOfMemoryError))
+    words = ("out of memory", "can't allocate memory")
+    said = isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -101,10 +101,8 @@ def started_processes(device_name: str, patience: timedelta | None = None) -> It
         yield Processes(device)
         return
     if not (world_size.isdecimal() and os.environ.keys() >= NEEDED):
-        raise ValueError(
-            f"WORLD_SIZE is {world_size!r}; torchrun sets it, and {', '.join(NEEDED)}: start with it, or "
-            "unset it"
-        )
+        remedy = f"torchrun sets it, and {', '.join(sorted(NEEDED))}: start with it, or unset it"
+        raise ValueError(f"WORLD_SIZE is {world_size!r}; {remedy}")
     if device.type == "mps":
         raise ValueError("several processes cannot share mps: use --device cpu")
     if device.type == "cuda":

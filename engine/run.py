@@ -1,4 +1,4 @@
-"""What a run writes: checkpoints, in a folder of its own, and what TensorBoard shows of it."""
+"""Writes the checkpoints of a run, in a folder that it alone writes to, and its log for TensorBoard."""
 
 import errno
 import itertools
