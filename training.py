@@ -454,11 +454,11 @@ class TrainingLoop:
                 return next(loaded)
             except RuntimeError as error:
                 reading = reader.names() or "no image"
-                if "DataLoader worker" in str(error):
+                if "DataLoader worker (pid" in str(error):
                     message = f"a process that reads images died while reading {reading} ({error})"
                     raise WorkerError(message) from error
                 if "DataLoader timed out" not in str(error) or self.received is not None:
-                    raise WorkerError(str(error)) from error
+                    raise WorkerError(str(error).strip().splitlines()[-1]) from error  # below its traceback
                 if time.monotonic() - started > patience:
                     logger.warning("no image for %d seconds; being read: %s", patience, reading)
                     patience *= 2

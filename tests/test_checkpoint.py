@@ -11,13 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from engine import VERSION
-from engine.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_weights,
-    read_for_resume,
-    save_checkpoint,
-)
+from engine.checkpoint import CheckpointError, load_checkpoint, load_weights, read_for_resume, save_checkpoint
 from models import LoadedModel, export_safetensors, load_model
 from network import Condition
 from tests.networks import BICUBIC, PROCESS, tiny_unet

@@ -18,14 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from bicubic import resize
 from evaluation import lpips as lpips_module
 from evaluation.lpips import Lpips, MetricUnavailableError, PerceptualFeatures
-from evaluation.metrics import (
-    Comparison,
-    high_frequency_energy,
-    low_resolution_psnr,
-    psnr,
-    ssim,
-    to_luma,
-)
+from evaluation.metrics import Comparison, high_frequency_energy, low_resolution_psnr, psnr, ssim, to_luma
 from imaging.files import read_rgb
 from imaging.pixels import to_uint8
 

@@ -473,12 +473,7 @@ def restorer(scale=2.0, **options):
 
 @pytest.mark.parametrize(
     ("scale", "factors", "expected"),
-    [
-        (3, [2, 4], (4,)),
-        (4, [2, 4], (4,)),
-        (6, [2, 4], (4, 2)),
-        (5, [3], (3, 3)),
-    ],
+    [(3, [2, 4], (4,)), (4, [2, 4], (4,)), (6, [2, 4], (4, 2)), (5, [3], (3, 3))],
 )
 def test_the_fewest_models_that_exceed_the_scale_least(scale, factors, expected):
     assert plan_chain(scale, factors) == expected

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import get_worker_info
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import CheckpointError, load_checkpoint, read_for_resume
@@ -313,18 +312,25 @@ def test_a_profile_is_written_beside_the_curves(tmp_path):
 
 
 class Failing(Numbers):
-    """Loses what is read from it, or the process that reads ahead, in the second epoch."""
+    """Loses what is read from it, or kills the process that reads it, in the second epoch."""
+
+    kills = False
 
     def crop(self, key):
-        if key == (1, 5) and get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
         if key == (1, 5):
+            if self.kills:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("none of the 10 images can be read any more")
         return super().crop(key)
 
 
 @pytest.mark.parametrize(
-    ("workers", "named"), [(0, "10 images"), pytest.param(1, "number 5 ", marks=pytest.mark.slow)]
+    ("workers", "named"),
+    [
+        (0, "^none of the 10 images"),
+        pytest.param(1, "^RuntimeError: none of the 10 images", marks=pytest.mark.slow),
+        pytest.param(1, "died while reading number 5 ", marks=pytest.mark.slow),
+    ],
 )
 def test_images_or_workers_that_are_lost_end_the_run_with_what_was_learnt(tmp_path, workers, named):
     def while_reading_ahead(model, batch, generator):
@@ -333,8 +339,10 @@ def test_images_or_workers_that_are_lost_end_the_run_with_what_was_learnt(tmp_pa
 
     settings = config(save_every=100, num_workers=workers)
     state = new_state(small_model(), settings)
+    dataset = Failing()
+    dataset.kills = "died" in named
     with pytest.raises(WorkerError, match=named):
-        run_training(tmp_path, settings, state, while_reading_ahead, dataset=Failing())
+        run_training(tmp_path, settings, state, while_reading_ahead, dataset=dataset)
     assert load_checkpoint(run_in(tmp_path).last)["step"] == state.step > 0
 
 

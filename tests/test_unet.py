@@ -8,12 +8,7 @@ import torch
 
 from network import Condition
 from tests.networks import randomised, tiny_unet
-from unet import (
-    BasicTransformerBlock,
-    UNet,
-    UNetConfig,
-    WindowTransformer,
-)
+from unet import BasicTransformerBlock, UNet, UNetConfig, WindowTransformer
 
 
 def inputs(height=32, width=32, batch=2, scale=2, seed=0):
