@@ -161,11 +161,10 @@ class ProcessConfig(Options):
     mode: str = option("v_prediction", "quantity that is predicted", flag="diffusion_mode", choices=MODES)
     schedule: str = option("cosine", "growth of the noise over the timesteps", choices=SCHEDULES)
     levels: tuple[float, ...] = option(
-        (),
-        "noise over signal at the one or two evaluations of a sharpened model; none: a diffusion model",
-        above=0,
-        may_be_empty=True,
+        (), "noise over signal at each evaluation of a sharpened model", above=0, may_be_empty=True
     )
+    # As in Kingma & Dhariwal 2018, section 6.1; texture made of noise is grain (recipes/ABLATIONS.md).
+    temperature: float = option(1.0, "factor of the noise that a sharpened one starts with", above=0, high=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -388,7 +387,8 @@ class ResidualGenerator:
         self.img_channels, self.img_size, self.device = img_channels, img_size, self.diffusion.device
         self.precision, self.scheduler, self.guidance = precision, scheduler, guidance
         levels, scales = process.levels, process.scales()
-        self.initial_scale = level_steps(scales, levels)[1] if levels else initial_scale(scales)
+        noise = level_steps(scales, levels)[1] if levels else initial_scale(scales)
+        self.initial_scale = process.temperature * noise
 
     @torch.inference_mode()
     def generate_images(

@@ -62,9 +62,7 @@ class SharpeningConfig(Options):
         0.3, "size of the discriminator's gradient over that of the perceptual distance", low=0, fixed=False
     )
     adversarial_pixel_weight: float = option(
-        0.3,
-        "weight of an absolute error with as large a gradient as the discriminator's of pixels",
-        low=0,
+        0.3, "weight of an absolute error with as large a gradient as the discriminator's of pixels", low=0
     )
     adversarial_warmup: int = option(150, "optimiser steps in which both grow from 0", low=0)
     discriminator_dim: int = option(64, "width of the discriminator's heads on features", low=1)

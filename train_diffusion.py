@@ -272,8 +272,10 @@ def _check_start(loaded: LoadedModel, settings: Settings, path: str) -> None:
     there, here = float(loaded.network.scale), settings.degradation.scale
     if abs(there - here) > 1e-4:
         raise ValueError(f"--init_weights {path} enlarges by {there:g}, but --downscale_factor is {here:g}")
-    if loaded.process not in (settings.process, replace(settings.process, levels=())):
-        raise ValueError(f"--init_weights {path} is of {loaded.process}, but this run has {settings.process}")
+    former, wanted = loaded.process, settings.process
+    start = replace(former, levels=wanted.levels, temperature=wanted.temperature)
+    if start != wanted or (former.levels and not wanted.levels):
+        raise ValueError(f"--init_weights {path} is of {former}, but this run has {wanted}")
     if loaded.degradation != settings.degradation:
         logger.warning("%s has learnt from another degradation: %s", path, loaded.degradation.describe())
 

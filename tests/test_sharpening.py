@@ -19,7 +19,7 @@ from diffusion import ProcessConfig, ResidualGenerator, without_grid
 from engine.options import OptionError
 from engine.processes import Processes
 from evaluation.lpips import PerceptualFeatures
-from models import load_model
+from models import export_safetensors, load_model
 from restoration import RestoreConfig, Restorer, restore
 from samplers import draw_noise, level_steps, noise_stream
 from sharpening import (
@@ -36,7 +36,7 @@ from tests.runs import assert_equal
 from training import BatchPlan, TrainingConfig, new_state
 from util import ImageDataset, Sample
 
-ONE, TWO = ProcessConfig(levels=(6.0,)), ProcessConfig(levels=(8.0, 1.2))
+ONE, TWO = ProcessConfig(levels=(6.0,)), ProcessConfig(levels=(8.0, 1.2), temperature=0.5)
 CPU = torch.device("cpu")
 
 
@@ -159,6 +159,13 @@ def test_seeds_differ_and_tiles_do_not_show():
     )
     assert np.abs(whole.astype(int) - tiled).mean() < 0.5
     assert np.abs(whole.astype(int) - other).mean() > 2
+
+
+@given(st.sampled_from([ONE, TWO]), st.floats(0.01, 1))
+def test_the_temperature_scales_the_noise_and_nothing_else(process, temperature):
+    hot, cold = (ResidualGenerator(process=replace(process, temperature=one)) for one in (1.0, temperature))
+    assert cold.initial_scale == pytest.approx(temperature * hot.initial_scale)
+    assert cold.plan(len(process.levels)) == hot.plan(len(process.levels))
 
 
 @pytest.mark.parametrize("how", [{"steps": 6}, {"steps": 1, "scheduler": "ddim"}, {"steps": 1, "eta": 0.5}])
@@ -314,7 +321,8 @@ def sharpened(sr_data, tmp_path_factory):
 
     photos = ["--image_folder", str(sr_data / "train" / "T91"), "--val_fraction", "0.1", *SMALL]
     diffusion = run("diffusion", *photos, "--max_steps", "150") / "diffusion_model_clean_last.pth"
-    start = ["--init_weights", str(diffusion), "--levels", "3", *features, "--save_every", "20", *GENTLE]
+    start = ["--init_weights", str(diffusion), "--levels", "3", "--temperature", "0.5", *features, *GENTLE]
+    start += ["--save_every", "20"]
     whole = run("whole", *photos, *start, "--max_steps", "40", "--validate_every", "40")
     half = whole / "diffusion_model_clean_step000000020.pth"
     part = root / "part"
@@ -369,3 +377,11 @@ def test_fidelity_is_the_same_bytes_before_and_after(sharpened):
 def test_levels_need_weights_to_start_from(photo_folder, capsys):
     assert train_diffusion.main(["--image_folder", str(photo_folder), *SMALL, "--levels", "6"]) == 2
     assert "--init_weights" in capsys.readouterr().err
+
+
+def test_a_sharpened_model_is_not_trained_as_a_diffusion(photo_folder, tmp_path, capsys):
+    path = tmp_path / "sharp.safetensors"
+    export_safetensors(model_of(replace(ONE, mode="clean")), path)
+    argv = ["--image_folder", str(photo_folder), *SMALL, "--init_weights", str(path)]
+    assert train_diffusion.main([*argv, "--checkpoint_dir", str(tmp_path)]) == 2
+    assert "levels=(6.0,)" in capsys.readouterr().err
