@@ -170,6 +170,8 @@ class ProcessConfig(Options):
         super().__post_init__()
         if len(self.levels) > 2 or list(self.levels) != sorted(set(self.levels), reverse=True):
             raise OptionError("levels", self.levels, "give at most two, the largest first")
+        if self.temperature != 1 and not self.levels:
+            raise OptionError("temperature", self.temperature, "a diffusion starts from all the noise")
 
     def scales(self) -> Scales:
         return SCHEDULES[self.schedule](self.timesteps)

@@ -455,8 +455,7 @@ class TrainingLoop:
             except RuntimeError as error:
                 reading = reader.names() or "no image"
                 if "DataLoader worker (pid" in str(error):
-                    message = f"a process that reads images died while reading {reading} ({error})"
-                    raise WorkerError(message) from error
+                    raise WorkerError(f"a process died while reading {reading} ({error})") from error
                 if "DataLoader timed out" not in str(error) or self.received is not None:
                     raise WorkerError(str(error).strip().splitlines()[-1]) from error  # below its traceback
                 if time.monotonic() - started > patience:

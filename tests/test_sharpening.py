@@ -86,6 +86,8 @@ def test_both_evaluations_see_the_same_noise(detail, schedule):
 def test_levels_are_at_most_two_and_fall(levels):
     with pytest.raises(OptionError, match="levels"):
         ProcessConfig(levels=levels)
+    with pytest.raises(OptionError, match="temperature"):
+        ProcessConfig(temperature=0.3)
 
 
 @pytest.mark.parametrize("process", [ONE, TWO])
