@@ -1,5 +1,6 @@
 """The last phase of training: a diffusion model becomes a generator that is sharp in one evaluation, or two.
 
+    noise    = temperature standard normal                    less of it leaves less grain
     noisy    = noise_scale_1 noise                            the first level, from noise alone
     clean    = estimate(noisy)
     noisy    = signal_scale_2 clean + noise_scale_2 noise     the second level, if any, with the same noise
