@@ -161,17 +161,17 @@ class ProcessConfig(Options):
     mode: str = option("v_prediction", "quantity that is predicted", flag="diffusion_mode", choices=MODES)
     schedule: str = option("cosine", "growth of the noise over the timesteps", choices=SCHEDULES)
     levels: tuple[float, ...] = option(
-        (), "noise over signal at each evaluation of a sharpened model", above=0, may_be_empty=True
+        (), "noise over signal at the one or two evaluations of a sharpened model", above=0, may_be_empty=True
     )
     # As in Kingma & Dhariwal 2018, section 6.1; texture made of noise is grain (recipes/ABLATIONS.md).
-    temperature: float = option(1.0, "factor of the noise that a sharpened one starts with", above=0, high=1)
+    temperature: float = option(1.0, "factor of the noise that sharpened models start from", above=0, high=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.levels) > 2 or list(self.levels) != sorted(set(self.levels), reverse=True):
             raise OptionError("levels", self.levels, "give at most two, the largest first")
         if self.temperature != 1 and not self.levels:
-            raise OptionError("temperature", self.temperature, "a diffusion starts from all the noise")
+            raise OptionError("temperature", self.temperature, "give levels, too, or leave it out")
 
     def scales(self) -> Scales:
         return SCHEDULES[self.schedule](self.timesteps)
@@ -389,8 +389,8 @@ class ResidualGenerator:
         self.img_channels, self.img_size, self.device = img_channels, img_size, self.diffusion.device
         self.precision, self.scheduler, self.guidance = precision, scheduler, guidance
         levels, scales = process.levels, process.scales()
-        noise = level_steps(scales, levels)[1] if levels else initial_scale(scales)
-        self.initial_scale = process.temperature * noise
+        start = level_steps(scales, levels)[1] if levels else initial_scale(scales)
+        self.initial_scale = process.temperature * start
 
     @torch.inference_mode()
     def generate_images(

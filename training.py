@@ -453,11 +453,12 @@ class TrainingLoop:
             try:
                 return next(loaded)
             except RuntimeError as error:
-                reading = reader.names() or "no image"
-                if "DataLoader worker (pid" in str(error):
-                    raise WorkerError(f"a process died while reading {reading} ({error})") from error
-                if "DataLoader timed out" not in str(error) or self.received is not None:
-                    raise WorkerError(str(error).strip().splitlines()[-1]) from error  # below its traceback
+                reading, message = reader.names() or "no image", one_line(error)
+                if "DataLoader worker (pid" in message:
+                    raise WorkerError(f"a process died while reading {reading} ({message})") from error
+                if "DataLoader timed out" not in message or self.received is not None:
+                    # Without the traceback that comes with it from another process.
+                    raise WorkerError(message[max(0, message.rfind("RuntimeError: ")) :]) from error
                 if time.monotonic() - started > patience:
                     logger.warning("no image for %d seconds; being read: %s", patience, reading)
                     patience *= 2

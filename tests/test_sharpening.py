@@ -86,6 +86,9 @@ def test_both_evaluations_see_the_same_noise(detail, schedule):
 def test_levels_are_at_most_two_and_fall(levels):
     with pytest.raises(OptionError, match="levels"):
         ProcessConfig(levels=levels)
+
+
+def test_only_sharpened_models_have_a_temperature():
     with pytest.raises(OptionError, match="temperature"):
         ProcessConfig(temperature=0.3)
 
